@@ -1,0 +1,42 @@
+"""softprompt: adapt FaceLift's six-view diffusion model to a new subject and camera by learning its prompt.
+
+Shapes are written in one alphabet everywhere:
+
+    B objects   V views   N = (B V), the view fastest   T prompt tokens (77)   D prompt width (1024)
+    C H W latent channels and sides   S side of a picture in pixels   E width of a CLIP image embedding
+
+Pictures are floats in [0, 1]; latents are scaled by the VAE's `scaling_factor` unless a docstring says otherwise.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softprompt.embeddings import load_prompt as load_prompt
+    from softprompt.embeddings import save_prompt as save_prompt
+    from softprompt.errors import InputError as InputError
+    from softprompt.pipeline import load_pipeline as load_pipeline
+    from softprompt.prompt import SoftPrompt as SoftPrompt
+    from softprompt.sampling import sample_views as sample_views
+    from softprompt.unet import load_unet as load_unet
+    from softprompt.unet import save_unet as save_unet
+
+_HOME = {
+    "InputError": "errors",
+    "SoftPrompt": "prompt",
+    "load_pipeline": "pipeline",
+    "load_prompt": "embeddings",
+    "load_unet": "unet",
+    "sample_views": "sampling",
+    "save_prompt": "embeddings",
+    "save_unet": "unet",
+}
+__all__ = list(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Names are fetched when asked for, so that `--help` does not wait for diffusers.
+    if name not in _HOME:
+        raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"softprompt.{_HOME[name]}"), name)

@@ -1,0 +1,383 @@
+"""Samples of one object seen from several views: picture folders in and out, backgrounds, the order of views.
+
+A sample is a folder with one PNG per view, `cam_000.png` the input view: directly inside (FaceLift's layout) or in its
+folder `images` (the mouse layout). Encoding, caching and splitting into training and held-out samples are elsewhere.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from softprompt.errors import InputError
+from softprompt.files import new_folder
+
+BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5)}
+LIST_NAME = "samples.txt"
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+
+
+class Source(Protocol):
+    """Where samples come from: folders of pictures, or a procedural world."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Unique, stable, readable by people; one per sample."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Tensor:
+        """Returns: uint8 [V, 4, S, S], straight (not premultiplied) RGBA."""
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Samples kept as PNG folders. Made by `open_source`."""
+
+    names: list[str]
+    """The samples' folder names, led by their parents' where those alone are not unique ("june/mouse_3")."""
+    folders: list[Path]
+    """Per sample, the folder that holds its pictures: the sample, or its `images`."""
+    size: int
+    """Side in pixels of what `load` returns."""
+    num_views: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, index: int) -> Tensor:
+        """Decode one sample.
+
+        Returns: uint8 [V, 4, S, S], straight RGBA.
+        Raises: InputError when a picture cannot be decoded or shows nothing.
+        """
+        folder = self.folders[index]
+        return torch.stack([load_picture(folder / picture_name(view), self.size) for view in range(self.num_views)])
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some samples of a source, in the given order."""
+
+    source: Source
+    indices: Sequence[int]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the chosen samples."""
+        return [self.source.names[i] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> Tensor:
+        """Returns: uint8 [V, 4, S, S], straight RGBA. Raises: what the source does."""
+        return self.source.load(self.indices[index])
+
+
+def picture_name(view: int) -> str:
+    """File name of a view in both layouts. Source: FaceLift's data folders."""
+    return f"cam_{view:03d}.png"
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def load_picture(path: str | Path, size: int) -> Tensor:
+    """Read a PNG of any colour mode, bit depth, size and aspect.
+
+    size: side of the square in pixels. The picture is scaled to fit, aspect kept, and centred on transparency; one without
+    an alpha channel is opaque throughout. A picture of that size already is returned as it is in the file.
+    Returns: uint8 [4, S, S], straight RGBA.
+    Raises: InputError when the file cannot be decoded, or when no pixel of the result is visible.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as file:
+            picture = _to_rgba(file)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: not found; expected a PNG; likely it was moved or deleted") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # What Pillow raises for a damaged PNG depends on the byte that is wrong.
+        reason = str(error).replace("\n", " ")
+        raise InputError(
+            f"{path}: cannot be decoded ({reason}); expected a whole PNG; likely it was copied incompletely, or another "
+            "format was given the name .png"
+        ) from error
+    pixels = np.array(_fit(picture, size))
+    if not pixels[..., 3].any():
+        raise InputError(
+            f"{path}: no visible pixel at {size}x{size} (alpha is 0 everywhere); expected the object opaque on a "
+            "transparent background; likely the segmentation found nothing in this view"
+        )
+    return rearrange(torch.from_numpy(pixels), "h w c -> c h w").contiguous()
+
+
+def _to_rgba(picture: Image.Image) -> Image.Image:
+    """Any PNG mode => 8-bit RGBA; 16-bit grey keeps its high byte, as libpng does for 16-bit colour."""
+    if picture.mode.startswith("I"):
+        # Pillow would clip the 16 bits at 255 and show nearly everything white.
+        picture = Image.fromarray((np.array(picture) >> 8).astype(np.uint8))
+    return picture.convert("RGBA")
+
+
+def _fit(picture: Image.Image, size: int) -> Image.Image:
+    """RGBA of any size => [size, size], aspect kept, centred on transparency."""
+    if picture.size == (size, size):
+        return picture
+    scale = size / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    # Pillow premultiplies RGBA before it filters: the colour under transparent pixels does not bleed into the edge.
+    scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
+    square = Image.new("RGBA", (size, size), (0, 0, 0, 0))
+    square.paste(scaled, ((size - width) // 2, (size - height) // 2))
+    return square
+
+
+def composite(rgba: Tensor, background: Tensor) -> Tensor:
+    """Lay pictures on a plain colour.
+
+    rgba: uint8 [..., 4, S, S], straight alpha. background: [3] in [0, 1].
+    Returns: float32 [..., 3, S, S] in [0, 1].
+    """
+    colour, alpha = (rgba.float() / 255).split([3, 1], dim=-3)
+    return colour * alpha + background.to(colour)[:, None, None] * (1 - alpha)
+
+
+# ------------------------------------------------------------------------------------------------------- backgrounds
+
+
+def backgrounds(choice: str) -> list[Tensor] | None:
+    """The fixed colours a choice draws from.
+
+    choice: white, black, gray, three_choices (all of them) or random.
+    Returns: colours [3] in [0, 1]; None for random, which has no fixed ones.
+    Raises: InputError when the choice is none of these.
+    """
+    if choice == "random":
+        return None
+    if choice == "three_choices":
+        return [torch.tensor(colour) for colour in BACKGROUNDS.values()]
+    if choice in BACKGROUNDS:
+        return [torch.tensor(BACKGROUNDS[choice])]
+    known = ", ".join([*BACKGROUNDS, "three_choices", "random"])
+    raise InputError(f"background: {choice!r} is unknown; expected one of {known}; likely a typing mistake")
+
+
+def pick_background(choice: str, generator: torch.Generator) -> Tensor:
+    """Draw the background of one object, the same for all its views.
+
+    Returns: [3] in [0, 1], on the generator's device. random: each channel uniform.
+    Raises: InputError when the choice is unknown.
+    """
+    colours = backgrounds(choice)
+    if colours is None:
+        return torch.rand(3, generator=generator, device=generator.device)
+    index = torch.randint(len(colours), (), generator=generator, device=generator.device)
+    return colours[int(index)].to(generator.device)
+
+
+# ------------------------------------------------------------------------------------------------------ order of views
+
+
+def view_order(reference: int, num_views: int) -> Tensor:
+    """The views in order from a reference on, wrapping around: int64 [V] with r, r + 1, ..., V - 1, 0, ..., r - 1."""
+    assert 0 <= reference < num_views, f"reference view {reference} of {num_views} views"
+    return (torch.arange(num_views) + reference) % num_views
+
+
+def rotate_views(x: Tensor, reference: int) -> Tensor:
+    """Roll the view axis so that the reference view comes first: [V, ...] => [V, ...]."""
+    return x[view_order(reference, len(x)).to(x.device)]
+
+
+# ------------------------------------------------------------------------------------------------- folders of samples
+
+
+def open_source(path: str | Path, *, size: int, num_views: int = 6) -> FolderSource:
+    """Open samples, checking that every picture is there; no picture is decoded before `load`.
+
+    path: a list file (one sample folder a line, relative to the list's folder or else to the working directory; blank lines
+    and lines that start with # are skipped), a sample, or a folder whose sub-folders are all samples (hidden ones aside;
+    taken by name). Views past num_views are left alone.
+    size: side S in pixels of what `load` returns.
+    Raises: InputError when the path, a sample or a picture is missing, or a sample is there twice.
+    """
+    path = Path(path)
+    if path.is_dir():
+        samples = _samples_in_folder(path)
+    elif path.exists():
+        samples = _samples_in_list(path)
+    else:
+        raise InputError(f"{path}: not found; expected a list of samples or a folder; likely a typing mistake in the path")
+    _check_pictures(samples, num_views)
+    names = _unique_names([sample.folder for sample in samples])
+    return FolderSource(names, [sample.pictures_folder for sample in samples], size, num_views)
+
+
+def write_source(source: Source, folder: str | Path) -> Path:
+    """Write samples in FaceLift's layout, and beside them a list of all (`samples.txt`).
+
+    folder: must be new or empty. A name with a parent's in it ("june/mouse_3") becomes one folder, "june__mouse_3".
+    Returns: the list file; opened at the same size, it gives the same tensors.
+    Raises: InputError when the folder holds something.
+    """
+    names = [name.replace("/", "__") for name in source.names]
+    with new_folder(folder) as partial:
+        for index, name in enumerate(names):
+            (partial / name).mkdir()
+            for view, rgba in enumerate(source.load(index)):
+                pixels = rearrange(rgba, "c h w -> h w c").contiguous().numpy()
+                Image.fromarray(pixels).save(partial / name / picture_name(view))
+        (partial / LIST_NAME).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    return Path(folder) / LIST_NAME
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What one look into a sample's folder found."""
+
+    folder: Path
+    pictures_folder: Path
+    pictures: set[str]
+    """Names of the picture files, of whatever format and numbering."""
+    subfolders: list[str]
+
+    @property
+    def has_views(self) -> bool:
+        return any(name.startswith("cam_") for name in self.pictures)
+
+
+def _look(folder: Path) -> _Sample:
+    """List a folder, once; and its `images` where it has no views itself. Raises OSError where it cannot be listed."""
+    found = _look_into(folder, folder)
+    if not found.has_views and "images" in found.subfolders:
+        found = _look_into(folder, folder / "images")
+    return found
+
+
+def _look_into(folder: Path, pictures_folder: Path) -> _Sample:
+    with os.scandir(pictures_folder) as entries:
+        listing = list(entries)
+    pictures = {entry.name for entry in listing if entry.name.lower().endswith(_PICTURE_SUFFIXES) and entry.is_file()}
+    subfolders = sorted(entry.name for entry in listing if not entry.name.startswith(".") and entry.is_dir())
+    return _Sample(folder, pictures_folder, pictures, subfolders)
+
+
+def _samples_in_folder(path: Path) -> list[_Sample]:
+    """The folder itself when it is a sample, its sub-folders otherwise."""
+    try:
+        top = _look(path)
+        if top.has_views:
+            return [top]
+        # `_look` may have gone into `images`; the sub-folders wanted are those of the path.
+        samples = [_look(path / name) for name in _look_into(path, path).subfolders]
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); expected a folder of samples") from error
+    expected = f"expected sub-folders with {picture_name(0)}, {picture_name(1)}, ... (or images/{picture_name(0)}, ...)"
+    strangers = [sample.folder.name for sample in samples if not sample.has_views]
+    if len(strangers) == len(samples):
+        found = f"{len(top.pictures)} pictures ({_some(sorted(top.pictures))})" if top.pictures else "no pictures"
+        cause = "pictures named otherwise" if top.pictures else "a level too high or too low, or data not there yet"
+        raise InputError(f"{path}: no samples in {len(samples)} sub-folders, {found}; {expected}; likely {cause}")
+    if strangers:
+        raise InputError(
+            f"{path}: {len(strangers)} of {len(samples)} sub-folders have no cam_ pictures ({_some(strangers)}); {expected}; "
+            "likely they are no samples: move them away, or give a list file of the samples wanted"
+        )
+    return samples
+
+
+def _read_list(path: Path) -> list[tuple[int, str]]:
+    """The entries of a list file with their line numbers."""
+    wanted = "expected a UTF-8 text with one sample folder a line"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a list ({error}); {wanted}; likely another kind of file") from error
+    if "\0" in text:
+        raise InputError(f"{path}: holds NUL characters; {wanted}; likely another kind of file")
+    stripped = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1)]
+    lines = [(number, line) for number, line in stripped if line and not line.startswith("#")]
+    if not lines:
+        raise InputError(f"{path}: lists no sample; {wanted}; likely it was written before the data was there")
+    return lines
+
+
+def _samples_in_list(path: Path) -> list[_Sample]:
+    lines = _read_list(path)
+    samples: list[_Sample] = []
+    line_of: dict[str, int] = {}
+    missing: list[str] = []
+    for number, line in lines:
+        try:
+            sample = _look_up(line, path.parent)
+        except OSError as error:
+            missing.append(f"line {number}: {line!r} ({error.strerror})")
+            continue
+        # Not resolved: two links to one folder are two samples, as their owner wanted.
+        first = line_of.setdefault(os.path.abspath(sample.folder), number)
+        if first != number:
+            raise InputError(
+                f"{path}: line {number} names {line!r} again, after line {first}; expected every sample once; likely two "
+                "lists were joined"
+            )
+        samples.append(sample)
+    if missing:
+        raise InputError(
+            f"{path}: {missing[0]}: no such sample folder, neither in {path.parent.absolute()} (the list's folder) nor in "
+            f"{Path.cwd()} (the working directory); {len(missing)} of {len(lines)} samples listed are missing; likely the "
+            "list or the data was moved, or a disk is not mounted"
+        )
+    return samples
+
+
+def _look_up(line: str, list_folder: Path) -> _Sample:
+    """Raises OSError when the sample is neither in the list's folder nor in the working directory."""
+    try:
+        return _look(list_folder / line)
+    except FileNotFoundError:
+        return _look(Path(line))
+
+
+def _check_pictures(samples: list[_Sample], num_views: int) -> None:
+    expected = [picture_name(view) for view in range(num_views)]
+    incomplete = [sample for sample in samples if not sample.pictures.issuperset(expected)]
+    if not incomplete:
+        return
+    first = incomplete[0]
+    missing = [name for name in expected if name not in first.pictures]
+    others = sorted(first.pictures.difference(expected))
+    cause = f"the pictures are numbered or named otherwise ({_some(others)})" if others else "a view was not exported"
+    more = f"; {len(incomplete) - 1} more samples are incomplete" if len(incomplete) > 1 else ""
+    raise InputError(
+        f"{first.pictures_folder}: {_some(missing)} missing, {num_views - len(missing)} of {num_views} views found; expected "
+        f"{expected[0]} to {expected[-1]}; likely {cause}{more}"
+    )
+
+
+def _unique_names(folders: list[Path]) -> list[str]:
+    """Folder names, each led by as many parents' as it takes to tell it from the others."""
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    depths = [1] * len(folders)
+    while True:
+        names = ["/".join(part[-depth:]) for part, depth in zip(parts, depths, strict=True)]
+        holders: dict[str, list[int]] = defaultdict(list)
+        for index, name in enumerate(names):
+            holders[name].append(index)
+        equal = [index for indices in holders.values() if len(indices) > 1 for index in indices]
+        if not equal:
+            return names
+        for index in equal:
+            depths[index] += 1
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

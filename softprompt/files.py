@@ -1,0 +1,82 @@
+"""Files and folders that appear whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from softprompt.errors import InputError
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Write a folder under a temporary name; it takes its own name when the block ends without an error.
+
+    Yields: the temporary folder, beside `path`. It is removed when the block raises, so nothing half-written stays.
+    Raises: InputError when `path` exists and is not an empty folder.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists already and is not an empty folder; choose another name, or move it away first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _let_others_read(file)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Write a file under a temporary name; it replaces `path` when the block ends without an error.
+
+    Yields: the temporary path, beside `path`, with the same suffix.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    try:
+        yield partial
+        _let_others_read(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _let_others_read(file: Path) -> None:
+    """The permissions any new file gets: safetensors makes its own readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
+
+
+def read_json(path: str | Path, *, what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    what: what the file is, for the error ("the UNet's configuration").
+    Raises: InputError when it is missing, unreadable, or no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: not found; {what} was expected there")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); {what} was expected there") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a JSON {type(content).__name__}; {what} was expected there")
+    return content
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented, under its own name only when it is whole."""
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

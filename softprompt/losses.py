@@ -1,0 +1,78 @@
+"""Training objectives: pure functions of tensors."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SnrWeighting = Literal["facelift", "v", "none"]
+KLWeighting = Literal["posterior", "uniform"]
+
+
+def snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """Signal-to-noise ratio alphabar_t / (1 - alphabar_t). alphas_cumprod: [num_timesteps]; timesteps, result: [B]."""
+    alphabar = alphas_cumprod.to(timesteps.device)[timesteps].float()
+    return alphabar / (1 - alphabar)
+
+
+def snr_weights(ratio: Tensor, weighting: SnrWeighting, *, gamma: float = 5.0) -> Tensor:
+    """Min-SNR-gamma weights of the denoising loss.
+
+    ratio: [B] SNR. gamma: where the weight is cut.
+    weighting: `facelift` min(SNR, g) / SNR, which FaceLift uses and which is right for epsilon-prediction; `v`
+    min(SNR, g) / (SNR + 1), right for v-prediction; `none` 1.
+    Returns: [B].
+    Source: Hang et al. 2303.09556; FaceLift's train_diffusion.py.
+    """
+    if weighting == "none":
+        return torch.ones_like(ratio)
+    return ratio.clamp(max=gamma) / (ratio if weighting == "facelift" else ratio + 1)
+
+
+def denoising_loss(prediction: Tensor, target: Tensor, weights: Tensor, view_weights: Tensor | None = None) -> Tensor:
+    """Weighted mean squared error.
+
+    prediction, target: [B, V, C, H, W]. weights: [B]. view_weights: [B, V], 0 leaves a view out of the mean.
+    Returns: a scalar, float32.
+    """
+    per_view = (prediction.float() - target.float()).square().mean(dim=(2, 3, 4)) * weights[:, None]  # B V
+    if view_weights is None:
+        return per_view.mean()
+    return (per_view * view_weights).sum() / view_weights.sum()
+
+
+def kl_weights(
+    alphas_cumprod: Tensor,
+    timesteps: Tensor,
+    *,
+    prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction",
+    weighting: KLWeighting = "posterior",
+    clip: float = 1.0,
+) -> Tensor:
+    """What the squared difference of two predictions weighs in the KL of their reverse steps.
+
+    `posterior`: the exact Gaussian KL of p(z_{t-1} | z_t), 1/2 snr(t-1) beta_t for v-prediction and that over alphabar_t for
+    epsilon. It is infinite at t = 0, where the step has no noise, so it is cut at `clip`. `uniform`: 1, as DRaFT+ has it.
+    alphas_cumprod: [num_timesteps]. timesteps, result: [B].
+    Source: ours; ||mu - mu_ref||^2 / (2 sigma^2) of the DDPM posterior (Ho et al. 2006.11239, eq. 7), with
+    z_0 = sqrt(alphabar) z_t - sqrt(1 - alphabar) v.
+    """
+    if weighting == "uniform":
+        return torch.ones_like(timesteps, dtype=torch.float32)
+    alphabar = alphas_cumprod.to(timesteps.device).double()
+    before = torch.cat([alphabar.new_ones(1), alphabar])[timesteps]  # alphabar_{t-1}; 1 before the first step
+    now = alphabar[timesteps]
+    beta = 1 - now / before
+    weight = 0.5 * before / (1 - before) * beta
+    if prediction_type == "epsilon":
+        weight = weight / now
+    return weight.clamp(max=clip).float()
+
+
+def kl_to_reference(prediction: Tensor, reference: Tensor, weights: Tensor) -> Tensor:
+    """KL of the adapted model's reverse step to the reference's, per object and view, in nats per latent element.
+
+    prediction, reference: [B, V, C, H, W], of the same noisy latents. weights: [B], of `kl_weights`.
+    Returns: [B, V], float32.
+    """
+    return (prediction.float() - reference.float()).square().mean(dim=(2, 3, 4)) * weights[:, None]

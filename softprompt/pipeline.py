@@ -1,0 +1,167 @@
+"""FaceLift's pipeline folder (`pipeckpts`) in and out, as one dataclass of models."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from softprompt.errors import InputError
+from softprompt.files import new_folder, read_json
+from softprompt.unet import load_unet, save_unet
+
+_NEEDED = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "image_encoder": "config.json",
+    "feature_extractor": "preprocessor_config.json",
+    "image_normalizer": "config.json",
+    "image_noising_scheduler": "scheduler_config.json",
+    "scheduler": "scheduler_config.json",
+}
+
+
+@dataclass
+class Pipeline:
+    """What FaceLift needs to turn one picture into six, all frozen and in evaluation mode."""
+
+    unet: UNet2DConditionModel
+    """Denoiser; 8 input channels: the noisy latents, then those of the given picture."""
+    vae: AutoencoderKL
+    """Pictures to latents and back."""
+    image_encoder: CLIPVisionModelWithProjection
+    """Pictures to CLIP image embeddings."""
+    feature_extractor: CLIPImageProcessorPil
+    """Resizes and normalises pictures for the image encoder."""
+    image_normalizer: StableUnCLIPImageNormalizer
+    """Mean and spread of CLIP image embeddings."""
+    image_noising_scheduler: DDPMScheduler
+    """Noises image embeddings (FaceLift: at level 0 always)."""
+    scheduler: DDIMScheduler
+    """Noise schedule of the latents, and the sampler."""
+    folder: Path
+    """Where it was loaded from."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return self.unet.device
+
+    @property
+    def num_views(self) -> int:
+        """V."""
+        return int(self.unet.config["num_views"])
+
+    @property
+    def prompt_width(self) -> int:
+        """D: the width of a prompt token that the UNet's cross-attention takes."""
+        return int(self.unet.config["cross_attention_dim"])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one view's latents."""
+        side = int(self.unet.config["sample_size"])
+        return int(self.unet.config["out_channels"]), side, side
+
+    @property
+    def picture_size(self) -> int:
+        """S: side of a picture in pixels."""
+        return self.latent_shape[-1] * 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    def to(self, device: torch.device | str) -> "Pipeline":
+        """Move every model; returns itself."""
+        for model in (self.unet, self.vae, self.image_encoder, self.image_normalizer):
+            model.to(device)
+        return self
+
+
+def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Pipeline:
+    """Load a FaceLift pipeline folder; nothing is fetched from a hub, the text encoder is not loaded.
+
+    dtype: of the UNet. The VAE and the image encoder stay float32: the one overflows in float16 (`force_upcast`), and both
+    run once a picture.
+    Raises: InputError naming the folder and all that is missing, or weights that do not fit their configuration.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a FaceLift pipeline folder (pipeckpts) on this disk")
+    missing = [f"{part}/{file}" for part, file in _NEEDED.items() if not (folder / part / file).is_file()]
+    if missing:
+        raise InputError(f"{folder}: is no FaceLift pipeline folder; missing {', '.join(missing)}")
+    unet = load_unet(folder / "unet", dtype=dtype)
+    if unet.config["class_embed_type"] != "projection":
+        raise InputError(
+            f"{folder / 'unet'}: class_embed_type is {unet.config['class_embed_type']!r}; FaceLift is given its picture "
+            f"through 'projection' class labels (Stable Diffusion 2.1-unCLIP), so this UNet cannot see the input"
+        )
+    pipeline = Pipeline(
+        unet=unet,
+        vae=_load(AutoencoderKL, folder / "vae"),
+        image_encoder=_load(CLIPVisionModelWithProjection, folder / "image_encoder"),
+        feature_extractor=CLIPImageProcessorPil.from_pretrained(folder / "feature_extractor", local_files_only=True),
+        image_normalizer=_load(StableUnCLIPImageNormalizer, folder / "image_normalizer"),
+        image_noising_scheduler=DDPMScheduler.from_pretrained(folder / "image_noising_scheduler"),
+        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        folder=folder,
+    )
+    prediction = pipeline.scheduler.config["prediction_type"]
+    if prediction not in ("v_prediction", "epsilon"):
+        raise InputError(f"{folder / 'scheduler'}: prediction_type is {prediction!r}; expected v_prediction or epsilon")
+    return pipeline
+
+
+def load_text_encoder(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The tokenizer and text encoder of a pipeline folder: only what encodes text needs them.
+
+    Raises: InputError naming every missing file (FaceLift's published tokenizer came without merges.txt).
+    """
+    folder = Path(folder)
+    needed = ["tokenizer/vocab.json", "tokenizer/merges.txt", "text_encoder/config.json"]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder}: cannot encode text, missing {', '.join(missing)}; copy them from the Stable Diffusion 2.1 tokenizer "
+            f"and text encoder, or give every waypoint as a prompt file (.pt) instead of a text or template"
+        )
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return tokenizer, _load(CLIPTextModel, folder / "text_encoder")
+
+
+def _load(cls: Any, folder: Path) -> Any:
+    """`cls.from_pretrained` in float32 that refuses what the libraries only warn of: weights missing or left over."""
+    try:
+        model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder}: cannot be loaded as {cls.__name__} ({' '.join(str(error).split())})") from error
+    # Checkpoints of transformers < 4.31 carry position_ids, a constant that is no weight.
+    problems = {
+        kind: sorted(str(k) for k in keys if "position_ids" not in str(k))
+        for kind, keys in info.items()
+        if kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    for kind, keys in problems.items():
+        if keys:
+            raise InputError(
+                f"{folder}: {len(keys)} {kind.replace('_', ' ')} in its weights, e.g. {keys[0]}; they do not belong to its "
+                f"config.json"
+            )
+    return model.requires_grad_(False).eval()
+
+
+def save_pipeline(pipeline: Pipeline, folder: str | Path, *, merge_lora: bool = True) -> None:
+    """Write a complete FaceLift pipeline folder: this UNet, everything else copied from `pipeline.folder` byte for byte.
+
+    merge_lora: add the active LoRA to the UNet's weights.
+    Raises: InputError when `folder` exists and is not empty.
+    """
+    index = read_json(pipeline.folder / "model_index.json", what="the pipeline's index of parts")
+    with new_folder(folder) as partial:
+        for part in sorted(pipeline.folder.iterdir()):
+            if part.is_dir() and part.name in index and part.name != "unet":
+                shutil.copytree(part, partial / part.name)
+        shutil.copyfile(pipeline.folder / "model_index.json", partial / "model_index.json")
+        save_unet(pipeline.unet, partial / "unet", layout="facelift", merge_lora=merge_lora)

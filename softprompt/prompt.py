@@ -1,0 +1,66 @@
+"""The learnable prompt: E(s) = path(s) + carry(s) * (P - W_0)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.path import Interpolation, point_on_path
+
+Carry = Literal["keep", "fade"]
+
+
+class SoftPrompt(nn.Module):
+    """Six learnable text embeddings on a path from FaceLift's prompt to a realistic one.
+
+    waypoints: [S + 1, V, T, D]: W_0 is the pretrained prompt, W_S the last target.
+    carry: how much of what was learned, P - W_0, is carried along: `keep` all of it; `fade` the share 1 - s/S, so that with
+    one target E = (1 - s) P + s W_1.
+    P starts at W_0 and is float32 always. Source: ours (design.md, the one formula).
+    """
+
+    waypoints: Tensor
+
+    def __init__(self, waypoints: Tensor, *, carry: Carry = "keep", interpolation: Interpolation = "lerp") -> None:
+        super().__init__()
+        if waypoints.ndim != 4:
+            raise ValueError(f"waypoints are {list(waypoints.shape)}; expected [S + 1, V, T, D]")
+        # Saved with P: a resumed run keeps its path even if a prompt file has changed since.
+        self.register_buffer("waypoints", waypoints.detach().float().clone())
+        self.learned = nn.Parameter(self.waypoints[0].clone())
+        self.carry = carry
+        self.interpolation = interpolation
+
+    @property
+    def start(self) -> Tensor:
+        """W_0 [V, T, D]: the prompt of the untouched model."""
+        return self.waypoints[0]
+
+    @property
+    def last_position(self) -> int:
+        """S."""
+        return len(self.waypoints) - 1
+
+    def forward(self, position: float = 0.0) -> Tensor:
+        """E(s) [V, T, D], float32. position: s in [0, S]."""
+        assert self.learned.dtype == torch.float32, "the prompt is trained in float32: float16 rounds its updates away"
+        share = 1.0 if self.carry == "keep" or self.last_position == 0 else 1 - position / self.last_position
+        return point_on_path(self.waypoints, position, self.interpolation) + share * (self.learned - self.start)
+
+    @torch.no_grad()
+    def decay_toward_start(self, rate: float) -> None:
+        """P <- P - rate (P - W_0), after an optimizer step; rate is learning rate times decay, as AdamW's.
+
+        AdamW's own decay would pull the prompt toward zero instead. Source: methods.md, 9.
+        """
+        self.learned.lerp_(self.start, rate)
+
+    @torch.no_grad()
+    def clamp_norms(self, band: float) -> None:
+        """Bring each token's norm back into (1 +- band) times its start's norm, its direction kept.
+
+        band: share in (0, 1]. Source: the norm prior of methods.md, 9, with each row's own norm as the target.
+        """
+        norm = self.learned.norm(dim=-1, keepdim=True)
+        target = self.start.norm(dim=-1, keepdim=True)
+        self.learned.mul_(norm.clamp(target * (1 - band), target * (1 + band)) / norm.clamp(min=1e-12))

@@ -1,0 +1,114 @@
+"""Six views from one picture: the one path that previews, commands and tests share."""
+
+import torch
+from diffusers import DDIMScheduler
+from einops import rearrange, repeat
+from torch import Tensor
+
+from softprompt.conditioning import class_labels, image_embeddings, input_latents
+from softprompt.pipeline import Pipeline
+
+
+def sample_views(
+    pipeline: Pipeline,
+    prompt: Tensor,
+    pictures: Tensor,
+    *,
+    steps: int = 50,
+    guidance_scale: float = 3.0,
+    eta: float = 1.0,
+    seed: int = 0,
+    latents: Tensor | None = None,
+    embed_noise: Tensor | None = None,
+) -> Tensor:
+    """Six views of each given picture.
+
+    prompt: [V, T, D], or [B, V, T, D] for a prompt of its own per object.
+    pictures: [3, S, S] or [B, 3, S, S] in [0, 1], each on its background; the reference view (view 0) of its object.
+    steps: DDIM steps. guidance_scale: 1 is no guidance. eta: 0 deterministic DDIM .. 1 as noisy as DDPM.
+    seed: of all noise. Every object gets the same noise, so its views do not depend on what else is in the batch.
+    latents: [V, C, H, W] starting noise, embed_noise: [V, E] noise of the class labels; drawn from `seed` if not given.
+    Returns: [B, V, 3, S, S] in [0, 1], float32, on the UNet's device.
+    Source: FaceLift's pipeline_mvdiffusion_unclip.py; its defaults for guidance, steps and eta are those of its inference.py.
+    """
+    z = sample_latents(
+        pipeline,
+        prompt,
+        pictures,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        eta=eta,
+        seed=seed,
+        latents=latents,
+        embed_noise=embed_noise,
+    )
+    return decode_latents(pipeline, z)
+
+
+@torch.no_grad()
+def sample_latents(
+    pipeline: Pipeline,
+    prompt: Tensor,
+    pictures: Tensor,
+    *,
+    steps: int,
+    guidance_scale: float,
+    eta: float,
+    seed: int,
+    latents: Tensor | None = None,
+    embed_noise: Tensor | None = None,
+) -> Tensor:
+    """As `sample_views`, before decoding. Returns: [B, V, C, H, W], float32."""
+    unet, views, device = pipeline.unet, pipeline.num_views, pipeline.device
+    pictures = (pictures if pictures.ndim == 4 else pictures[None]).to(device)
+    num_objects = len(pictures)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on every machine
+    embeds = image_embeddings(pipeline, pictures).to(device)
+    if embed_noise is None:
+        embed_noise = torch.randn(views, embeds.shape[-1], generator=generator)
+    if latents is None:
+        latents = torch.randn(views, *pipeline.latent_shape, generator=generator)
+
+    labels = class_labels(
+        pipeline,
+        repeat(embeds, "b e -> (b v) e", v=views),
+        repeat(embed_noise.to(device), "v e -> (b v) e", b=num_objects),
+    )
+    given = repeat(input_latents(pipeline, pictures).to(device), "b c h w -> (b v) c h w", v=views)
+    tokens = prompt if prompt.ndim == 4 else repeat(prompt, "v t d -> b v t d", b=num_objects)
+    tokens = rearrange(tokens, "b v t d -> (b v) t d").to(device, unet.dtype)
+    guided = guidance_scale != 1.0
+    if guided:  # the first half sees no picture; the prompt is the same in both
+        labels, given = (torch.cat([torch.zeros_like(x), x]) for x in (labels, given))
+        tokens = torch.cat([tokens, tokens])
+    labels, given = labels.to(unet.dtype), given.to(unet.dtype)
+
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(steps, device=device)
+    z = repeat(latents.to(device, torch.float32), "v c h w -> (b v) c h w", b=num_objects) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        noisy = torch.cat([z, z]) if guided else z
+        noisy = scheduler.scale_model_input(noisy, t).to(unet.dtype)
+        predicted = unet(torch.cat([noisy, given], dim=1), t, encoder_hidden_states=tokens, class_labels=labels).sample.float()
+        if guided:
+            without, with_picture = predicted.chunk(2)
+            predicted = without + guidance_scale * (with_picture - without)
+        fresh = torch.randn(views, *pipeline.latent_shape, generator=generator) if eta > 0 else None
+        z = scheduler.step(
+            predicted,
+            t,
+            z,
+            eta=eta,
+            variance_noise=None if fresh is None else repeat(fresh.to(device), "v c h w -> (b v) c h w", b=num_objects),
+        ).prev_sample
+    return rearrange(z, "(b v) c h w -> b v c h w", v=views)
+
+
+@torch.no_grad()
+def decode_latents(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    """[B, V, C, H, W] scaled latents => [B, V, 3, S, S] pictures in [0, 1], float32."""
+    vae = pipeline.vae
+    z = rearrange(latents, "b v c h w -> (b v) c h w").to(vae.device, vae.dtype) / vae.config.scaling_factor
+    # One object at a time: decoding six 512x512 pictures already takes some GB.
+    decoded = torch.cat([vae.decode(part).sample for part in z.split(latents.shape[1])])
+    return rearrange((decoded.float() / 2 + 0.5).clamp(0, 1), "(b v) c h w -> b v c h w", v=latents.shape[1])

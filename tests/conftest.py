@@ -1,0 +1,26 @@
+"""What tests share: FaceLift's real files where they lie beside the repository, and a pipeline small enough to train."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("SOFTPROMPT_SHARED", Path(__file__).parents[2] / "shared")) / "facelift"
+"""FaceLift's prompts, a sample and numbers its own code computed; not part of this repository."""
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def facelift() -> Path:
+    """The folder of FaceLift's real files."""
+    if not SHARED.is_dir():
+        pytest.skip(f"FaceLift's reference files are not at {SHARED} (set SOFTPROMPT_SHARED to the folder above it)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(facelift: Path) -> Path:
+    """A pipeline folder that FaceLift's own classes wrote, shrunk, with random weights."""
+    return facelift / "tiny" / "pipeckpts"

@@ -1,0 +1,148 @@
+"""The packaged micro pipeline keeps its promises, and `python -m train.micro` can make one."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from softprompt.embeddings import check_prompt, encode_texts
+from softprompt.micro import MICRO_MODEL
+from softprompt.micro.pretrain import fixed_noise_loss, given_picture, held_out
+from softprompt.micro.tokenizer import WORDS, learn_merges
+from softprompt.pipeline import Pipeline, load_pipeline, load_text_encoder
+from softprompt.sampling import sample_views
+from softprompt.templates import TEMPLATES, view_texts
+from train import micro, micro_trainer
+
+MEGABYTE = 1_000_000
+HEADS_BOUND = 0.04
+TOY = [
+    "--objects=4",
+    "--vae_steps=4",
+    "--prior_steps=16",
+    "--heads_steps=8",
+    "--decoder_steps=8",
+    "--save_every=8",
+    "--evaluated=1",
+]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return load_pipeline(MICRO_MODEL)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> dict[str, Tensor]:
+    encoders = load_text_encoder(MICRO_MODEL)
+    return {name: encode_texts(view_texts(name), *encoders) for name in TEMPLATES}
+
+
+def test_packaged_model_is_a_small_facelift(pipeline: Pipeline) -> None:
+    assert sum(file.stat().st_size for file in MICRO_MODEL.rglob("*") if file.is_file()) < 20 * MEGABYTE
+    assert pipeline.picture_size == 64 and pipeline.latent_shape == (4, 16, 16)
+    assert pipeline.num_views == 6 and pipeline.prompt_width == 1024
+    config = json.loads((MICRO_MODEL / "unet" / "config.json").read_text())
+    assert config["_class_name"] == "UNetMV2DConditionModel"
+    assert config["multiview_attention"] and config["sparse_mv_attention"] and not config["cd_attention_last"]
+    index = json.loads((MICRO_MODEL / "model_index.json").read_text())
+    assert {name for name, value in index.items() if isinstance(value, list)} == {
+        folder.name for folder in MICRO_MODEL.iterdir() if folder.is_dir()
+    }
+
+
+def test_packaged_prompts_are_distinct_and_facelift_shaped(prompts: dict[str, Tensor]) -> None:
+    for name, prompt in prompts.items():
+        assert check_prompt(prompt, width=1024, origin=name).shape == (6, 77, 1024)
+
+
+def test_template_words_are_single_tokens_and_ascii_is_spelled() -> None:
+    tokenizer, text_encoder = load_text_encoder(MICRO_MODEL)
+    assert tokenizer.pad_token == "!" and tokenizer.pad_token_id == 0
+    assert len(tokenizer) == text_encoder.config.vocab_size
+    for word in WORDS:
+        assert len(tokenizer(word).input_ids) == 3, f"{word!r} is not one token between start and end"
+    text = view_texts("facelift")[1]
+    words = re.findall(r"[A-Za-z]+|\d|[^\w\s]|_", text)
+    ids = tokenizer(text).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids[1:-1]) == [f"{word.lower()}</w>" for word in words]
+    ascii_text = "".join(map(chr, range(ord(" "), ord("~") + 1)))
+    spelled = tokenizer(ascii_text).input_ids[1:-1]
+    assert tokenizer.eos_token_id not in spelled, "a printable character is unknown"
+    assert tokenizer.decode(spelled).replace(" ", "") == ascii_text.lower().replace(" ", "")
+
+
+def test_merges_make_every_word_whole() -> None:
+    merges = learn_merges(["front", "from", "right"])
+    assert {a + b for a, b in merges} >= {"front</w>", "from</w>", "right</w>"}
+
+
+def test_packaged_model_knows_heads_and_not_mice(pipeline: Pipeline, prompts: dict[str, Tensor]) -> None:
+    heads = fixed_noise_loss(pipeline, held_out("heads", 4), prompts["facelift"])
+    mice = held_out("mice", 4)
+    under_facelift = fixed_noise_loss(pipeline, mice, prompts["facelift"])
+    under_realistic = fixed_noise_loss(pipeline, mice, prompts["realistic"])
+    assert heads < HEADS_BOUND
+    assert under_facelift > 1.5 * heads
+    assert under_realistic < under_facelift
+
+
+def test_packaged_model_turns_a_held_out_head(pipeline: Pipeline, prompts: dict[str, Tensor]) -> None:
+    true = given_picture(held_out("heads", 1), 0)
+    sampled = sample_views(pipeline, prompts["facelift"], true[0], steps=12, guidance_scale=1.0, eta=0.0)[0]
+    errors = (sampled[:, None] - true[None]).square().mean(dim=(2, 3, 4))  # sampled view, true view
+    for view in (0, 2, 3, 4):  # front, right, back, left: none can be taken for another
+        assert errors[view].argmin() == view
+    assert -10 * errors.diagonal().mean().log10() > 16
+
+
+def build(folder: Path, *options: str) -> int:
+    return micro.main(["--output", str(folder), *TOY, *options])
+
+
+def test_building_is_the_same_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build(tmp_path / "straight", "--grid", str(tmp_path / "grid.png")) == 0
+    assert (tmp_path / "grid.png").is_file()
+
+    save = micro_trainer.Trainer._save
+
+    def save_and_stop(self: micro_trainer.Trainer, phase: str, step: int, optimizer: torch.optim.Optimizer) -> None:
+        save(self, phase, step, optimizer)
+        if (phase, step) == ("prior", 8):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(micro_trainer.Trainer, "_save", save_and_stop)
+        assert build(tmp_path / "stopped") == 130
+    assert not (tmp_path / "stopped").exists()
+    assert build(tmp_path / "stopped", "--seed", "1") == 2, "went on with another seed"
+    assert build(tmp_path / "stopped") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "stopped", "straight"]
+    for weights in (tmp_path / "straight").rglob("*.safetensors"):
+        other = load_file(tmp_path / "stopped" / weights.relative_to(tmp_path / "straight"))
+        for name, tensor in load_file(weights).items():
+            assert torch.equal(tensor, other[name]), f"{weights.parent.name}: {name}"
+    load_pipeline(tmp_path / "stopped")
+
+
+def test_an_existing_folder_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").write_text("precious")
+    assert build(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: output: ") and "--overwrite" in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--batch_size=3", "batch_size: is 3; expected a multiple of 4"), ("--save_every=5", "save_every: is 5")],
+)
+def test_options_that_cannot_be_are_refused(
+    option: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(tmp_path / "new", option) == 2
+    assert message in capsys.readouterr().err

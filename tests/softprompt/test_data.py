@@ -1,0 +1,382 @@
+"""Samples in and out: layouts, colour modes, sizes, backgrounds, and every error a user's data can cause."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from softprompt import data
+from softprompt.data import composite, load_picture, open_source, write_source
+from softprompt.errors import InputError
+
+
+def random_picture(seed: int, width: int = 16, height: int = 16) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+
+
+def write_sample(folder: Path, *, views: range = range(6), seed: int = 0, mouse_layout: bool = False) -> Path:
+    pictures = folder / "images" if mouse_layout else folder
+    pictures.mkdir(parents=True)
+    for view in views:
+        Image.fromarray(random_picture(seed * 100 + view)).save(pictures / f"cam_{view:03d}.png")
+    return folder
+
+
+def write_list(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------ opening
+
+
+def test_facelift_layout_is_read_as_it_is_in_the_files(tmp_path):
+    source = open_source(write_sample(tmp_path / "cat_1"), size=16)
+    assert source.names == ["cat_1"] and len(source) == 1
+    views = source.load(0)
+    assert views.dtype == torch.uint8 and views.shape == (6, 4, 16, 16) and views.is_contiguous()
+    for view in range(6):
+        np.testing.assert_array_equal(views[view].permute(1, 2, 0).numpy(), random_picture(view))
+
+
+def test_mouse_layout_gives_the_same_as_facelift_s(tmp_path):
+    plain = open_source(write_sample(tmp_path / "a"), size=16)
+    mouse = open_source(write_sample(tmp_path / "b", mouse_layout=True), size=16)
+    assert mouse.names == ["b"]
+    assert torch.equal(plain.load(0), mouse.load(0))
+
+
+def test_both_layouts_may_be_mixed_in_one_folder_and_are_sorted_by_name(tmp_path):
+    write_sample(tmp_path / "m_2", seed=2, mouse_layout=True)
+    write_sample(tmp_path / "m_1", seed=1)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "readme.txt").write_text("not a sample")
+    source = open_source(tmp_path, size=16)
+    assert source.names == ["m_1", "m_2"]
+    np.testing.assert_array_equal(source.load(1)[3].permute(1, 2, 0).numpy(), random_picture(203))
+
+
+def test_list_skips_blank_lines_and_comments_and_keeps_its_order(tmp_path):
+    write_sample(tmp_path / "s_1")
+    write_sample(tmp_path / "s_2")
+    path = write_list(tmp_path / "list.txt", "\ufeff# two mice", "", "  s_2 ", "s_1\r", "#s_3")
+    assert open_source(path, size=16).names == ["s_2", "s_1"]
+
+
+def test_list_entries_are_looked_up_beside_the_list_then_in_the_working_directory(tmp_path, monkeypatch):
+    write_sample(tmp_path / "lists" / "both", seed=1)
+    write_sample(tmp_path / "work" / "both", seed=2)
+    write_sample(tmp_path / "work" / "here", seed=3)
+    write_sample(tmp_path / "far" / "away", seed=4)
+    monkeypatch.chdir(tmp_path / "work")
+    path = write_list(tmp_path / "lists" / "list.txt", "both", "here", str(tmp_path / "far" / "away"))
+    source = open_source(path, size=16)
+    assert source.names == ["both", "here", "away"]
+    for index, seed in enumerate([1, 3, 4]):
+        np.testing.assert_array_equal(source.load(index)[0].permute(1, 2, 0).numpy(), random_picture(seed * 100))
+
+
+def test_equal_folder_names_are_led_by_as_many_parents_as_needed(tmp_path):
+    folders = ["june/s", "july/s", "x/may/s", "y/may/s", "other"]
+    for folder in folders:
+        write_sample(tmp_path / folder)
+    names = open_source(write_list(tmp_path / "list.txt", *folders), size=16).names
+    assert names == ["june/s", "july/s", "x/may/s", "y/may/s", "other"]
+
+
+def test_opening_decodes_nothing_and_lists_each_sample_once(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        write_sample(tmp_path / name)
+        (tmp_path / name / "cam_000.png").write_bytes(b"no picture")
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(Path(path).name) or scandir(path))
+    source = open_source(write_list(tmp_path / "list.txt", "a", "b", "c"), size=16)
+    assert listed == ["a", "b", "c"]
+    with pytest.raises(InputError, match=r"a/cam_000.png: cannot be decoded"):
+        source.load(0)
+
+
+def test_fewer_views_and_views_left_over(tmp_path):
+    sample = write_sample(tmp_path / "s", views=range(8))
+    assert open_source(sample, size=16, num_views=3).load(0).shape == (3, 4, 16, 16)
+    assert open_source(sample, size=16).load(0).shape == (6, 4, 16, 16)
+
+
+def test_facelift_s_own_sample_is_read_and_made_smaller(facelift):
+    sample = facelift / "sample_000"
+    full = open_source(sample, size=512).load(0)
+    small = open_source(sample, size=64).load(0)
+    for view in range(6):
+        picture = np.array(Image.open(sample / f"cam_{view:03d}.png"))
+        np.testing.assert_array_equal(full[view].permute(1, 2, 0).numpy(), picture)
+    white = torch.ones(3)
+    averaged = torch.nn.functional.avg_pool2d(composite(full, white), 8)
+    assert (composite(small, white) - averaged).abs().mean() < 0.01
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGB", "L", "P", "1", "I;16"])
+def test_every_colour_mode_becomes_rgba(tmp_path, mode):
+    path = tmp_path / "cam_000.png"
+    levels = np.tile(np.array([[0, 80], [160, 255]], dtype=np.uint8), (4, 4))
+    if mode == "I;16":
+        Image.fromarray(levels.astype(np.uint16) * 257).save(path)
+    else:
+        Image.fromarray(levels).convert(mode, dither=Image.Dither.NONE).save(path)
+    rgba = load_picture(path, 8)
+    assert (rgba[3] == 255).all()
+    expected = np.where(levels > 127, 255, 0) if mode == "1" else levels
+    for channel in rgba[:3]:
+        np.testing.assert_array_equal(channel.numpy(), expected)
+
+
+def test_transparency_of_a_palette_is_kept(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1], [1, 0]], dtype=np.uint8)).convert("P")
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    picture.save(tmp_path / "p.png", transparency=0)
+    rgba = load_picture(tmp_path / "p.png", 2)
+    assert rgba[3].tolist() == [[0, 255], [255, 0]]
+    assert rgba[:, 0, 1].tolist() == [200, 100, 50, 255]
+
+
+@pytest.mark.parametrize(("width", "height"), [(32, 16), (16, 32), (5, 10), (7, 7), (100, 1), (8, 4)])
+def test_any_aspect_is_kept_and_centred_on_transparency(tmp_path, width, height):
+    Image.new("RGB", (width, height), (200, 100, 50)).save(tmp_path / "p.png")
+    rgba = load_picture(tmp_path / "p.png", 8)
+    inside_width = max(1, round(8 * width / max(width, height)))
+    inside_height = max(1, round(8 * height / max(width, height)))
+    left, top = (8 - inside_width) // 2, (8 - inside_height) // 2
+    expected = torch.zeros(4, 8, 8, dtype=torch.uint8)
+    expected[:, top : top + inside_height, left : left + inside_width] = torch.tensor([200, 100, 50, 255])[
+        :, None, None
+    ]
+    assert torch.equal(rgba, expected)
+
+
+def test_colour_under_transparent_pixels_does_not_bleed_when_resized(tmp_path):
+    pixels = np.zeros((32, 32, 4), dtype=np.uint8)
+    pixels[:] = (0, 255, 0, 0)
+    pixels[8:21, 8:21] = (255, 0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "p.png")
+    rgba = load_picture(tmp_path / "p.png", 16)
+    assert (rgba[1] == 0).all(), "green lies under transparent pixels only"
+    assert (rgba[0][rgba[3] > 8] > 240).all(), "the edge keeps the object's colour"
+    assert ((rgba[3] > 0) & (rgba[3] < 255)).any(), "the edge itself is soft"
+
+
+def test_composite_is_alpha_blending(tmp_path):
+    rgba = torch.from_numpy(random_picture(3)).permute(2, 0, 1)[None].repeat(2, 1, 1, 1)
+    background = torch.tensor([0.2, 0.5, 0.9])
+    result = composite(rgba, background)
+    assert result.shape == (2, 3, 16, 16) and result.dtype == torch.float32
+    for row, column, channel in [(0, 0, 0), (3, 7, 1), (15, 2, 2)]:
+        colour, alpha = float(rgba[0, channel, row, column]) / 255, float(rgba[0, 3, row, column]) / 255
+        expected = colour * alpha + float(background[channel]) * (1 - alpha)
+        assert float(result[1, channel, row, column]) == pytest.approx(expected, abs=1e-6)
+    assert result.min() >= 0 and result.max() <= 1
+
+
+# -------------------------------------------------------------------------------------------- backgrounds, view order
+
+
+def test_backgrounds_lists_the_fixed_colours():
+    for name, value in (("white", 1.0), ("black", 0.0), ("gray", 0.5)):
+        assert [colour.tolist() for colour in data.backgrounds(name)] == [[value] * 3]
+    assert [colour[0].item() for colour in data.backgrounds("three_choices")] == [1.0, 0.0, 0.5]
+    assert data.backgrounds("random") is None
+
+
+def test_pick_background_draws_what_the_choice_allows_and_repeats_by_seed():
+    def draw(choice: str, seed: int = 0) -> list[tuple[float, ...]]:
+        generator = torch.Generator().manual_seed(seed)
+        return [tuple(data.pick_background(choice, generator).tolist()) for _ in range(300)]
+
+    assert set(draw("gray")) == {(0.5, 0.5, 0.5)}
+    counts = [draw("three_choices").count((level,) * 3) for level in (0.0, 0.5, 1.0)]
+    assert sum(counts) == 300 and min(counts) > 60
+    drawn = torch.tensor(draw("random"))
+    assert drawn.min() >= 0 and drawn.max() <= 1 and (drawn.mean(dim=0) - 0.5).abs().max() < 0.1
+    assert draw("random", 1) == draw("random", 1) != draw("random", 2)
+
+
+@pytest.mark.parametrize("choose", [data.backgrounds, lambda name: data.pick_background(name, torch.Generator())])
+def test_unknown_background_names_the_known(choose):
+    with pytest.raises(
+        InputError, match=r"background: 'grey' is unknown; .* white, black, gray, three_choices, random"
+    ):
+        choose("grey")
+
+
+@pytest.mark.parametrize("reference", range(6))
+def test_rotating_puts_the_reference_first_and_keeps_the_ring(reference):
+    order = data.view_order(reference, 6)
+    assert order.dtype == torch.int64
+    assert order.tolist() == [*range(reference, 6), *range(reference)]
+    x = torch.arange(12).reshape(6, 2)
+    assert torch.equal(data.rotate_views(x, reference), torch.roll(x, -reference, dims=0))
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def test_what_is_written_reads_back_identical_from_the_list_and_from_the_folder(tmp_path):
+    folders = ["june/s", "july/s", "other"]
+    for seed, folder in enumerate(folders):
+        write_sample(tmp_path / folder, seed=seed, mouse_layout=seed == 1)
+    source = open_source(write_list(tmp_path / "list.txt", *folders), size=16)
+    listing = write_source(source, tmp_path / "out")
+    assert listing == tmp_path / "out" / "samples.txt"
+    back = open_source(listing, size=16)
+    assert back.names == ["june__s", "july__s", "other"]
+    for index in range(3):
+        assert torch.equal(back.load(index), source.load(index))
+    assert open_source(tmp_path / "out", size=16).names == sorted(back.names)
+    assert sorted(os.listdir(tmp_path / "out" / "other")) == [f"cam_{view:03d}.png" for view in range(6)]
+
+
+def test_writing_into_a_folder_that_holds_something_is_refused_and_nothing_is_left(tmp_path):
+    source = open_source(write_sample(tmp_path / "s"), size=16)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match=r"out: exists already"):
+        write_source(source, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["mine.txt"]
+    (tmp_path / "s" / "cam_004.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"cam_004.png"):
+        write_source(source, tmp_path / "new")
+    assert sorted(os.listdir(tmp_path)) == ["out", "s"]
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def failing_open(path: Path, match: str, **options) -> str:
+    with pytest.raises(InputError, match=match) as caught:
+        open_source(path, size=16, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_path(tmp_path):
+    failing_open(tmp_path / "nowhere", r"nowhere: not found; expected a list of samples or a folder")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "# nothing yet\n"])
+def test_empty_list(tmp_path, content):
+    (tmp_path / "list.txt").write_text(content)
+    failing_open(tmp_path / "list.txt", r"list.txt: lists no sample; expected .* one sample folder a line")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"\x80\x02PK\xff\xfe", "cannot be read as a list .*can't decode"),
+        ("Mäuse\n".encode("latin-1"), "can't decode"),
+        (b"a\0b", "NUL characters"),
+    ],
+)
+def test_list_that_is_no_text(tmp_path, content, found):
+    (tmp_path / "list.txt").write_bytes(content)
+    failing_open(tmp_path / "list.txt", rf"list.txt: .*{found}.*expected a UTF-8 text .*likely another kind of file")
+
+
+def test_folder_without_samples(tmp_path):
+    failing_open(tmp_path, r"no samples in 0 sub-folders, no pictures; expected sub-folders with cam_000.png")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    failing_open(tmp_path, r"no samples in 1 sub-folders, no pictures; .* a level too high or too low")
+    for view in range(6):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"view{view}.png")
+    failing_open(tmp_path, r"6 pictures \(view0.png, view1.png, view2.png, view3.png and 2 more\).*named otherwise")
+
+
+def test_folder_where_some_sub_folders_are_no_samples(tmp_path):
+    write_sample(tmp_path / "s_1")
+    (tmp_path / "logs").mkdir()
+    failing_open(tmp_path, r"1 of 2 sub-folders have no cam_ pictures \(logs\).*give a list file")
+
+
+def test_list_with_missing_samples_names_the_line_the_number_and_both_folders(tmp_path, monkeypatch):
+    write_sample(tmp_path / "lists" / "s_1")
+    (tmp_path / "lists" / "file").write_text("")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    path = write_list(tmp_path / "lists" / "list.txt", "# mice", "s_1", "s_2", "file", "/no/such/place")
+    message = failing_open(path, r"list.txt: line 3: 's_2' \(No such file.*3 of 4 samples listed are missing")
+    assert f"{tmp_path / 'lists'} (the list's folder)" in message
+    assert f"{tmp_path / 'work'} (the working directory)" in message
+
+
+def test_list_with_a_sample_twice(tmp_path):
+    write_sample(tmp_path / "s")
+    path = write_list(tmp_path / "list.txt", "s", "", "./s/")
+    failing_open(path, r"list.txt: line 3 names './s/' again, after line 1; expected every sample once")
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize("mouse_layout", [False, True])
+def test_sample_with_five_pictures_names_the_missing_one(tmp_path, as_list, mouse_layout):
+    sample = write_sample(tmp_path / "s", mouse_layout=mouse_layout)
+    next(sample.rglob("cam_003.png")).unlink()
+    path = write_list(tmp_path / "list.txt", "s") if as_list else sample
+    where = "s/images" if mouse_layout else "s"
+    failing_open(path, rf"{where}: cam_003.png missing, 5 of 6 views found; expected cam_000.png to cam_005.png")
+
+
+def test_sample_numbered_from_one_is_recognised(tmp_path):
+    write_sample(tmp_path / "s", views=range(1, 7))
+    failing_open(tmp_path / "s", r"cam_000.png missing, .* numbered or named otherwise \(cam_006.png\)")
+
+
+def test_all_incomplete_samples_are_counted(tmp_path):
+    write_sample(tmp_path / "a")
+    write_sample(tmp_path / "b", views=range(4))
+    write_sample(tmp_path / "c", views=range(5))
+    failing_open(tmp_path, r"b: cam_004.png, cam_005.png missing, 4 of 6 .*a view was not exported; 1 more samples are")
+
+
+def test_picture_name_that_is_a_folder_is_missing(tmp_path):
+    sample = write_sample(tmp_path / "s", views=range(5))
+    (sample / "cam_005.png").mkdir()
+    failing_open(sample, r"cam_005.png missing")
+
+
+def test_damaged_picture_is_an_input_error_wherever_it_is_cut(tmp_path):
+    whole = tmp_path / "whole.png"
+    Image.fromarray(random_picture(0)).save(whole)
+    content = whole.read_bytes()
+    path = tmp_path / "cam_002.png"
+    for length in [0, 1, 8, 20, 33, 40, 200, len(content) // 2, len(content) - 40]:
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError, match=r"cam_002.png: cannot be decoded \(.*copied incompletely"):
+            load_picture(path, 16)
+    for position in range(8, 33):  # the header; a byte of the pixels themselves may change unnoticed
+        path.write_bytes(content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :])
+        with pytest.raises(InputError, match=r"cam_002.png: cannot be decoded \("):
+            load_picture(path, 16)
+
+
+def test_other_format_named_png_is_refused(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png", format="JPEG")
+    with pytest.raises(InputError, match=r"p.png: cannot be decoded .*another format was given the name .png"):
+        load_picture(tmp_path / "p.png", 8)
+
+
+def test_picture_deleted_after_opening(tmp_path):
+    source = open_source(write_sample(tmp_path / "s"), size=16)
+    (tmp_path / "s" / "cam_001.png").unlink()
+    with pytest.raises(InputError, match=r"cam_001.png: not found"):
+        source.load(0)
+
+
+@pytest.mark.parametrize("size", [16, 8])
+def test_picture_without_foreground(tmp_path, size):
+    sample = write_sample(tmp_path / "s")
+    Image.new("RGBA", (16, 16), (9, 9, 9, 0)).save(sample / "cam_005.png")
+    with pytest.raises(InputError, match=rf"cam_005.png: no visible pixel at {size}x{size} .*likely the segmentation"):
+        open_source(sample, size=size).load(0)

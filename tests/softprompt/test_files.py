@@ -1,0 +1,112 @@
+"""Files and folders appear whole or not at all."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from softprompt.errors import InputError
+from softprompt.files import new_file, new_folder, read_json, write_json
+
+
+class Stop(Exception):
+    pass
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_folder_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b"
+    with new_folder(target) as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "x").write_text("1")
+        assert partial.parent == target.parent and not target.exists()
+    assert (target / "sub" / "x").read_text() == "1" and names(target.parent) == ["b"]
+
+
+@pytest.mark.parametrize("empty_there", [False, True])
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, empty_there: bool) -> None:
+    if empty_there:
+        (tmp_path / "b").mkdir()
+    with pytest.raises(Stop), new_folder(tmp_path / "b") as partial:
+        (partial / "x").write_text("half")
+        raise Stop
+    assert names(tmp_path) == (["b"] if empty_there else [])
+    assert not empty_there or names(tmp_path / "b") == []
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    with new_folder(tmp_path / "b") as partial:
+        (partial / "x").write_text("1")
+    assert names(tmp_path / "b") == ["x"]
+
+
+@pytest.mark.parametrize("kind", ["full folder", "file"])
+def test_what_is_there_is_not_written_over(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "b"
+    if kind == "file":
+        target.write_text("precious")
+    else:
+        target.mkdir()
+        (target / ".hidden").write_text("precious")
+    with pytest.raises(InputError, match=r"b: exists already and is not an empty folder"), new_folder(target):
+        pytest.fail("the block was entered")
+    assert (target if kind == "file" else target / ".hidden").read_text() == "precious"
+    assert names(tmp_path) == ["b"]
+
+
+def test_a_file_is_replaced_only_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "x.json"
+    with new_file(target) as partial:
+        partial.write_text("old")
+        assert partial.suffix == ".json" and not target.exists()
+    with pytest.raises(Stop), new_file(target) as partial:
+        partial.write_text("half")
+        raise Stop
+    assert target.read_text() == "old"
+    with new_file(target) as partial:
+        partial.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new" and names(target.parent) == ["x.json"]
+
+
+def test_others_may_read_what_they_may_read_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    expected = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    with new_file(tmp_path / "f.safetensors") as partial:
+        save_file({"x": torch.ones(1)}, partial)
+        os.chmod(partial, 0o600)
+    with new_folder(tmp_path / "folder") as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "f").touch(mode=0o600)
+    for file in (tmp_path / "f.safetensors", tmp_path / "folder" / "sub" / "f"):
+        assert stat.S_IMODE(file.stat().st_mode) == expected, file
+
+
+def test_json_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    content = {"a": [1, 2.5, None], "b": {"c": "ü"}}
+    write_json(tmp_path / "x.json", content)
+    assert read_json(tmp_path / "x.json", what="a test") == content
+    assert (tmp_path / "x.json").read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"x\.json: not found; the index was expected there"),
+        (b"{", r"x\.json: cannot be read as JSON \(.*\); the index was expected there"),
+        (b"\xff\xfe{}", r"x\.json: cannot be read as JSON"),
+        (b"[1]", r"x\.json: holds a JSON list; the index was expected there"),
+    ],
+)
+def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_json(tmp_path / "x.json", what="the index")

@@ -1,0 +1,120 @@
+"""Six views from one picture: FaceLift's own numbers, and noise that belongs to the object."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from softprompt.pipeline import Pipeline
+from softprompt.sampling import decode_latents, sample_latents, sample_views
+from softprompt.unet import load_unet
+
+FAST = {"steps": 2, "guidance_scale": 2.0, "eta": 0.0}
+
+
+@pytest.fixture(scope="session")
+def golden(facelift: Path) -> dict[str, Tensor]:
+    return load_file(facelift / "tiny" / "sampling.safetensors")
+
+
+def some_pictures(count: int, size: int = 64) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def some_prompt(seed: int = 0) -> Tensor:
+    return torch.randn(6, 77, 1024, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_latents_match_facelift_s_pipeline(tiny_models: Pipeline, golden: dict[str, Tensor], guidance: int) -> None:
+    found = sample_latents(
+        tiny_models,
+        golden["prompt"],
+        golden["image"],
+        steps=5,
+        guidance_scale=float(guidance),
+        eta=0.0,
+        seed=0,
+        latents=golden["latents"],
+        embed_noise=golden["embed_noise"],
+    )
+    torch.testing.assert_close(found, golden[f"output_guidance{guidance}"][None], atol=1e-4, rtol=0)
+
+
+def test_views_are_pictures_of_every_object(micro_models: Pipeline) -> None:
+    views = sample_views(micro_models, some_prompt(), some_pictures(2), **FAST)
+    assert views.shape == (2, 6, 3, 64, 64) and views.dtype == torch.float32
+    assert views.min() >= 0 and views.max() <= 1 and views.std() > 0.01
+    one = sample_views(micro_models, some_prompt(), some_pictures(2)[0], **FAST)
+    assert one.shape == (1, 6, 3, 64, 64)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_views_do_not_depend_on_what_else_is_in_the_batch(micro_models: Pipeline, eta: float) -> None:
+    pictures, options = some_pictures(3), FAST | {"eta": eta}
+    together = sample_views(micro_models, some_prompt(), pictures, **options)
+    alone = torch.cat([sample_views(micro_models, some_prompt(), picture, **options) for picture in pictures])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    assert (together[0] - together[1]).abs().max() > 0.01, "the picture makes no difference"
+
+
+def test_each_object_may_have_a_prompt_of_its_own(micro_models: Pipeline) -> None:
+    pictures, prompts = some_pictures(1).expand(2, -1, -1, -1), torch.stack([some_prompt(0), some_prompt(1)])
+    together = sample_views(micro_models, prompts, pictures, **FAST)
+    alone = torch.cat([sample_views(micro_models, prompt, pictures[0], **FAST) for prompt in prompts])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    assert (together[0] - together[1]).abs().max() > 0.01
+
+
+def test_the_seed_alone_decides_the_noise(micro_models: Pipeline) -> None:
+    def sample(seed: int, elsewhere: int) -> Tensor:
+        torch.manual_seed(elsewhere)
+        return sample_views(micro_models, some_prompt(), some_pictures(1), **FAST | {"eta": 1.0}, seed=seed)
+
+    first = sample(3, elsewhere=1)
+    assert torch.equal(first, sample(3, elsewhere=2))
+    assert (first - sample(4, elsewhere=1)).abs().max() > 0.01
+
+
+def test_eta_adds_noise_of_its_own(micro_models: Pipeline) -> None:
+    deterministic, noisy = (
+        sample_views(micro_models, some_prompt(), some_pictures(1), **FAST | {"eta": eta}) for eta in (0.0, 1.0)
+    )
+    assert (deterministic - noisy).abs().max() > 0.01
+
+
+def test_guidance_looks_away_from_the_picture_not_from_the_prompt(micro_models: Pipeline) -> None:
+    calls = []
+    unet = micro_models.unet
+    hook = unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args[0], kwargs)), with_kwargs=True)
+    try:
+        sample_views(micro_models, some_prompt(), some_pictures(2), **FAST)
+    finally:
+        hook.remove()
+    for sample, kwargs in calls:
+        assert len(sample) == 24 and torch.equal(sample[:12, :4], sample[12:, :4])
+        assert not sample[:12, 4:].any() and sample[12:, 4:].any()
+        labels, tokens = kwargs["class_labels"], kwargs["encoder_hidden_states"]
+        assert not labels[:12].any() and labels[12:].any()
+        assert torch.equal(tokens[:12], tokens[12:])
+
+
+def test_a_bfloat16_unet_gives_float32_views_near_those_of_float32(tiny_models: Pipeline, tiny_folder: Path) -> None:
+    half = replace(tiny_models, unet=load_unet(tiny_folder / "unet", dtype=torch.bfloat16))
+    pictures, options = some_pictures(1, size=32), {"steps": 3, "guidance_scale": 3.0, "eta": 1.0}
+    found, expected = (sample_views(p, some_prompt(), pictures, **options) for p in (half, tiny_models))
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    difference = (found - expected).abs()
+    assert difference.mean() < 0.02 and difference.max() > 0
+
+
+def test_decoding_is_the_vae_s_one_picture_at_a_time(micro_models: Pipeline) -> None:
+    latents = torch.randn(2, 6, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = decode_latents(micro_models, latents)
+    scale = micro_models.vae.config.scaling_factor
+    with torch.no_grad():
+        expected = micro_models.vae.decode(latents[1, 4][None] / scale).sample[0] / 2 + 0.5
+    torch.testing.assert_close(found[1, 4], expected.clamp(0, 1), atol=1e-5, rtol=0)

@@ -1,0 +1,419 @@
+"""The one typed configuration of the main job: YAML and command line in, frozen dataclasses out.
+
+The defaults are the embedded micro run (`configs/micro.yaml` writes them out); `configs/facelift_mouse.yaml` is the place to
+start with real weights.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from softprompt.errors import InputError
+
+MICRO = "micro"
+"""Names the embedded model, and the embedded world, where a path is expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """The learnable prompt and the path it is carried along."""
+
+    waypoints: list[str] = field(default_factory=lambda: ["facelift", "realistic"])
+    """Prompts W_0 ... W_S, the pretrained one first: each a prompt file (.pt, .safetensors), a template (facelift, elevated,
+    realistic, hybrid, simple), or a text with {view}, {subject}, {angle}."""
+    subject: str = "mouse"
+    """Fills {subject} in templates."""
+    angle: str = "from above at an angle"
+    """Fills {angle} in templates: where the camera stands."""
+    interpolation: Literal["lerp", "slerp"] = "lerp"
+    """Between waypoints, per token: a straight line, or a turn that keeps the norm."""
+    carry: Literal["keep", "fade"] = "keep"
+    """How much of what was learned is carried along the path: keep all, or fade it out as the last waypoint nears."""
+    learn: bool = True
+    """False freezes the prompt: it is the path alone (template switching, fixed prompts)."""
+    learning_rate: float = 0.1
+    """Of the prompt, per step."""
+    decay: float = 0.0
+    """Decoupled decay of the prompt toward its start (never toward zero), per step and unit of learning rate."""
+    norm_band: float | None = None
+    """Keep each token's norm within this share of its start's norm, e.g. 0.1; null leaves it free."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.waypoints) >= 1, "prompt.waypoints", self.waypoints, "at least one: the pretrained prompt")
+        _require(self.learning_rate > 0, "prompt.learning_rate", self.learning_rate, "a positive number")
+        _require(self.decay >= 0, "prompt.decay", self.decay, "zero or a positive number")
+        _require(
+            self.norm_band is None or 0 < self.norm_band <= 1, "prompt.norm_band", self.norm_band, "a share in (0, 1], or null"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """Where on the path the prompt is at which step."""
+
+    unit: Literal["run", "step"] = "run"
+    """Of `at`: `run` is fractions of the whole run (0 to 1), `step` is steps."""
+    at: list[float] = field(default_factory=lambda: [0.0, 0.25])
+    """When each position is reached, rising."""
+    position: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """Position s in [0, number of waypoints - 1] at each of these: 0 is the pretrained prompt, 1 the first target."""
+    easing: Literal["linear", "cosine", "step"] = "linear"
+    """Between them: linear, cosine (slow at both ends), or step (hold, then switch)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.at) == len(self.position) >= 1,
+            "curriculum.at and curriculum.position",
+            f"{len(self.at)} and {len(self.position)} values",
+            "the same number, one or more",
+        )
+        rising = all(a < b for a, b in zip(self.at, self.at[1:], strict=False))
+        _require(rising and self.at[0] >= 0, "curriculum.at", self.at, "values from 0 up, each larger than the one before")
+        _require(
+            self.unit == "step" or self.at[-1] <= 1, "curriculum.at", self.at, "fractions of the run, at most 1 (unit: run)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the UNet."""
+
+    rank: int = 8
+    """Rank; 0 trains the prompt alone."""
+    alpha: float = 8.0
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Share of its input that is dropped in training."""
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    """Endings of the names of the layers that get one."""
+    learning_rate: float = 1e-3
+    """Of the LoRA, per step."""
+    weight_decay: float = 0.0
+    """AdamW's decay toward zero, of the LoRA only."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "lora.rank", self.rank, "0 (none) or a positive number")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
+        _require(self.learning_rate > 0, "lora.learning_rate", self.learning_rate, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The denoising loss."""
+
+    snr_weighting: Literal["facelift", "v", "none"] = "v"
+    """min-SNR weight: `v` min(snr, g) / (snr + 1), right for v-prediction; `facelift` min(snr, g) / snr, as FaceLift trains
+    (and right for epsilon-prediction); `none`."""
+    snr_gamma: float = 5.0
+    """g above."""
+    condition_drop_rate: float = 0.05
+    """r: class labels are dropped with probability 2r, the input's latents with 2r, both with r; as FaceLift."""
+    own_view: bool = True
+    """False leaves the reference's own view, a mere copy of the input, out of the loss."""
+
+    def __post_init__(self) -> None:
+        _require(self.snr_gamma > 0, "loss.snr_gamma", self.snr_gamma, "a positive number")
+        _require(0 <= self.condition_drop_rate <= 1 / 3, "loss.condition_drop_rate", self.condition_drop_rate, "0 to 1/3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """The KL term that holds the model near the pretrained one (adapters off and prompt W_0)."""
+
+    weight: float = 0.1
+    """Of the term in the loss; 0 leaves it, and its forward pass, out."""
+    weighting: Literal["posterior", "uniform"] = "posterior"
+    """`posterior`: the exact Gaussian KL of a reverse step; `uniform`: plain squared difference, as DRaFT+."""
+    clip: float = 1.0
+    """Largest posterior weight; it is infinite at the last step."""
+    every: int = 4
+    """On every n-th step, with n times the weight: the same on average for less time."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, "kl.weight", self.weight, "zero or a positive number")
+        _require(self.clip > 0, "kl.clip", self.clip, "a positive number")
+        _require(self.every >= 1, "kl.every", self.every, "1 (each step) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Pictures: six views an object."""
+
+    train: str = MICRO
+    """List file, folder of samples, or `micro` (the embedded world of mice)."""
+    val: str | None = None
+    """The same for validation; null holds out the last 5 % of `train` (1 to 24 objects)."""
+    background: Literal["white", "black", "gray", "three_choices", "random"] = "white"
+    """Behind the object, the same for its six views: a colour, one of the three, or any."""
+    reference_view: Literal["random"] | int | list[int] = 0
+    """Which view is the given picture: a number, a list to pick from, or `random` (any)."""
+
+    def references(self, num_views: int) -> list[int]:
+        """The views that may be given. Raises: InputError when one is not among the model's."""
+        chosen = self.reference_view
+        views = list(range(num_views)) if chosen == "random" else [chosen] if isinstance(chosen, int) else list(chosen)
+        _require(
+            bool(views) and all(isinstance(v, int) and 0 <= v < num_views for v in views),
+            "data.reference_view",
+            chosen,
+            f"views from 0 to {num_views - 1}",
+        )
+        return [int(v) for v in views]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    steps: int = 150
+    """Optimizer steps."""
+    batch_size: int = 4
+    """Objects (of six pictures) a process takes at once."""
+    accumulation: int = 1
+    """Batches a step gathers gradients from."""
+    seed: int = 0
+    """Of everything random: order, noise, timesteps, LoRA's start."""
+    warmup_steps: int = 10
+    """Steps in which the learning rates rise from 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Of the learning rates after that: held, or down to 0 at the end."""
+    max_grad_norm: float = 1.0
+    """Each group's gradient is scaled down to this norm."""
+    ema_decay: float | None = None
+    """Keep a moving average of prompt and LoRA, e.g. 0.999; previews, validation and export then use it. null: none."""
+    gradient_checkpointing: bool = False
+    """Less memory for a third more time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the frozen weights and the arithmetic (what trains is float32 always). auto: bf16 or fp16 on CUDA, fp32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
+        _require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
+        _require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1, "train.ema_decay", self.ema_decay, "between 0 and 1, or null"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """What is looked at, and how often."""
+
+    log_every: int = 5
+    """Steps between points in metrics.jsonl and TensorBoard."""
+    validate_every: int = 50
+    """Steps between validations; also at step 0 and at the end."""
+    validation_timesteps: int = 4
+    """Fixed timesteps at which each held-out object is looked at, spread evenly over the schedule."""
+    preview_every: int = 50
+    """Steps between preview grids; also at step 0 and at the end."""
+    preview_objects: int = 3
+    """Held-out objects in a grid."""
+    preview_steps: int = 20
+    """DDIM steps of a preview."""
+    guidance_scale: float = 2.0
+    """Of previews; 1 is none."""
+    eta: float = 0.0
+    """Of previews: 0 is deterministic DDIM, 1 as noisy as DDPM (FaceLift's inference)."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; also at the end and when interrupted."""
+    checkpoints_kept: int = 3
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if f.name not in ("guidance_scale", "eta"):
+                _require(getattr(self, f.name) >= 1, f"monitor.{f.name}", getattr(self, f.name), "1 or more")
+        _require(0 <= self.eta <= 1, "monitor.eta", self.eta, "0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What the run leaves behind, besides the prompt and the LoRA."""
+
+    pipeline: bool = True
+    """At the end, a whole FaceLift pipeline folder with the LoRA merged (as large as the model)."""
+    tolerance: float = 1e-4
+    """Largest difference allowed, in pictures of range 0 to 1, between the model in memory and each export read back."""
+
+    def __post_init__(self) -> None:
+        _require(self.tolerance > 0, "export.tolerance", self.tolerance, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Adapt FaceLift's six-view diffusion model by learning its prompt, jointly with LoRA."""
+
+    model: str = MICRO
+    """FaceLift pipeline folder (pipeckpts), or `micro`."""
+    output: str | None = None
+    """Run folder, new or empty; null takes the next free runs/NAME-NNN."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def __post_init__(self) -> None:
+        last = len(self.prompt.waypoints) - 1
+        _require(
+            all(0 <= s <= last for s in self.curriculum.position),
+            "curriculum.position",
+            self.curriculum.position,
+            f"0 to {last}, since prompt.waypoints has {last + 1}",
+        )
+        if self.prompt.learn and self.prompt.carry == "fade":
+            _require(
+                last == 0 or max(self.curriculum.position) < last,
+                "curriculum.position",
+                max(self.curriculum.position),
+                f"less than {last} (e.g. {0.8 * last:g}) with prompt.carry: fade, since there the prompt's gradient is zero; "
+                f"or use prompt.carry: keep",
+            )
+        _require(
+            self.prompt.learn or self.lora.rank > 0,
+            "lora.rank",
+            0,
+            "1 or more where prompt.learn is false: nothing would train",
+        )
+
+
+def _require(holds: bool, name: str, found: Any, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{name}: is {found}; expected {expected}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    config: Config
+    name: str
+    """Of the run, after the YAML it came from."""
+    given: tuple[str, ...]
+    """YAML files that were read."""
+    resume: Path | None
+    """Run folder to go on with."""
+    dry_run: bool
+
+
+class _Parser(ArgumentParser):
+    """Errors in one line, with the nearest option named."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        del ex
+        message = " ".join(message.split())
+        unknown = re.search(r"unrecognized arguments: --?([\w.\-]+)|ption '([\w.\-]+)'", message, re.IGNORECASE)
+        if unknown:
+            key = unknown.group(1) or unknown.group(2)
+            group = re.search(r"Group '([\w.]+)'", message)
+            wanted = f"{group.group(1)}.{key}" if group and not key.startswith(group.group(1)) else key
+            message = f"unknown option {wanted!r}{suggestion(wanted, option_names())}"
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def option_names(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every option's dotted name."""
+    names = []
+    for f in fields(cls):
+        default = f.default_factory() if callable(f.default_factory) else None
+        if is_dataclass(default):
+            names += option_names(type(default), f"{prefix}{f.name}.")
+        else:
+            names.append(prefix + f.name)
+    return names
+
+
+def suggestion(wanted: str, known: Sequence[str]) -> str:
+    """'; did you mean ...?' where a known name is near, by its whole or by its last part; else nothing."""
+    last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    near = difflib.get_close_matches(wanted, known, n=1) or [
+        last[m] for m in difflib.get_close_matches(wanted.rsplit(".", 1)[-1], list(last), n=1)
+    ]
+    return f"; did you mean {near[0]!r}?" if near else "; --help lists the options"
+
+
+def make_parser() -> ArgumentParser:
+    """The command line of the main job."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(
+        prog="python -m train.softprompt",
+        description="Adapt FaceLift's six-view diffusion model to a new subject and camera by learning its prompt, jointly "
+        "with LoRA. With no options: a full run on the embedded micro model, on a CPU.",
+        epilog="Examples: python -m train.softprompt | python -m train.softprompt --config configs/facelift_mouse.yaml --model "
+        "pipeckpts --data.train mice/ | python -m train.softprompt --resume runs/micro-001",
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file of the options below; several may be given, the last wins."
+    )
+    parser.add_argument("--resume", type=str, default=None, help="Run folder to go on with; its own configuration is taken.")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Load everything, do one step, say what the run will need, and stop."
+    )
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> Request:
+    """Read the command line. Bad options end the program with code 2 and one line.
+
+    Raises: InputError for values that do not fit together, or a resumed folder that holds no run.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    resume = _resume_folder(argv)
+    if resume is not None:
+        argv = ["--config", str(resume / "config.yaml"), *argv]
+    namespace = parser.parse_args(argv)
+    config = parser.instantiate(namespace)
+    files = tuple(str(c) for c in (namespace.config or []))
+    name = MICRO if config.model == MICRO and not files else Path(files[-1]).stem if files else Path(config.model).name
+    return Request(
+        config=Config(**{f.name: getattr(config, f.name) for f in fields(Config)}),
+        name=name,
+        given=files,
+        resume=resume,
+        dry_run=namespace.dry_run,
+    )
+
+
+def _resume_folder(argv: Sequence[str]) -> Path | None:
+    """The value of --resume, needed before parsing: its configuration comes first, the command line overrides it."""
+    for i, argument in enumerate(argv):
+        if argument == "--resume" or argument.startswith("--resume="):
+            value = argument.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
+            folder = Path(value)
+            if not (folder / "config.yaml").is_file():
+                raise InputError(
+                    f"--resume {value}: holds no config.yaml; expected the folder of an earlier run, e.g. runs/micro-001"
+                )
+            return folder
+    return None
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML that `--config` takes back."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(Config)
+    return parser.dump(_namespace(config), skip_none=False)
+
+
+def _namespace(value: Any) -> Any:
+    if not is_dataclass(value):
+        return value
+    return Namespace(**{f.name: _namespace(getattr(value, f.name)) for f in fields(value)})

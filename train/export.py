@@ -1,0 +1,161 @@
+"""What a run is for: prompt, LoRA and pipeline folder, each read back and compared before it is called done."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import get_peft_model_state_dict
+from torch import Tensor
+
+from softprompt.embeddings import load_prompt, save_prompt
+from softprompt.errors import InputError, RunError
+from softprompt.files import new_folder
+from softprompt.pipeline import Pipeline, save_pipeline
+from softprompt.sampling import sample_views
+from softprompt.unet import load_unet
+
+FACELIFT_PROMPT = "mvdiffusion/data/fixed_prompt_embeds_6view/clr_embeds.pt"
+"""Where FaceLift's training and inference look for the prompt; the path is written into its code."""
+FACELIFT_MODEL = "checkpoints/mvdiffusion/pipeckpts"
+"""Where FaceLift's inference looks for the pipeline folder."""
+LICENCE = "derived from FaceLift's weights (Adobe Research License): the terms of the base weights hold for this file"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how near it is to the model in memory; differences are the largest in pictures of range 0 to 1."""
+
+    folder: Path
+    read_back: float
+    """Views of the files read back in a fresh model, against the model in memory under the same rounded prompt."""
+    rounding: float
+    """What rounding the prompt to float16 itself changes."""
+    merged: float | None
+    """Views of the exported pipeline folder, against the same; None where none was written."""
+
+
+def export(
+    pipeline: Pipeline,
+    prompt: Tensor,
+    folder: Path,
+    *,
+    picture: Tensor,
+    metadata: Mapping[str, Any],
+    tolerance: float,
+    with_pipeline: bool,
+) -> Exported:
+    """Write prompt, LoRA and, if asked for, the merged pipeline folder; verify; only then take the place of older ones.
+
+    pipeline: its UNet carries the LoRA. prompt: E [V, T, D]. picture: [3, S, S] in [0, 1], sampled from to compare.
+    tolerance: largest difference allowed, in pictures of range 0 to 1.
+    Raises: RunError when a file read back gives other views; an earlier export is then left as it was.
+    """
+    partial_name = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(partial_name, ignore_errors=True)
+    with new_folder(partial_name) as partial:
+        save_prompt(prompt, partial / "clr_embeds.safetensors", metadata={**metadata, "licence": LICENCE})
+        save_prompt(prompt, partial / "clr_embeds.pt", metadata={**metadata, "licence": LICENCE})
+        if _has_lora(pipeline):
+            StableDiffusionPipeline.save_lora_weights(
+                partial / "lora",
+                unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
+                unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict(),
+            )
+        compared = _verify(pipeline, prompt, partial, picture, tolerance)
+        merged = _export_pipeline(pipeline, prompt, partial, picture, tolerance) if with_pipeline else None
+    _replace(folder, partial_name)
+    return Exported(folder, *compared, merged)
+
+
+def _has_lora(pipeline: Pipeline) -> bool:
+    return bool(getattr(pipeline.unet, "peft_config", None))
+
+
+def _views(pipeline: Pipeline, prompt: Tensor, picture: Tensor) -> Tensor:
+    """A few deterministic steps are enough to show a difference."""
+    training = pipeline.unet.training
+    pipeline.unet.eval()
+    views = sample_views(pipeline, prompt, picture, steps=5, guidance_scale=2.0, eta=0.0)
+    pipeline.unet.train(training)
+    return views
+
+
+def _fresh(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
+    """The pretrained pipeline as the disk has it, with the LoRA of an export, beside frozen parts that are shared."""
+    unet = load_unet(pipeline.folder / "unet", dtype=dtype).to(pipeline.device)
+    if (folder / "lora").is_dir():
+        unet.load_lora_adapter(folder / "lora", prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+        unet.requires_grad_(False).eval()
+    return Pipeline(**{**vars(pipeline), "unet": unet})
+
+
+def _verify(pipeline: Pipeline, prompt: Tensor, folder: Path, picture: Tensor, tolerance: float) -> tuple[float, float]:
+    rounded = prompt.half().float()
+    expected = _views(pipeline, rounded, picture)
+    rounding = _difference(_views(pipeline, prompt, picture), expected)
+    stored = load_prompt(folder / "clr_embeds.pt", num_views=pipeline.num_views, width=pipeline.prompt_width)
+    found = _views(_fresh(pipeline, folder, pipeline.unet.dtype), stored, picture)
+    return _within(_difference(found, expected), tolerance, "clr_embeds.pt and lora"), rounding
+
+
+def _export_pipeline(pipeline: Pipeline, prompt: Tensor, folder: Path, picture: Tensor, tolerance: float) -> float:
+    """Merge in float32 from the weights on disk: in half precision most of a LoRA would be rounded away."""
+    fresh = _fresh(pipeline, folder, torch.float32)
+    expected = _views(fresh, prompt.half().float(), picture)
+    save_pipeline(fresh, folder / "pipeckpts", merge_lora=True)
+    fresh.unet.to("cpu")  # room for the next: two float32 UNets beside the trained one are more than a small GPU holds
+    merged = Pipeline(**{**vars(fresh), "unet": load_unet(folder / "pipeckpts" / "unet").to(pipeline.device)})
+    return _within(_difference(_views(merged, prompt.half().float(), picture), expected), tolerance, "pipeckpts")
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _within(difference: float, tolerance: float, what: str) -> float:
+    if not difference <= tolerance:  # NaN is not within anything
+        raise RunError(
+            f"export: {what} read back differs from the model in memory by {difference:.2g} (of 1), more than export.tolerance "
+            f"{tolerance:.2g}; nothing was exported, the checkpoints hold the model"
+        )
+    return difference
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Move what is new into `folder`, file by file; what it has of the same name goes, all else (best/) stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(new.iterdir()):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    new.rmdir()
+
+
+def how_to_use(folder: Path) -> list[str]:
+    """The exact commands that put an export to use, as lines; what FaceLift had is kept beside it as *.original."""
+    prompt, model = f"FACELIFT/{FACELIFT_PROMPT}", f"FACELIFT/{FACELIFT_MODEL}"
+    lines = [
+        "use it in FaceLift (FACELIFT is its repository):",
+        f"  mv -n {prompt} {prompt}.original; cp {folder / 'clr_embeds.pt'} {prompt}",
+    ]
+    if (folder / "pipeckpts").is_dir():
+        lines.append(f"  mv -n {model} {model}.original; cp -r {folder / 'pipeckpts'}/. {model}")
+    if (folder / "lora").is_dir():
+        lines.append(f'or the LoRA in diffusers: unet.load_lora_adapter("{folder / "lora"}", prefix="unet")')
+    return lines
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raises: InputError when the disk of `folder` has less than `needed` bytes free."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"output: {existing} has {free / 1e9:.1f} GB free; the run needs about {needed / 1e9:.1f} GB (checkpoints, "
+            f"exports); choose another --output, or --export.pipeline false"
+        )

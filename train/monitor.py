@@ -1,0 +1,130 @@
+"""What a run leaves to be looked at: metrics.jsonl, TensorBoard, preview grids."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from softprompt.embeddings import closest_pair, mean_pairwise_cosine, prompt_cosines, view_names
+from softprompt.files import new_file
+from softprompt.prompt import SoftPrompt
+
+
+class Monitor:
+    """Series and pictures of one run, on the main process; elsewhere it writes nothing."""
+
+    def __init__(self, folder: Path, *, active: bool, resumed_step: int | None) -> None:
+        self.folder = folder
+        self.writer: SummaryWriter | None = None
+        if not active:
+            return
+        if resumed_step is not None:  # what came after the checkpoint is done again
+            _drop_after(folder / "metrics.jsonl", resumed_step)
+        purge = None if resumed_step is None else resumed_step + 1
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and one point in each TensorBoard series."""
+        if self.writer is None:
+            return
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def picture(self, step: int, name: str, image: Image.Image) -> Path | None:
+        """RUN/previews/NAME-step-N.png, and in TensorBoard."""
+        if self.writer is None:
+            return None
+        path = self.folder / "previews" / f"{name}-step-{step:06d}.png"
+        with new_file(path) as partial:
+            image.save(partial)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        self.writer.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
+        return path
+
+    def text(self, name: str, markdown: str) -> None:
+        """A page of text in TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_text(name, markdown)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("}\n")]  # a killed run may have left half a line
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    with new_file(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")
+
+
+@torch.no_grad()
+def prompt_series(prompt: SoftPrompt, effective: Tensor) -> dict[str, float]:
+    """Where the prompt is: norms, drift from W_0, nearness to each waypoint, how alike the views are.
+
+    effective: E [V, T, D].
+    """
+    names = view_names(len(effective))
+    norms = effective.norm(dim=-1)  # V T
+    drift = (effective - prompt.start).norm(dim=(1, 2)) / prompt.start.norm(dim=(1, 2))
+    series = {
+        "prompt_norm/mean": float(norms.mean()),
+        "prompt_norm/min": float(norms.min()),
+        "prompt_norm/max": float(norms.max()),
+        "prompt_views_alike/mean_cosine": mean_pairwise_cosine(effective),
+        "prompt_views_alike/closest_pair": closest_pair(effective, names)[2],
+    }
+    if "front_right" in names:
+        cosines = prompt_cosines(effective)
+        series["prompt_views_alike/front_right_front_left"] = float(cosines[1, 5])
+    series |= {f"prompt_drift_from_start/{name}": float(d) for name, d in zip(names, drift, strict=True)}
+    for i, waypoint in enumerate(prompt.waypoints):
+        cosine = F.cosine_similarity(effective.flatten(1), waypoint.flatten(1), dim=-1)
+        series |= {f"prompt_cosine_to_waypoint_{i}/{name}": float(c) for name, c in zip(names, cosine, strict=True)}
+    return series
+
+
+def preview_grid(
+    rows: Sequence[tuple[str, Tensor]], pictures: Tensor, names: Sequence[str], scale_to: int = 128
+) -> Image.Image:
+    """One block per object, one row per kind of views, the input picture at the left.
+
+    rows: (label, [B, V, 3, S, S] in [0, 1]). pictures: [B, 3, S, S], what was given. names: of the views.
+    scale_to: side of a tile in pixels at least.
+    """
+    objects, views, _, size, _ = rows[0][1].shape
+    tile = size * max(1, -(-scale_to // size))
+    margin, header, gap = 92, 18, 10
+    width = margin + (views + 1) * tile
+    height = header + objects * (len(rows) * tile + gap)
+    grid = Image.new("RGB", (width, height), "white")
+    ink, font = ImageDraw.Draw(grid), ImageFont.load_default()
+    for column, name in enumerate(("input", *names)):
+        ink.text((margin + column * tile + 4, 3), name, fill="black", font=font)
+    for b in range(objects):
+        for r, (label, sampled) in enumerate(rows):
+            y = header + b * (len(rows) * tile + gap) + r * tile
+            ink.text((4, y + tile // 2 - 6), label, fill="black", font=font)
+            for v in range(views):
+                grid.paste(_tile(sampled[b, v], tile), (margin + (v + 1) * tile, y))
+        grid.paste(_tile(pictures[b], tile), (margin, header + b * (len(rows) * tile + gap)))
+    return grid
+
+
+def _tile(picture: Tensor, side: int) -> Image.Image:
+    pixels = (picture.clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)

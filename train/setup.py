@@ -1,0 +1,205 @@
+"""From a configuration to everything a run needs, loaded and checked."""
+
+import contextlib
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from softprompt.cache import EncodedObjects
+from softprompt.data import Source, Subset, open_source
+from softprompt.embeddings import load_waypoints
+from softprompt.errors import InputError
+from softprompt.micro import MICRO_MODEL
+from softprompt.micro.world import MicroWorld
+from softprompt.model import AdaptedModel, add_lora
+from softprompt.pipeline import Pipeline, load_pipeline
+from softprompt.prompt import SoftPrompt
+from train.config import MICRO, Config
+
+MICRO_TRAIN_OBJECTS = 40
+MICRO_HELD_OUT_OBJECTS = 24
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Job:
+    """A run, ready to start."""
+
+    config: Config
+    accelerator: Accelerator
+    pipeline: Pipeline
+    """Its `unet` is the one that is adapted."""
+    model: AdaptedModel
+    """As it is called in training: wrapped for many processes where there are."""
+    adapted: AdaptedModel
+    """The same, not wrapped."""
+    optimizer: torch.optim.Optimizer
+    train: EncodedObjects
+    held_out: EncodedObjects
+    notes: list[str]
+    """What was decided on the user's behalf, to be said."""
+
+
+def prepare(config: Config) -> Job:
+    """Load and check everything. Raises: InputError for whatever cannot be used, before anything is written."""
+    precision, notes = _choose_precision(config)
+    accelerator = Accelerator(
+        cpu=config.train.device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    quiet_libraries(accelerator.is_main_process)
+    folder = MICRO_MODEL if config.model == MICRO else Path(config.model)
+    pipeline = load_pipeline(folder, dtype=_DTYPES[precision]).to(accelerator.device)
+    _check_together(config, pipeline)
+    waypoints = load_waypoints(
+        config.prompt.waypoints,
+        folder=folder,
+        subject=config.prompt.subject,
+        angle=config.prompt.angle,
+        num_views=pipeline.num_views,
+        width=pipeline.prompt_width,
+    )
+    train, held_out, data_notes = _open_data(config, pipeline)
+
+    prompt = SoftPrompt(waypoints, carry=config.prompt.carry, interpolation=config.prompt.interpolation)
+    prompt.requires_grad_(config.prompt.learn)
+    if config.lora.rank:
+        add_lora(
+            pipeline.unet,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=config.lora.targets,
+            seed=config.train.seed,
+        )
+    if config.train.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    adapted = AdaptedModel(pipeline.unet, prompt).to(accelerator.device).train()
+    model, optimizer = accelerator.prepare(adapted, make_optimizer(config, adapted))
+
+    fill = EncodedObjects(train, pipeline, config.data.background), EncodedObjects(held_out, pipeline, _still(config))
+    for objects in fill:
+        objects.fill(progress=accelerator.is_main_process)
+    return Job(config, accelerator, pipeline, model, adapted, optimizer, *fill, notes + data_notes + _advice(config))
+
+
+def make_optimizer(config: Config, adapted: AdaptedModel) -> torch.optim.Optimizer:
+    """AdamW with one group per trained part, each with its own learning rate."""
+    settings = {
+        "prompt": {"lr": config.prompt.learning_rate, "weight_decay": 0.0},  # zero: it would pull toward 0, not the start
+        "lora": {"lr": config.lora.learning_rate, "weight_decay": config.lora.weight_decay},
+    }
+    groups = [
+        {"name": name, "params": list(parameters.values()), **settings[name]}
+        for name, parameters in adapted.trainable().items()
+    ]
+    return torch.optim.AdamW(groups, fused=next(adapted.parameters()).is_cuda)
+
+
+def _choose_precision(config: Config) -> tuple[str, list[str]]:
+    wanted, precision = config.train.device, config.train.precision
+    cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not cuda:
+        raise InputError(
+            f"train.device: is cuda; this machine has no CUDA device that torch {torch.__version__} can use. Likely a CPU "
+            f"build of torch, or no driver; use --train.device cpu or auto"
+        )
+    on_cuda = cuda and wanted != "cpu"
+    if precision == "fp16" and not on_cuda:
+        raise InputError("train.precision: is fp16, which needs a CUDA device; expected fp32 or bf16 on a CPU")
+    if precision == "auto":
+        precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_cuda else "fp32"
+    device = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
+    chosen = "chosen from the machine" if "auto" in (wanted, config.train.precision) else "as asked for"
+    return precision, [f"device     {device}; {precision} ({chosen}); what trains is fp32"]
+
+
+def _check_together(config: Config, pipeline: Pipeline) -> None:
+    """What only shows when the model is there. Raises: InputError."""
+    config.data.references(pipeline.num_views)
+    if config.loss.snr_weighting == "v" and pipeline.scheduler.config["prediction_type"] == "epsilon":
+        raise InputError(
+            f"loss.snr_weighting: is v, the min-SNR weight of v-prediction; {pipeline.folder} predicts epsilon. Use "
+            f"`facelift`, which is right for epsilon, or `none`"
+        )
+
+
+def _advice(config: Config) -> list[str]:
+    """What a configuration does that its author may not have meant."""
+    advice = []
+    if config.model != MICRO and (config.lora.learning_rate, config.train.steps) == (
+        Config().lora.learning_rate,
+        Config().train.steps,
+    ):
+        advice.append(
+            "WARNING    steps and LoRA learning rate are those of the micro model; configs/facelift_mouse.yaml has some for "
+            "real weights"
+        )
+    if config.model != MICRO and config.data.train == MICRO:
+        advice.append("WARNING    data.train is the embedded toy world; give --data.train for pictures of your own")
+    curriculum = config.curriculum
+    if curriculum.unit == "step" and curriculum.at[-1] > config.train.steps:
+        advice.append(
+            f"WARNING    the curriculum reaches its end at step {curriculum.at[-1]:g}; the run has {config.train.steps} steps "
+            f"and stops before"
+        )
+    return advice
+
+
+def _still(config: Config) -> str:
+    """The background of held-out objects: always the same one, so that validation is."""
+    return config.data.background if config.data.background in ("white", "black", "gray") else "white"
+
+
+def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list[str]]:
+    """Training and held-out samples, and what to say of them."""
+    size, views = pipeline.picture_size, pipeline.num_views
+
+    def open_any(path: str, first: int, count: int) -> Source:
+        if path == MICRO:
+            return MicroWorld("mice", first, count, size=size)
+        return open_source(path, size=size, num_views=views)
+
+    train = open_any(config.data.train, 0, MICRO_TRAIN_OBJECTS)
+    if config.data.val is not None or config.data.train == MICRO:
+        held_out = open_any(config.data.val or MICRO, 10_000, MICRO_HELD_OUT_OBJECTS)
+        both = sorted(set(train.names) & set(held_out.names))
+        note = f"; WARNING: {len(both)} of them are trained on as well, e.g. {both[0]}" if both else ""
+    elif len(train) > 1:
+        count = min(24, max(1, round(0.05 * len(train))))
+        everything = train
+        train = Subset(everything, range(len(everything) - count))
+        held_out = Subset(everything, range(len(everything) - count, len(everything)))
+        note = " (the last of the list)"
+    else:
+        held_out = train
+        note = "; WARNING: the only object is both trained on and validated on, so validation shows no generalisation"
+    return train, held_out, [f"data       {len(train)} objects to train on, {len(held_out)} held out{note}"]
+
+
+def quiet_libraries(is_main: bool) -> None:
+    """Keep progress bars and advice of the libraries out of the run's own output."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    logging.captureWarnings(True)  # one line each on stderr, none of them lost
+    if not is_main:
+        warnings.filterwarnings("ignore")
+
+
+def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
+    """runs/NAME-001, or the number after the highest that is there."""
+    numbers = [0]
+    with contextlib.suppress(FileNotFoundError):
+        numbers += [int(n) for e in os.listdir(root) if (n := e.removeprefix(f"{name}-")) != e and n.isdecimal()]
+    return root / f"{name}-{max(numbers) + 1:03d}"

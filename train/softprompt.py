@@ -1,0 +1,215 @@
+"""The main job: `python -m train.softprompt`."""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softprompt.errors import InputError, RunError
+from softprompt.files import new_file
+from train.config import Request, parse, to_yaml
+
+if TYPE_CHECKING:
+    from train.loop import Run
+    from train.setup import Job
+
+EXIT_BAD_INPUT = 2
+EXIT_FAILED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the main job.
+
+    Returns: 0 done; 1 failed in the middle; 2 bad input; 128 + N stopped by signal N (saved, can be resumed).
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it gives advice while it is imported
+    try:
+        return _run(parse(argv))
+    except (InputError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        print("\ninterrupted before training began; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _run(request: Request) -> int:
+    import torch
+
+    from train.checkpoint import load_checkpoint
+    from train.export import check_free_space
+    from train.loop import train
+    from train.setup import prepare
+    from train.stop import StopSignal
+
+    config = request.config
+    if request.resume is None and config.output is not None:
+        _refuse_used(Path(config.output))
+    state = load_checkpoint(request.resume) if request.resume else None
+    try:
+        job = prepare(config)
+        folder = _run_folder(request, job)
+        main_process = job.accelerator.is_main_process
+        if main_process:
+            print(to_yaml(config))
+            print(_summary(job, folder, state), flush=True)
+        if request.dry_run:
+            return _dry_run(job, folder)
+
+        with StopSignal() as stop:
+            if main_process:
+                check_free_space(folder, disk_needed(job))
+                with new_file(folder / "config.yaml") as partial:
+                    partial.write_text(to_yaml(config), encoding="utf-8")
+            job.accelerator.wait_for_everyone()
+            run = train(job, folder, state=state, stop=stop)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"out of GPU memory ({str(error).split('. ')[0]}); what checkpoints there are stay good. Lower train.batch_size "
+            f"and raise train.accumulation by as much, switch train.gradient_checkpointing on, or lower "
+            f"monitor.preview_objects; --dry-run shows the peak without a run"
+        ) from error
+    if main_process:
+        print(_outcome(run, stop.number), flush=True)
+    job.accelerator.end_training()
+    return 0 if run.step >= config.train.steps else 128 + (stop.number or 0)
+
+
+def _refuse_used(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        hint = f" Go on with that run: --resume {folder}" if (folder / "config.yaml").is_file() else ""
+        raise InputError(f"output: {folder} is not empty; a run never writes over another. Give a new folder.{hint}")
+
+
+def _run_folder(request: Request, job: "Job") -> Path:
+    """The same for all processes."""
+    from accelerate.utils import broadcast_object_list
+
+    from train.setup import next_run_folder
+
+    folder = request.resume or Path(request.config.output or next_run_folder(request.name))
+    job.accelerator.wait_for_everyone()  # before the first of them writes into it
+    return Path(broadcast_object_list([str(folder)])[0])
+
+
+def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None") -> str:
+    """What is about to happen, in a few lines."""
+    from softprompt.embeddings import mean_pairwise_cosine
+
+    config, prompt = job.config, job.adapted.prompt
+    counts = {name: sum(p.numel() for p in group.values()) for name, group in job.adapted.trainable().items()}
+    groups = ", ".join(f"{name} {count:,} parameters" for name, count in counts.items())
+    alike = ", ".join(
+        f"{spec} {mean_pairwise_cosine(w):.3f}" for spec, w in zip(config.prompt.waypoints, prompt.waypoints, strict=True)
+    )
+    objects = config.train.batch_size * config.train.accumulation * job.accelerator.num_processes
+    lines = [
+        f"model      {job.pipeline.folder.name}: {job.pipeline.num_views} views of {job.pipeline.picture_size}x"
+        f"{job.pipeline.picture_size}, prompts [{job.pipeline.num_views}, 77, {job.pipeline.prompt_width}]",
+        *job.notes,
+        f"training   {groups}; {config.train.steps} steps of {objects} objects",
+        f"waypoints  mean cosine between their views: {alike}",
+        f"run        {folder}   (watch it: tensorboard --logdir {folder})",
+    ]
+    if state is not None:
+        lines.append(f"resumed    at step {state['step']} of {config.train.steps}")
+    return "\n".join(lines)
+
+
+def disk_needed(job: "Job") -> int:
+    """Bytes a run leaves on disk, roughly: checkpoints, exports, previews."""
+    config = job.config
+    trained = sum(p.numel() for group in job.adapted.trainable().values() for p in group.values())
+    copies = 3 if config.train.ema_decay is None else 4  # the weights, Adam's two moments, the average
+    checkpoint = 4 * (trained * copies + job.adapted.prompt.waypoints.numel())
+    pipeline = 0
+    if config.export.pipeline:
+        pipeline = 4 * sum(p.numel() for n, p in job.pipeline.unet.named_parameters() if ".lora_" not in n)
+        pipeline += sum(f.stat().st_size for f in job.pipeline.folder.rglob("*") if f.is_file() and f.parent.name != "unet")
+    previews = (config.train.steps // config.monitor.preview_every + 2) * 2_000_000
+    return checkpoint * (config.monitor.checkpoints_kept + 1) + 3 * 4 * trained + pipeline + previews
+
+
+def _dry_run(job: "Job", folder: Path) -> int:
+    """Two steps, the second one timed; says what the run will need."""
+    import torch
+
+    from train.loop import training_step
+
+    seconds = 0.0
+    for step in range(2):
+        began = time.monotonic()
+        result = training_step(job, step * job.config.kl.every)  # with the KL term, the dearest kind
+        seconds = time.monotonic() - began
+    cuda = job.accelerator.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    total = seconds * job.config.train.steps
+    if job.accelerator.is_main_process:
+        print(f"\ndry run: one step forward and back works; loss {result.denoising:.4g}; nothing was written")
+        for name, group in job.adapted.trainable().items():
+            count = sum(p.numel() for p in group.values())
+            print(
+                f"  trains   {name}: {count:,} parameters in {len(group)} tensors, gradient norm {result.grad_norms[name]:.3g}"
+            )
+        print(
+            f"  step     {seconds:.2f} s with KL; {job.config.train.steps} steps in at most {total / 60:.1f} min, evaluation "
+            f"aside"
+        )
+        print(f"  memory   {peak / 1e9:.2f} GB at peak on {'the GPU' if cuda else 'this machine'}")
+        print(f"  disk     {disk_needed(job) / 1e6:.0f} MB in {folder}")
+    return 0
+
+
+def _outcome(run: "Run", signal_number: int | None) -> str:
+    """The run's last lines: what was made, how much better it is, and how to use it."""
+    from train.export import how_to_use
+
+    config, exported = run.job.config, run.exported
+    assert exported is not None and run.first is not None, "every run ends in an export and starts with an evaluation"
+    lines = [""]
+    if run.step < config.train.steps:
+        lines += [
+            f"stopped by signal {signal_number} after step {run.step} of {config.train.steps}; go on with",
+            f"  python -m train.softprompt --resume {run.folder}",
+        ]
+    made = sorted(p.name + ("/" if p.is_dir() else "") for p in exported.folder.iterdir() if not p.name.startswith("."))
+    lines.append(f"made       {exported.folder}: {', '.join(made)}")
+    lines.append(
+        f"verified   read back in a fresh model: views differ by {exported.read_back:.1e} at most (allowed "
+        f"{config.export.tolerance:g}); rounding the prompt to float16 changes them by {exported.rounding:.1e}"
+        + ("" if exported.merged is None else f"; merged pipeline {exported.merged:.1e}")
+    )
+    lines += [f"           {line}" for line in _improvement(run)]
+    return "\n".join(lines + [""] + how_to_use(exported.folder))
+
+
+def _improvement(run: "Run") -> list[str]:
+    """Before and after, of what was evaluated at both ends."""
+    from softprompt.embeddings import mean_pairwise_cosine
+
+    first, last = run.first or {}, run.last or {}
+    lines = []
+    for key, name in (
+        ("loss/validation", "held-out loss"),
+        ("views/psnr", "PSNR of views, dB"),
+        ("views/ssim", "SSIM of views"),
+        ("views/copy_score", "copy score (1: copies of the input, 0: as different from it as the truth)"),
+    ):
+        if key in first and key in last:
+            change = f" ({last[key] / first[key] - 1:+.0%})" if key == "loss/validation" else ""
+            lines.append(f"{name}: {first[key]:.4g} at step 0, {last[key]:.4g} at step {last['step']:.0f}{change}")
+    prompt = run.job.adapted.prompt
+    alike = [mean_pairwise_cosine(p) for p in (prompt.start, prompt(run.position))]
+    lines.append(f"prompts of the views, mean cosine: {alike[0]:.3g} at step 0, {alike[1]:.3g} at step {run.step}")
+    if run.best and run.best["step"] < run.step:
+        lines.append(
+            f"best held-out loss {run.best['loss']:.4g} at step {run.best['step']:.0f}, in {run.folder / 'export' / 'best'}"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
