@@ -1,18 +1,13 @@
-"""The one typed configuration of the main job: YAML and command line in, frozen dataclasses out.
+"""The one typed configuration of the main job: frozen dataclasses, read from YAML and options by train.command_line.
 
 The defaults are the embedded micro run (`configs/micro.yaml` writes them out); `configs/facelift_mouse.yaml` is the place to
 start with real weights.
 """
 
-import difflib
-import re
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace
 
 from softprompt.errors import InputError
 
@@ -295,115 +290,6 @@ class Config:
 def _require(holds: bool, name: str, found: Any, expected: str) -> None:
     if not holds:
         raise InputError(f"{name}: is {found}; expected {expected}")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asked for."""
-
-    config: Config
-    name: str
-    """Of the run, after the YAML it came from."""
-    given: tuple[str, ...]
-    """YAML files that were read."""
-    resume: Path | None
-    """Run folder to go on with."""
-    dry_run: bool
-
-
-class _Parser(ArgumentParser):
-    """Errors in one line, with the nearest option named."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        del ex
-        message = " ".join(message.split())
-        unknown = re.search(r"unrecognized arguments: --?([\w.\-]+)|ption '([\w.\-]+)'", message, re.IGNORECASE)
-        if unknown:
-            key = unknown.group(1) or unknown.group(2)
-            group = re.search(r"Group '([\w.]+)'", message)
-            wanted = f"{group.group(1)}.{key}" if group and not key.startswith(group.group(1)) else key
-            message = f"unknown option {wanted!r}{suggestion(wanted, option_names())}"
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def option_names(cls: type = Config, prefix: str = "") -> list[str]:
-    """Every option's dotted name."""
-    names = []
-    for f in fields(cls):
-        default = f.default_factory() if callable(f.default_factory) else None
-        if is_dataclass(default):
-            names += option_names(type(default), f"{prefix}{f.name}.")
-        else:
-            names.append(prefix + f.name)
-    return names
-
-
-def suggestion(wanted: str, known: Sequence[str]) -> str:
-    """'; did you mean ...?' where a known name is near, by its whole or by its last part; else nothing."""
-    last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    near = difflib.get_close_matches(wanted, known, n=1) or [
-        last[m] for m in difflib.get_close_matches(wanted.rsplit(".", 1)[-1], list(last), n=1)
-    ]
-    return f"; did you mean {near[0]!r}?" if near else "; --help lists the options"
-
-
-def make_parser() -> ArgumentParser:
-    """The command line of the main job."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(
-        prog="python -m train.softprompt",
-        description="Adapt FaceLift's six-view diffusion model to a new subject and camera by learning its prompt, jointly "
-        "with LoRA. With no options: a full run on the embedded micro model, on a CPU.",
-        epilog="Examples: python -m train.softprompt | python -m train.softprompt --config configs/facelift_mouse.yaml --model "
-        "pipeckpts --data.train mice/ | python -m train.softprompt --resume runs/micro-001",
-    )
-    parser.add_argument(
-        "--config", action="config", help="YAML file of the options below; several may be given, the last wins."
-    )
-    parser.add_argument("--resume", type=str, default=None, help="Run folder to go on with; its own configuration is taken.")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="Load everything, do one step, say what the run will need, and stop."
-    )
-    parser.add_class_arguments(Config)
-    return parser
-
-
-def parse(argv: Sequence[str] | None = None) -> Request:
-    """Read the command line. Bad options end the program with code 2 and one line.
-
-    Raises: InputError for values that do not fit together, or a resumed folder that holds no run.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser()
-    resume = _resume_folder(argv)
-    if resume is not None:
-        argv = ["--config", str(resume / "config.yaml"), *argv]
-    namespace = parser.parse_args(argv)
-    config = parser.instantiate(namespace)
-    files = tuple(str(c) for c in (namespace.config or []))
-    name = MICRO if config.model == MICRO and not files else Path(files[-1]).stem if files else Path(config.model).name
-    return Request(
-        config=Config(**{f.name: getattr(config, f.name) for f in fields(Config)}),
-        name=name,
-        given=files,
-        resume=resume,
-        dry_run=namespace.dry_run,
-    )
-
-
-def _resume_folder(argv: Sequence[str]) -> Path | None:
-    """The value of --resume, needed before parsing: its configuration comes first, the command line overrides it."""
-    for i, argument in enumerate(argv):
-        if argument == "--resume" or argument.startswith("--resume="):
-            value = argument.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
-            folder = Path(value)
-            if not (folder / "config.yaml").is_file():
-                raise InputError(
-                    f"--resume {value}: holds no config.yaml; expected the folder of an earlier run, e.g. runs/micro-001"
-                )
-            return folder
-    return None
 
 
 def to_yaml(config: Config) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import InputError, RunError
 from softprompt.files import new_file
-from train.config import Request, parse, to_yaml
+from train.command_line import Request, parse
+from train.config import to_yaml
 
 if TYPE_CHECKING:
     from train.loop import Run

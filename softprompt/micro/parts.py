@@ -198,7 +198,7 @@ def save_parts(parts: MicroParts, folder: Path, *, overwrite: bool) -> None:
 
 
 def _name_as_published(weights: Path) -> None:
-    """Newer transformers save CLIPTextModel's weights without the prefix that every published folder has, and older ones need."""
+    """Newer transformers leave out the prefix that every published CLIPTextModel has, and that older ones need."""
     prefix = "text_model."
     named = {prefix + name.removeprefix(prefix): tensor for name, tensor in load_file(weights).items()}
     save_file(named, weights, metadata={"format": "pt"})

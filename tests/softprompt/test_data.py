@@ -153,9 +153,7 @@ def test_any_aspect_is_kept_and_centred_on_transparency(tmp_path, width, height)
     inside_height = max(1, round(8 * height / max(width, height)))
     left, top = (8 - inside_width) // 2, (8 - inside_height) // 2
     expected = torch.zeros(4, 8, 8, dtype=torch.uint8)
-    expected[:, top : top + inside_height, left : left + inside_width] = torch.tensor([200, 100, 50, 255])[
-        :, None, None
-    ]
+    expected[:, top : top + inside_height, left : left + inside_width] = torch.tensor([200, 100, 50, 255])[:, None, None]
     assert torch.equal(rgba, expected)
 
 
@@ -207,9 +205,7 @@ def test_pick_background_draws_what_the_choice_allows_and_repeats_by_seed():
 
 @pytest.mark.parametrize("choose", [data.backgrounds, lambda name: data.pick_background(name, torch.Generator())])
 def test_unknown_background_names_the_known(choose):
-    with pytest.raises(
-        InputError, match=r"background: 'grey' is unknown; .* white, black, gray, three_choices, random"
-    ):
+    with pytest.raises(InputError, match=r"background: 'grey' is unknown; .* white, black, gray, three_choices, random"):
         choose("grey")
 
 

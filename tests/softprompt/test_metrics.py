@@ -45,8 +45,7 @@ def slow_ssim_map(x: Tensor, y: Tensor) -> Tensor:
 def test_psnr_matches_the_formula_picture_by_picture():
     generated, truth = random_views(0), random_views(1)
     expected = [
-        sum(-10 * math.log10(float(((generated[b, v] - truth[b, v]) ** 2).mean())) for b in range(2)) / 2
-        for v in range(3)
+        sum(-10 * math.log10(float(((generated[b, v] - truth[b, v]) ** 2).mean())) for b in range(2)) / 2 for v in range(3)
     ]
     assert metrics.psnr_per_view(generated, truth).tolist() == pytest.approx(expected, abs=1e-4)
 
@@ -55,9 +54,7 @@ def test_foreground_psnr_looks_at_the_foreground_only():
     generated, truth, mask = random_views(0), random_views(1), square_mask()
     expected = []
     for v in range(3):
-        errors = [
-            float((generated[b, v, :, 4:12, 5:11] - truth[b, v, :, 4:12, 5:11]).square().mean()) for b in range(2)
-        ]
+        errors = [float((generated[b, v, :, 4:12, 5:11] - truth[b, v, :, 4:12, 5:11]).square().mean()) for b in range(2)]
         expected.append(sum(-10 * math.log10(error) for error in errors) / 2)
     result = metrics.psnr_per_view(generated, truth, mask)
     assert result.tolist() == pytest.approx(expected, abs=1e-4)
@@ -84,9 +81,7 @@ def test_half_transparent_pixels_count_half():
 def test_ssim_matches_a_pixel_by_pixel_version():
     truth = random_views(0, b=1, v=2, size=12)
     generated = (truth + 0.3 * random_views(1, b=1, v=2, size=12)).clamp(0, 1)
-    maps = torch.stack(
-        [torch.stack([slow_ssim_map(generated[0, v, c], truth[0, v, c]) for c in range(3)]) for v in range(2)]
-    )
+    maps = torch.stack([torch.stack([slow_ssim_map(generated[0, v, c], truth[0, v, c]) for c in range(3)]) for v in range(2)])
     whole = metrics.ssim_per_view(generated, truth)
     assert whole.tolist() == pytest.approx(maps.mean(dim=(1, 2, 3)).tolist(), abs=1e-4)
     mask = torch.zeros(1, 2, 1, 12, 12)

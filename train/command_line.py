@@ -1,0 +1,155 @@
+"""The command line of the main job: YAML files and options in, one typed configuration out, every error in one line."""
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from softprompt.errors import InputError
+from train.config import MICRO, Config
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    config: Config
+    name: str
+    """Of the run, after the YAML it came from."""
+    given: tuple[str, ...]
+    """YAML files that were read."""
+    resume: Path | None
+    """Run folder to go on with."""
+    dry_run: bool
+
+
+class Parser(ArgumentParser):
+    """Errors in one line, with the file and the nearest option named."""
+
+    reading: str | None = None
+    """The YAML file that is being read."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        del ex
+        message = " ".join(message.split())
+        unknown = re.search(r"unrecognized arguments: --?([\w.\-]+)|ption '([\w.\-]+)'", message, re.IGNORECASE)
+        value = re.match(r'Parser key "([\w.]+)": .*(Got value|Given value): (\S.*)$', message)
+        if unknown:
+            key = unknown.group(1) or unknown.group(2)
+            group = re.search(r"Group '([\w.]+)'", message)
+            wanted = f"{group.group(1)}.{key}" if group and not key.startswith(group.group(1)) else key
+            message = f"unknown option {wanted!r}{suggestion(wanted, list(option_kinds()))}"
+        elif value and value.group(1) in option_kinds():
+            message = f"{value.group(1)}: is {value.group(3)}; expected {option_kinds()[value.group(1)]}"
+        print(f"error: {f'{self.reading}: ' if self.reading else ''}{message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def option_kinds(cls: type = Config, prefix: str = "") -> dict[str, str]:
+    """Every option's dotted name, and what its value may be, in words."""
+    found: dict[str, str] = {}
+    for name, kind in get_type_hints(cls).items():
+        found |= (
+            option_kinds(kind, f"{prefix}{name}.")
+            if isinstance(kind, type) and is_dataclass(kind)
+            else {prefix + name: _in_words(kind)}
+        )
+    return found
+
+
+def _in_words(kind: Any) -> str:
+    """`Literal["random"] | int` => "random or int"."""
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_in_words(part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if get_origin(kind) is list:
+        return "a list such as " + ("[a, b]" if get_args(kind)[0] is str else "[0, 1]")
+    return {type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(
+        kind, str(kind)
+    )
+
+
+def suggestion(wanted: str, known: Sequence[str]) -> str:
+    """'; did you mean ...?' where a known name is near, by its whole or by its last part; else nothing."""
+    last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    near = difflib.get_close_matches(wanted, known, n=1) or [
+        last[m] for m in difflib.get_close_matches(wanted.rsplit(".", 1)[-1], list(last), n=1)
+    ]
+    return f"; did you mean {near[0]!r}?" if near else "; --help lists the options"
+
+
+def make_parser() -> Parser:
+    """The command line of the main job."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(
+        prog="python -m train.softprompt",
+        description="Adapt FaceLift's six-view diffusion model to a new subject and camera by learning its prompt, jointly "
+        "with LoRA. With no options: a full run on the embedded micro model, on a CPU.",
+        epilog="Examples: python -m train.softprompt | python -m train.softprompt --config configs/facelift_mouse.yaml --model "
+        "pipeckpts --data.train mice/ | python -m train.softprompt --resume runs/micro-001",
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file of the options below; several may be given, the last wins."
+    )
+    parser.add_argument("--resume", type=str, default=None, help="Run folder to go on with; its own configuration is taken.")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Load everything, do one step, say what the run will need, and stop."
+    )
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> Request:
+    """Read the command line. Bad options end the program with code 2 and one line.
+
+    Raises: InputError for values that do not fit together, or a resumed folder that holds no run.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    resume = _resume_folder(argv)
+    if resume is not None:
+        argv = ["--config", str(resume / "config.yaml"), *argv]
+    for parser.reading in _values(argv, "--config"):  # each by itself first, so that an error can name its file
+        if not Path(parser.reading).is_file():
+            raise InputError(f"--config {parser.reading}: no such file; expected a YAML file, e.g. configs/micro.yaml")
+        parser.parse_args(["--config", parser.reading])
+    parser.reading = None
+    namespace = parser.parse_args(argv)
+    config = parser.instantiate(namespace)
+    files = tuple(str(c) for c in (namespace.config or []))
+    name = MICRO if config.model == MICRO and not files else Path(files[-1]).stem if files else Path(config.model).name
+    return Request(
+        config=Config(**{f.name: getattr(config, f.name) for f in fields(Config)}),
+        name=name,
+        given=files,
+        resume=resume,
+        dry_run=namespace.dry_run,
+    )
+
+
+def _values(argv: Sequence[str], option: str) -> list[str]:
+    """What was given to an option, before the command line as a whole is read."""
+    following = [*argv[1:], ""]
+    return [
+        argument.partition("=")[2] or after
+        for argument, after in zip(argv, following, strict=True)
+        if argument == option or argument.startswith(f"{option}=")
+    ]
+
+
+def _resume_folder(argv: Sequence[str]) -> Path | None:
+    """The value of --resume: its configuration comes first, the command line overrides it."""
+    values = _values(argv, "--resume")
+    if not values:
+        return None
+    folder = Path(values[-1])
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"--resume {folder}: holds no config.yaml; expected the folder of an earlier run, e.g. runs/micro-001")
+    return folder
