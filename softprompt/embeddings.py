@@ -4,6 +4,7 @@ A *view prompt* is one text embedding per view. FaceLift's is `clr_embeds.pt`: a
 """
 
 import difflib
+import json
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
@@ -141,13 +142,15 @@ def save_prompt(prompt: Tensor, path: str | Path, *, metadata: Mapping[str, Any]
     prompt = check_prompt(prompt.detach().cpu(), num_views=len(prompt), origin=f"prompt to be saved as {path}")
     stored = prompt.half() if path.suffix == ".pt" else prompt
     check_prompt(stored, num_views=len(prompt), origin=f"prompt rounded to float16 for {path}")
+    described = {"file": path.name, **describe_prompt(prompt, stored), **(metadata or {})}
+    json.dumps(described)  # metadata that is no JSON fails here, before anything is written
     with new_file(path) as partial:
         if path.suffix == ".pt":
             torch.save(stored.contiguous().clone(), partial)
         else:
             save_file({"prompt": stored.contiguous()}, partial)
     sidecar = path.with_suffix(".json")
-    write_json(sidecar, {"file": path.name, **describe_prompt(prompt, stored), **(metadata or {})})
+    write_json(sidecar, described)
     return sidecar
 
 

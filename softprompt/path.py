@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Interpolation = Literal["lerp", "slerp"]
@@ -30,15 +31,14 @@ def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
     """Spherical interpolation per token (last axis), with the norm going linearly from one end's to the other's.
 
     A straight line between two tokens of equal norm passes nearer to the origin; this does not.
-    Tokens that (nearly) coincide in direction are interpolated linearly, where the two agree.
+    Tokens that (nearly) coincide in direction, where the two agree, and tokens of norm zero are interpolated linearly.
     Source: Shoemake, "Animating rotation with quaternion curves", 1985, applied to directions.
     """
     start_norm, end_norm = start.norm(dim=-1, keepdim=True), end.norm(dim=-1, keepdim=True)
-    cosine = ((start / start_norm) * (end / end_norm)).sum(-1, keepdim=True).clamp(-1, 1)
-    angle = cosine.acos()
+    a, b = F.normalize(start, dim=-1), F.normalize(end, dim=-1)
+    angle = (a * b).sum(-1, keepdim=True).clamp(-1, 1).acos()
     sine = angle.sin()
-    direction = ((1 - fraction) * angle).sin() / sine * (start / start_norm) + (fraction * angle).sin() / sine * (
-        end / end_norm
-    )
+    direction = (((1 - fraction) * angle).sin() * a + (fraction * angle).sin() * b) / sine
     spherical = direction * torch.lerp(start_norm, end_norm, fraction)
-    return torch.where(sine < 1e-4, torch.lerp(start, end, fraction), spherical)
+    straight = (sine < 1e-4) | (start_norm == 0) | (end_norm == 0)
+    return torch.where(straight, torch.lerp(start, end, fraction), spherical)

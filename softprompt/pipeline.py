@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from safetensors import SafetensorError
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from softprompt.errors import InputError
@@ -102,10 +103,10 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
         unet=unet,
         vae=_load(AutoencoderKL, folder / "vae"),
         image_encoder=_load(CLIPVisionModelWithProjection, folder / "image_encoder"),
-        feature_extractor=CLIPImageProcessorPil.from_pretrained(folder / "feature_extractor", local_files_only=True),
+        feature_extractor=_read(CLIPImageProcessorPil, folder / "feature_extractor"),
         image_normalizer=_load(StableUnCLIPImageNormalizer, folder / "image_normalizer"),
-        image_noising_scheduler=DDPMScheduler.from_pretrained(folder / "image_noising_scheduler"),
-        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        image_noising_scheduler=_read(DDPMScheduler, folder / "image_noising_scheduler"),
+        scheduler=_read(DDIMScheduler, folder / "scheduler"),
         folder=folder,
     )
     prediction = pipeline.scheduler.config["prediction_type"]
@@ -127,16 +128,20 @@ def load_text_encoder(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]
             f"{folder}: cannot encode text, missing {', '.join(missing)}; copy them from the Stable Diffusion 2.1 tokenizer "
             f"and text encoder, or give every waypoint as a prompt file (.pt) instead of a text or template"
         )
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    return tokenizer, _load(CLIPTextModel, folder / "text_encoder")
+    return _read(CLIPTokenizer, folder / "tokenizer"), _load(CLIPTextModel, folder / "text_encoder")
+
+
+def _read(cls: Any, folder: Path, **options: Any) -> Any:
+    """`cls.from_pretrained` from this disk; whatever is wrong with the files is the user's to know in one line."""
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be loaded as {cls.__name__} ({' '.join(str(error).split())[:300]})") from error
 
 
 def _load(cls: Any, folder: Path) -> Any:
-    """`cls.from_pretrained` in float32 that refuses what the libraries only warn of: weights missing or left over."""
-    try:
-        model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{folder}: cannot be loaded as {cls.__name__} ({' '.join(str(error).split())})") from error
+    """A model in float32; refuses what the libraries only warn of: weights missing or left over."""
+    model, info = _read(cls, folder, output_loading_info=True, torch_dtype=torch.float32)
     # Checkpoints of transformers < 4.31 carry position_ids, a constant that is no weight.
     problems = {
         kind: sorted(str(k) for k in keys if "position_ids" not in str(k))

@@ -26,10 +26,9 @@ class Template:
         spelled = [v.replace("_", " ") if self.view_spelling == "spaces" else v for v in views]
         try:
             return [self.text.format(view=view, subject=subject, angle=angle) for view in spelled]
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise InputError(
-                f"template {self.text!r}: {{{error.args[0]}}} cannot be filled in; its fields may be {{view}}, {{subject}} and "
-                f"{{angle}}"
+                f"template {self.text!r}: cannot be filled in ({type(error).__name__}: {error}); its fields may be {{view}}, {{subject}} and {{angle}}"
             ) from error
 
 

@@ -8,6 +8,7 @@ later improvement of diffusers work unchanged, and weights go both ways.
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import diffusers
@@ -39,6 +40,8 @@ FACELIFT_DEFAULTS: dict[str, Any] = {
 """What FaceLift adds to the stock configuration, with the values it ships. They hold only where a folder has none of
 these keys (base Stable Diffusion); a folder's own flags always decide."""
 
+_UNKNOWN_TO_FACELIFT = ("dropout", "attention_type", "reverse_transformer_layers_per_block")
+"""Stock options that the fork's constructor, that of an older UNet, does not take."""
 _UNSUPPORTED = {"cd_attention_last": False, "cd_attention_mid": False, "addition_downsample": False, "selfattn_block": "custom"}
 
 
@@ -144,7 +147,7 @@ def load_unet(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> UNet
             f"UNetMV2DConditionModel (FaceLift) or UNet2DConditionModel (stock)"
         )
     weights = {name: weight.to(dtype) for name, weight in _read_weights(folder).items()}
-    if config.get("in_channels") == 4:
+    if config.get("in_channels") == 4 and "conv_in.weight" in weights:
         config["in_channels"] = 8
         weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, 4))  # new inputs start at zero
     with torch.device("meta"):  # the weights follow at once: do not spend a minute on random ones
@@ -159,14 +162,16 @@ def load_unet(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> UNet
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     safe, pickled = folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"
+    file = safe if safe.is_file() else pickled
+    if not file.is_file():
+        raise InputError(f"{folder}: neither {safe.name} nor {pickled.name} is there; the UNet's weights are missing")
     try:
-        if safe.is_file():
-            return load_file(safe)
-        if pickled.is_file():
-            return torch.load(pickled, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"{folder}: its weights cannot be read ({error}); the file is damaged or cut short") from error
-    raise InputError(f"{folder}: neither {safe.name} nor {pickled.name} is there; the UNet's weights are missing")
+        weights = load_file(file) if file == safe else torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); the file is damaged, cut short, or no weights at all") from error
+    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise InputError(f"{file}: holds a {type(weights).__name__}; expected the UNet's weights by name")
+    return weights
 
 
 def save_unet(
@@ -183,8 +188,7 @@ def save_unet(
     """
     config = {k: v for k, v in unet.config.items() if not k.startswith("_")}
     if layout == "facelift":
-        # The fork's constructor is that of an older stock UNet: it knows no `dropout` and no `attention_type`.
-        config = {k: _rename_blocks(v, "2D", "MV2D") for k, v in config.items() if k not in ("dropout", "attention_type")}
+        config = {k: _rename_blocks(v, "2D", "MV2D") for k, v in config.items() if k not in _UNKNOWN_TO_FACELIFT}
     config["_class_name"] = "UNetMV2DConditionModel" if layout == "facelift" else "UNet2DConditionModel"
     config["_diffusers_version"] = diffusers.__version__
     with new_folder(folder) as partial:

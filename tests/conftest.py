@@ -9,7 +9,8 @@ import torch
 SHARED = Path(os.environ.get("SOFTPROMPT_SHARED", Path(__file__).parents[2] / "shared")) / "facelift"
 """FaceLift's prompts, a sample and numbers its own code computed; not part of this repository."""
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)  # nothing here is large enough to gain from more, and waiting threads slow each other down
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the commands that tests start
 
 
 @pytest.fixture(scope="session")

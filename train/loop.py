@@ -103,7 +103,7 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
     )
     window: list[StepResult] = []
     since = time.monotonic()
-    while run.step < config.train.steps and not stop.agreed(job.accelerator):
+    while run.step < config.train.steps:
         result = training_step(job, run.step)
         run.schedule.step()
         if run.ema is not None:
@@ -116,6 +116,8 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
             series = _log(run, window, since)
             bar.set_postfix_str(_postfix(series))
             window, since = [], time.monotonic()
+        if stop.agreed(job.accelerator) and run.step < config.train.steps:
+            break  # whoever stops it does not wait for an evaluation
         if _due(run, config.monitor.validate_every) or _due(run, config.monitor.preview_every):
             began = time.monotonic()
             _evaluate(run, with_preview=_due(run, config.monitor.preview_every))
