@@ -28,7 +28,8 @@ class Template:
             return [self.text.format(view=view, subject=subject, angle=angle) for view in spelled]
         except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise InputError(
-                f"template {self.text!r}: cannot be filled in ({type(error).__name__}: {error}); its fields may be {{view}}, {{subject}} and {{angle}}"
+                f"template {self.text!r}: cannot be filled in ({type(error).__name__}: {error}); its fields may be {{view}}, "
+                f"{{subject}} and {{angle}}"
             ) from error
 
 

@@ -91,7 +91,7 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
     run = _start(job, folder, state)
     if state is None:
         run.monitor.text("config", f"```\n{to_yaml(config)}\n```")
-        _evaluate(run, with_preview=True)
+    _evaluate_if_due(run)
 
     bar = tqdm(
         total=config.train.steps,
@@ -118,10 +118,9 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
             window, since = [], time.monotonic()
         if stop.agreed(job.accelerator) and run.step < config.train.steps:
             break  # whoever stops it does not wait for an evaluation
-        if _due(run, config.monitor.validate_every) or _due(run, config.monitor.preview_every):
-            began = time.monotonic()
-            _evaluate(run, with_preview=_due(run, config.monitor.preview_every))
-            since += time.monotonic() - began
+        began = time.monotonic()
+        _evaluate_if_due(run)
+        since += time.monotonic() - began
         if _due(run, config.monitor.checkpoint_every):
             _checkpoint(run)
     bar.close()
@@ -309,9 +308,13 @@ def _postfix(series: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in shown.items() if value is not None)
 
 
-def _evaluate(run: Run, *, with_preview: bool) -> None:
-    """Validation loss, the previews if due, and the export of the best so far."""
-    job = run.job
+def _evaluate_if_due(run: Run) -> None:
+    """Validation loss, the previews if due, and the export of the best so far; at each step once, resumed or not."""
+    job, monitor = run.job, run.job.config.monitor
+    with_preview = _due(run, monitor.preview_every)
+    done = run.last is not None and run.last["step"] == run.step
+    if done or not (with_preview or _due(run, monitor.validate_every)):
+        return
     with averaged(job, run.ema):
         series = {"loss/validation": validation_loss(job, run.position)}
         if with_preview and job.accelerator.is_main_process:

@@ -40,6 +40,8 @@ class Settings:
     """Replace that folder if it exists."""
     grid: Path | None = None
     """Picture to write at the end: held-out heads, given | six true views | six sampled views."""
+    report_only: bool = False
+    """Build nothing: say, and with --grid draw, what the folder that is there can do."""
     state: Path | None = None
     """File to go on from, saved along the way and removed at the end; null is .NAME.state.pt beside the output."""
     seed: int = 0
@@ -96,12 +98,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Build it. Returns: 0 done; 2 bad input; 130 stopped by Ctrl-C."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="python -m train.micro", description=Settings.__doc__)
-    parser.add_class_arguments(Settings, skip={"overwrite"})
+    parser.add_class_arguments(Settings, skip={"overwrite", "report_only"})
     parser.add_argument("--overwrite", action="store_true", help="Replace the output folder if it exists.")
+    parser.add_argument(
+        "--report_only", action="store_true", help="Build nothing: report on, and draw, the folder that is there."
+    )
     try:
         options = parser.parse_args(argv)
         settings = Settings(**vars(options))
-        build(settings)
+        _quiet()
+        if settings.report_only:
+            report(settings)
+        else:
+            build(settings)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -117,7 +126,6 @@ def build(settings: Settings) -> None:
     from train.micro_trainer import Trainer, encode, render, train_decoder, train_heads, train_prior, train_vae
 
     check_output(settings.output, overwrite=settings.overwrite)
-    _quiet()
     began = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="softprompt-micro-"))
     try:

@@ -1,0 +1,236 @@
+"""The training loop: exact resuming, the same numbers from any source and any split of the batch, and what it refuses."""
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from softprompt.data import write_source
+from softprompt.errors import RunError
+from softprompt.micro.world import MicroWorld
+from train.checkpoint import list_checkpoints, load_checkpoint
+from train.config import Config
+from train.loop import Run, object_at, position_of, train, training_step
+from train.setup import Job, prepare
+from train.stop import StopSignal
+
+
+@pytest.fixture
+def small(small_config: Callable[..., Config], mice: Path) -> Callable[..., Config]:
+    """`small("--train.steps=2", ...)`: the smallest run on a few mice."""
+    return lambda *options: small_config(mice, **dict(option.removeprefix("--").split("=", 1) for option in options))
+
+
+def run_to_end(config: Config, folder: Path, *, resume: bool = False, stop: StopSignal | None = None) -> Run:
+    state = load_checkpoint(folder) if resume else None
+    return train(prepare(config), folder, state=state, stop=stop or StopSignal())
+
+
+def series(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+def trained(job: Job) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for group in job.adapted.trainable().values() for name, p in group.items()}
+
+
+class StopAfter(StopSignal):
+    """Ctrl-C at a chosen step, without a signal."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.steps_left = step
+
+    def agreed(self, accelerator: object) -> bool:
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            self.number = signal.SIGINT
+        return self.number is not None
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize("stop_at", [2, 3])
+def test_a_run_stopped_and_resumed_equals_one_that_was_not(small, tmp_path, stop_at):
+    config = small("--train.ema_decay=0.9", "--lora.dropout=0.1", "--kl.every=2", "--train.steps=6")
+    whole = run_to_end(config, tmp_path / "whole")
+    stopped = run_to_end(config, tmp_path / "parts", stop=StopAfter(stop_at))
+    assert stopped.step == stop_at
+    resumed = run_to_end(config, tmp_path / "parts", resume=True)
+    assert resumed.step == whole.step == 6
+    assert series(tmp_path / "parts") == series(tmp_path / "whole")
+    for name, tensor in trained(whole.job).items():
+        assert torch.equal(tensor, trained(resumed.job)[name]), name
+    exports = [torch.load(tmp_path / r / "export" / "clr_embeds.pt", weights_only=True) for r in ("parts", "whole")]
+    assert torch.equal(*exports)
+    assert resumed.best == whole.best and resumed.first == whole.first
+
+
+def test_a_finished_run_resumed_only_exports_again(small, tmp_path):
+    config = small()
+    before = run_to_end(config, tmp_path / "run")
+    lines = series(tmp_path / "run")
+    after = run_to_end(config, tmp_path / "run", resume=True)
+    assert after.step == before.step and after.last == before.last and series(tmp_path / "run") == lines
+    assert after.exported is not None and after.exported.read_back <= config.export.tolerance
+
+
+def test_more_steps_can_be_asked_for_when_a_run_is_resumed(small, tmp_path):
+    run_to_end(small(), tmp_path / "run")
+    longer = run_to_end(small("--train.steps=6"), tmp_path / "run", resume=True)
+    assert longer.step == 6 and longer.last is not None and longer.last["step"] == 6
+
+
+def test_only_the_newest_checkpoints_are_kept(small, tmp_path):
+    run_to_end(small("--monitor.checkpoint_every=1", "--monitor.checkpoints_kept=2"), tmp_path / "run")
+    assert [c.name for c in list_checkpoints(tmp_path / "run")] == ["step-000003", "step-000004"]
+
+
+# ------------------------------------------------------------------------------------------------------- same numbers
+
+
+def test_the_micro_world_as_png_folders_gives_the_same_losses(small, tmp_path):
+    size, counts = 64, {"train": (0, 40), "val": (10_000, 24)}
+    lists = {name: write_source(MicroWorld("mice", *c, size=size), tmp_path / name) for name, c in counts.items()}
+    options = ["--data.background=three_choices", "--train.steps=3", "--monitor.validate_every=3"]
+    run_to_end(small("--data.train=micro", "--data.val=micro", *options), tmp_path / "world")
+    run_to_end(small(f"--data.train={lists['train']}", f"--data.val={lists['val']}", *options), tmp_path / "folders")
+    assert series(tmp_path / "folders") == series(tmp_path / "world")
+
+
+def test_accumulated_batches_equal_one_large_batch(small):
+    results = []
+    for options in (["--train.batch_size=4"], ["--train.batch_size=2", "--train.accumulation=2"]):
+        job = prepare(small("--kl.every=1", *options))
+        steps = [training_step(job, step) for step in range(3)]
+        results.append((steps, trained(job)))
+    (large, large_weights), (small, small_weights) = results
+    for a, b in zip(large, small, strict=True):
+        assert b.denoising == pytest.approx(a.denoising, rel=1e-5) and b.kl == pytest.approx(a.kl, rel=1e-3, abs=1e-9)
+    for name, tensor in large_weights.items():
+        assert torch.allclose(tensor, small_weights[name], atol=1e-3), name
+
+
+def test_gradient_checkpointing_changes_no_loss(small):
+    plain, checkpointed = (
+        [training_step(job, step).denoising for step in range(2)]
+        for job in (prepare(small(f"--train.gradient_checkpointing={on}")) for on in ("false", "true"))
+    )
+    assert checkpointed == pytest.approx(plain, rel=1e-5)
+
+
+def test_every_object_comes_once_an_epoch_in_an_order_of_the_seed():
+    epochs = [[object_at(place, 7, 0) for place in range(start, start + 7)] for start in (0, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != [object_at(place, 7, 1) for place in range(7)]
+
+
+# -------------------------------------------------------------------------------------------------------- what it does
+
+
+def test_the_kl_is_measured_on_every_nth_step_with_its_weight_scaled(small):
+    job = prepare(small("--kl.every=2"))
+    results = [training_step(job, step) for step in range(4)]
+    assert [r.kl is None for r in results] == [False, True, False, True]
+    assert results[0].kl == 0, "nothing has moved before the first step"
+    assert results[2].kl is not None and results[2].kl > 0
+
+
+def test_the_kl_holds_the_model_near_the_pretrained_one(small):
+    def kl_at_the_end(weight: float) -> float:
+        job = prepare(small(f"--kl.weight={weight}", "--kl.every=1", "--kl.weighting=uniform", "--train.batch_size=2"))
+        kl = [training_step(job, step).kl for step in range(12)][-1]
+        assert kl is not None
+        return kl
+
+    assert kl_at_the_end(100.0) < 0.5 * kl_at_the_end(1e-9)
+
+
+def test_a_frozen_prompt_stays_on_its_path(small, tmp_path):
+    config = small("--prompt.learn=false", "--curriculum.easing=step", "--curriculum.at=[0, 0.5]")
+    run = run_to_end(config, tmp_path / "run")
+    prompt = run.job.adapted.prompt
+    assert list(run.job.adapted.trainable()) == ["lora"]
+    assert torch.equal(prompt(run.position), prompt.waypoints[1])
+    positions = [line["curriculum/position"] for line in series(tmp_path / "run") if "curriculum/position" in line]
+    assert positions == [0, 1, 1, 1]
+    assert position_of(config, 1) == 0 and position_of(config, 2) == 1
+
+
+def test_the_prompt_alone_trains_where_the_lora_has_rank_0(small, tmp_path):
+    run = run_to_end(small("--lora.rank=0"), tmp_path / "run")
+    assert list(run.job.adapted.trainable()) == ["prompt"]
+    assert not (tmp_path / "run" / "export" / "lora").exists()
+
+
+def test_the_norm_band_holds_after_every_step(small):
+    job = prepare(small("--prompt.norm_band=0.01", "--prompt.learning_rate=1.0"))
+    for step in range(2):
+        training_step(job, step)
+    prompt = job.adapted.prompt
+    share = prompt.learned.norm(dim=-1) / prompt.start.norm(dim=-1)
+    assert share.min() >= 0.99 - 1e-5 and share.max() <= 1.01 + 1e-5
+    assert not torch.equal(prompt.learned, prompt.start)
+
+
+def test_the_decay_pulls_the_prompt_toward_its_start_not_toward_zero(small):
+    def drift(decay: float) -> float:
+        job = prepare(small(f"--prompt.decay={decay}", "--prompt.learning_rate=0.5"))
+        for step in range(3):
+            training_step(job, step)
+        return float((job.adapted.prompt.learned - job.adapted.prompt.start).norm())
+
+    assert 0 < drift(1.0) < 0.8 * drift(0.0)
+
+
+@pytest.mark.parametrize("reference", ["random", "[1,4]", "3"])
+def test_other_reference_views_train_and_preview(small, tmp_path, reference):
+    run = run_to_end(small(f"--data.reference_view={reference}", "--loss.own_view=false", "--train.steps=2"), tmp_path / "r")
+    assert run.step == 2 and (tmp_path / "r" / "previews" / "held_out-step-000002.png").is_file()
+
+
+def test_the_run_folder_is_what_the_readme_says(small, tmp_path):
+    run = run_to_end(small("--export.pipeline=true"), tmp_path / "run")
+    made = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    for expected in (
+        "metrics.jsonl",
+        "previews/held_out-step-000000.png",
+        "previews/held_out-step-000004.png",
+        "checkpoints/step-000004/state.pt",
+        "export/clr_embeds.pt",
+        "export/clr_embeds.json",
+        "export/clr_embeds.safetensors",
+        "export/lora/pytorch_lora_weights.safetensors",
+        "export/pipeckpts/unet/config.json",
+    ):
+        assert expected in made
+    assert any(name.startswith("tensorboard/events") for name in made)
+    assert not [name for name in made if re.search(r"partial|\.new", name)]
+    assert run.exported is not None and run.exported.merged is not None
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_stop_the_run_before_they_reach_the_weights(small, broken):
+    job = prepare(small())
+    before = trained(job)
+    prompt = job.adapted.prompt
+    if broken == "loss":
+        job.adapted.unet.conv_out.bias.data.fill_(float("nan"))
+    else:
+        prompt.learned.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(RunError, match=r"step 0: not finite: denoising loss .*checkpoints are sound"):
+        training_step(job, 0)
+    for name, tensor in trained(job).items():
+        assert torch.equal(tensor, before[name]), name

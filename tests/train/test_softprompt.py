@@ -1,0 +1,275 @@
+"""The command itself: it runs to the end, stops when told, resumes, and refuses bad input in one line."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from softprompt.embeddings import load_prompt
+from softprompt.micro import MICRO_MODEL
+from softprompt.unet import build_unet, save_unet
+from train.softprompt import main
+
+REPOSITORY = Path(__file__).parents[2]
+QUICK = [
+    "--train.batch_size=1",
+    "--monitor.log_every=1",
+    "--monitor.validation_timesteps=1",
+    "--monitor.preview_objects=1",
+    "--monitor.preview_steps=2",
+]
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "train.softprompt", *QUICK, *options]
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*options), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The one line with which the command refuses its input, its exit code checked."""
+    try:
+        code: object = main([*QUICK, *options])
+    except SystemExit as stopped:
+        code = stopped.code
+    said = capsys.readouterr().err.strip().splitlines()
+    assert code == 2, said
+    assert len(said) == 1 and said[0].startswith("error: "), said
+    return said[0]
+
+
+# ------------------------------------------------------------------------------------------------------- real FaceLift
+
+
+def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    options = [
+        f"--model={tiny_folder}",
+        f"--data.train={facelift / 'sample_000'}",
+        f"--prompt.waypoints=[{facelift / 'clr_embeds.pt'}, realistic]",
+        "--train.steps=3",
+        f"--output={out}",
+    ]
+    done = run(*options)
+    assert done.returncode == 0, done.stderr
+    assert "the only object is both trained on and validated on" in done.stdout
+    assert "read back in a fresh model" in done.stdout and "mv -n FACELIFT/" in done.stdout
+    prompt = torch.load(out / "export" / "clr_embeds.pt", weights_only=True)
+    assert prompt.shape == (6, 77, 1024) and prompt.dtype == torch.float16
+    assert not torch.equal(prompt, torch.load(facelift / "clr_embeds.pt", weights_only=True))
+
+    exported = out / "export" / "pipeckpts"
+    files = {p.relative_to(tiny_folder) for p in tiny_folder.rglob("*") if p.is_file()}
+    assert {p.relative_to(exported) for p in exported.rglob("*") if p.is_file()} == files
+    ours, theirs = (json.loads((f / "unet" / "config.json").read_text()) for f in (exported, tiny_folder))
+    unimportant = {"_diffusers_version", "_name_or_path"}
+    assert {k: v for k, v in ours.items() if k not in unimportant} == {k: v for k, v in theirs.items() if k not in unimportant}
+    index = [json.loads((f / "model_index.json").read_text()) for f in (exported, tiny_folder)]
+    assert index[0] == index[1]
+
+    again = run(*options)
+    assert again.returncode == 2 and f"{out} is not empty" in again.stderr and f"--resume {out}" in again.stderr
+    more = run("--resume", str(out), "--train.steps=4")
+    assert more.returncode == 0, more.stderr
+    assert "resumed    at step 3 of 4" in more.stdout
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3, 3, 4, 4]
+
+
+# ------------------------------------------------------------------------------------------------------------ stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_exports_and_says_how_to_go_on(mice, tmp_path, number):
+    out = tmp_path / "run"
+    options = [f"--data.train={mice / 'train'}", f"--data.val={mice / 'val'}", f"--output={out}", "--train.steps=500"]
+    with subprocess.Popen(
+        command(*options), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            waited = time.monotonic() + 120
+            while not (out / "metrics.jsonl").is_file() or len((out / "metrics.jsonl").read_text().splitlines()) < 4:
+                assert process.poll() is None and time.monotonic() < waited, "did not start training"
+                time.sleep(0.1)
+            process.send_signal(number)
+            stdout, stderr = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number, stderr
+    assert "finishing this step" in stderr and "Traceback" not in stderr
+    assert f"python -m train.softprompt --resume {out}" in stdout
+    load_prompt(out / "export" / "clr_embeds.pt", width=1024)
+    step = json.loads(next((out / "checkpoints").glob("step-*/checkpoint.json")).read_text())["step"]
+    assert 1 <= step < 500
+
+    resumed = run("--resume", str(out), f"--train.steps={step + 1}")
+    assert resumed.returncode == 0, resumed.stderr
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == step + 1
+
+
+def test_a_dry_run_says_what_is_needed_and_writes_nothing(mice, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*QUICK, f"--data.train={mice / 'train'}", f"--data.val={mice / 'val'}", f"--output={out}", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for part in ("prompt: 473,088 parameters", "lora: 154,112 parameters", "s with KL; 150 steps in", "GB at peak", "MB in"):
+        assert part in said
+    assert not out.exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def write_prompt(path: Path, change: Callable[[torch.Tensor], object]) -> Path:
+    torch.save(change(torch.randn(6, 77, 1024, generator=torch.Generator().manual_seed(0))), path)
+    return path
+
+
+def with_nan(prompt: torch.Tensor) -> torch.Tensor:
+    prompt[2, 5, 7] = float("nan")
+    return prompt
+
+
+def with_a_copy(prompt: torch.Tensor) -> torch.Tensor:
+    prompt[3] = prompt[1]
+    return prompt
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p[..., :768].clone(), r"is 768 wide .* takes 1024.*CLIP ViT-L/14"),
+        (lambda p: p[:5].clone(), r"has 5 views .*; the model has 6"),
+        (lambda p: p[:, :76].clone(), r"has 76 tokens a view .*expected 77"),
+        (with_nan, r"NaN or infinite values in view right"),
+        (lambda p: p * 0, r"all zero in view front"),
+        (with_a_copy, r"views front_right and back are identical"),
+        (lambda p: {"prompt": p}, r"holds a dict with keys prompt; expected one bare tensor"),
+        (lambda p: Path("x"), r"is no plain tensor file"),
+    ],
+)
+def test_a_bad_prompt_is_refused(capsys, tmp_path, change, message):
+    prompt, out = write_prompt(tmp_path / "prompt.pt", change), tmp_path / "run"
+    said = refused(capsys, f"--prompt.waypoints=[{prompt}, realistic]", f"--output={out}")
+    assert str(prompt) in said
+    assert re.search(message, said), said
+    assert not out.exists()
+
+
+def test_the_forks_768_wide_file_is_refused_with_the_cause(capsys, facelift, tmp_path):
+    said = refused(
+        capsys, f"--prompt.waypoints=[{facelift / 'mouse_prompt_embeds_768.pt'}, realistic]", f"--output={tmp_path / 'run'}"
+    )
+    assert re.search(r"mouse_prompt_embeds_768\.pt: is 768 wide .*CLIP ViT-L/14", said)
+
+
+def test_a_missing_prompt_file_is_refused_and_never_zeros(capsys, tmp_path):
+    said = refused(capsys, f"--prompt.waypoints=[{tmp_path / 'nowhere.pt'}, realistic]", f"--output={tmp_path / 'run'}")
+    assert re.search(r"nowhere\.pt: no such prompt file", said)
+
+
+def without_a_view(mice: Path) -> str:
+    next((mice / "train").glob("*/cam_005.png")).unlink()
+    return str(mice / "train")
+
+
+def cut_short(mice: Path) -> str:
+    picture = next((mice / "train").glob("*/cam_002.png"))
+    picture.write_bytes(picture.read_bytes()[:200])
+    return str(mice / "train")
+
+
+def empty_foreground(mice: Path) -> str:
+    Image.new("RGBA", (64, 64), (9, 9, 9, 0)).save(next((mice / "train").glob("*/cam_001.png")))
+    return str(mice / "train")
+
+
+def a_list(*lines: str) -> Callable[[Path], str]:
+    def write(mice: Path) -> str:
+        (mice / "list.txt").write_text("".join(f"{line}\n" for line in lines))
+        return str(mice / "list.txt")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda mice: str(mice / "nowhere.txt"), r"nowhere\.txt: not found; expected a list of samples or a folder"),
+        (a_list(), r"list\.txt: lists no sample"),
+        (a_list("train/nobody"), r"list\.txt: line 1: 'train/nobody'.*no such sample folder"),
+        (without_a_view, r"cam_005\.png missing, 5 of 6 views found"),
+        (cut_short, r"cam_002\.png: cannot be decoded"),
+        (empty_foreground, r"cam_001\.png: no visible pixel"),
+    ],
+)
+def test_bad_data_is_refused(capsys, mice, tmp_path, spoil, message):
+    shutil.copytree(mice, tmp_path / "mice")
+    out = tmp_path / "run"
+    said = refused(capsys, f"--data.train={spoil(tmp_path / 'mice')}", f"--data.val={mice / 'val'}", f"--output={out}")
+    assert re.search(message, said), said
+    assert not out.exists()
+
+
+def other_width(folder: Path) -> None:
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    shutil.rmtree(folder / "unet")
+    save_unet(build_unet(config | {"cross_attention_dim": 512}), folder / "unet")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), r"no such folder; expected a FaceLift pipeline folder"),
+        (lambda folder: shutil.rmtree(folder / "vae"), r"is no FaceLift pipeline folder; missing vae/config\.json"),
+        (other_width, r"is 1024 wide .*the UNet's cross-attention takes 512"),
+    ],
+)
+def test_a_bad_model_is_refused(capsys, tmp_path, spoil, message):
+    folder, out = tmp_path / "pipeckpts", tmp_path / "run"
+    shutil.copytree(MICRO_MODEL, folder)
+    spoil(folder)
+    said = refused(capsys, f"--model={folder}", f"--output={out}")
+    assert str(folder) in said and re.search(message, said), said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train.lerning_rate=1"], r"unknown option 'train\.lerning_rate'; did you mean"),
+        (["--train.steps=many"], r"train\.steps: is many; expected a whole number"),
+        (["--prompt.carry=fade"], r"curriculum\.position: is 1\.0; expected less than 1"),
+        (["--data.reference_view=6"], r"data\.reference_view: is 6; expected views from 0 to 5"),
+        (["--lora.targets=[to_q, to_x]"], r"lora\.targets: no layer of the UNet is called to_x"),
+        (["--resume=nowhere"], r"nowhere: holds no config\.yaml"),
+    ],
+)
+def test_a_bad_option_is_refused(capsys, tmp_path, options, message):
+    out = tmp_path / "run"
+    said = refused(capsys, *options, f"--output={out}")
+    assert re.search(message, said), said
+    assert not out.exists()
+
+
+def test_cuda_is_refused_where_there_is_none(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refused(capsys, "--train.device=cuda", f"--output={tmp_path / 'run'}")
+    assert "train.device: is cuda; this machine has no CUDA device" in said
+
+
+def test_a_full_run_folder_is_left_as_it_is(capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    said = refused(capsys, f"--output={tmp_path}")
+    assert f"{tmp_path} is not empty; a run never writes over another" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
