@@ -1,0 +1,198 @@
+"""The typed configuration: its files, its way to YAML and back, and what does not fit together."""
+
+import ast
+import re
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import train.config
+from softprompt.errors import InputError
+from train.command_line import make_parser, option_kinds, parse
+from train.config import Config, to_yaml
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+UNUSUAL = [
+    "--output=runs/a: b #c",
+    "--prompt.waypoints=[facelift, 'a {subject}: {view}, \"seen\" # from above', mice.pt]",
+    "--prompt.subject=1e-4",
+    "--prompt.angle=yes",
+    "--prompt.learn=false",
+    "--prompt.norm_band=0.1",
+    "--prompt.decay=1e-12",
+    "--curriculum.unit=step",
+    "--curriculum.at=[0, 10, 123456.5]",
+    "--curriculum.position=[0, 0.3333333333333333, 2]",
+    "--lora.alpha=3",
+    "--lora.learning_rate=1e-4",
+    "--data.val=null",
+    "--data.reference_view=[0, 2, 5]",
+    "--train.ema_decay=0.9999",
+    "--train.gradient_checkpointing=true",
+]
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not is_dataclass(value):
+        return {prefix[:-1]: value}
+    return {k: v for f in fields(value) for k, v in flat(getattr(value, f.name), f"{prefix}{f.name}.").items()}
+
+
+# ------------------------------------------------------------------------------------------------------ shipped files
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_shipped_configuration_parses_and_is_obeyed(file: Path) -> None:
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    parsed = flat(parse(["--config", str(file)]).config)
+    for group, options in content.items():
+        for name, value in options.items() if isinstance(options, dict) else [(None, options)]:
+            assert parsed[f"{group}.{name}" if name else group] == value
+
+
+def test_shipped_configurations_were_found() -> None:
+    names = {file.stem for file in CONFIGS}
+    assert {"micro", "facelift_mouse", "single_stage", "three_stages", "facelift_fixed", "learned_interpolation"} <= names
+
+
+def test_the_micro_configuration_is_the_default_written_out() -> None:
+    micro = next(file for file in CONFIGS if file.stem == "micro")
+    assert parse(["--config", str(micro)]).config == Config() == parse([]).config
+    written = yaml.safe_load(micro.read_text(encoding="utf-8"))
+    assert {f.name: set(written[f.name]) for f in fields(Config) if isinstance(written[f.name], dict)} == {
+        f.name: {g.name for g in fields(f.default_factory)} for f in fields(Config) if f.default_factory is not MISSING
+    }
+
+
+# -------------------------------------------------------------------------------------------------- to YAML and back
+
+
+@pytest.mark.parametrize(
+    "options", [[], UNUSUAL, ["--data.reference_view=random"], ["--data.reference_view=3"], ["--prompt.subject=null"]]
+)
+def test_a_configuration_written_out_and_given_back_is_the_same(tmp_path: Path, options: list[str]) -> None:
+    config = parse(options).config
+    assert (config == Config()) == (not options)
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert parse(["--config", str(tmp_path / "config.yaml")]).config == config
+
+
+def test_what_is_written_out_names_every_option() -> None:
+    written = yaml.safe_load(to_yaml(Config()))
+    names = {f"{g}.{n}" for g, group in written.items() if isinstance(group, dict) for n in group}
+    assert names | {g for g, value in written.items() if not isinstance(value, dict)} == set(option_kinds())
+
+
+# ------------------------------------------------------------------------------------------------- options and --help
+
+
+def documented() -> dict[str, str]:
+    """The docstring under each field of each dataclass, by Class.field; "" where there is none."""
+    found = {}
+    for node in ast.parse(Path(train.config.__file__).read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field, after in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+                found[f"{node.name}.{field.target.id}"] = text
+    return found
+
+
+def test_every_option_is_explained_in_help() -> None:
+    texts = documented()
+    groups = {f"Config.{f.name}" for f in fields(Config) if f.default_factory is not MISSING}
+    assert {name for name, text in texts.items() if not text} == groups
+    assert len(texts) - len(groups) == len(option_kinds())
+    shown = re.sub(r"\s", "", make_parser().format_help())
+    missing = [name for name, text in texts.items() if re.sub(r"\s", "", text) not in shown]
+    assert not missing
+    assert not [name for name in option_kinds() if f"--{name}" not in shown]
+
+
+def test_the_kinds_are_those_of_the_options() -> None:
+    real = set(make_parser().get_defaults().keys()) - {"config", "resume", "dry_run"}
+    assert set(option_kinds()) == real == set(flat(Config()))
+    assert option_kinds()["lora.rank"] == "a whole number"
+    assert option_kinds()["prompt.norm_band"] == "a number or null"
+    assert option_kinds()["data.reference_view"] == "random or a whole number or a list such as [0, 1]"
+
+
+# ------------------------------------------------------------------------------------------ what does not fit together
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt.waypoints=[]"], r"prompt\.waypoints: is \[\]; expected at least one"),
+        (["--prompt.learning_rate=0"], r"prompt\.learning_rate: is 0\.0; expected a positive number"),
+        (["--prompt.decay=-1"], r"prompt\.decay: is -1\.0"),
+        (["--prompt.norm_band=0"], r"prompt\.norm_band: is 0\.0; expected a share in \(0, 1\], or null"),
+        (["--lora.rank=-1"], r"lora\.rank: is -1; expected 0"),
+        (["--lora.alpha=0"], r"lora\.alpha: is 0\.0"),
+        (["--lora.dropout=1"], r"lora\.dropout: is 1\.0; expected a share in \[0, 1\)"),
+        (["--lora.learning_rate=-1"], r"lora\.learning_rate: is -1\.0"),
+        (["--loss.snr_gamma=0"], r"loss\.snr_gamma: is 0\.0"),
+        (["--loss.condition_drop_rate=0.34"], r"loss\.condition_drop_rate: is 0\.34; expected 0 to 1/3"),
+        (["--kl.weight=-1"], r"kl\.weight: is -1\.0"),
+        (["--kl.clip=0"], r"kl\.clip: is 0\.0"),
+        (["--kl.every=0"], r"kl\.every: is 0"),
+        (["--train.steps=0"], r"train\.steps: is 0; expected 1 or more"),
+        (["--train.batch_size=0"], r"train\.batch_size: is 0"),
+        (["--train.accumulation=0"], r"train\.accumulation: is 0"),
+        (["--train.warmup_steps=-1"], r"train\.warmup_steps: is -1"),
+        (["--train.max_grad_norm=0"], r"train\.max_grad_norm: is 0\.0"),
+        (["--train.ema_decay=1"], r"train\.ema_decay: is 1\.0; expected between 0 and 1, or null"),
+        (["--monitor.preview_every=0"], r"monitor\.preview_every: is 0"),
+        (["--monitor.checkpoints_kept=0"], r"monitor\.checkpoints_kept: is 0"),
+        (["--monitor.eta=1.1"], r"monitor\.eta: is 1\.1"),
+        (["--export.tolerance=0"], r"export\.tolerance: is 0\.0"),
+        (["--curriculum.at=[0, 0.5, 0.2]", "--curriculum.position=[0, 1, 1]"], r"curriculum\.at: is \[0\.0, 0\.5, 0\.2\]"),
+        (["--curriculum.at=[0.5, 0.5]"], r"curriculum\.at: .*each larger than the one before"),
+        (["--curriculum.at=[-0.1, 0.5]"], r"curriculum\.at: .*values from 0 up"),
+        (["--curriculum.at=[0, 2000]"], r"curriculum\.at: .*fractions of the run, at most 1 \(unit: run\)"),
+        (["--curriculum.at=[0, 0.5, 1]"], r"curriculum\.at and curriculum\.position: is 3 and 2 values; expected the same"),
+        (["--curriculum.at=[]", "--curriculum.position=[]"], r"curriculum\.at and .* 0 and 0 values; .*one or more"),
+        (["--curriculum.position=[0, 2]"], r"curriculum\.position: is \[0\.0, 2\.0\]; expected 0 to 1, since prompt\.waypoints"),
+        (["--curriculum.position=[-1, 1]"], r"curriculum\.position: is \[-1\.0, 1\.0\]; expected 0 to 1"),
+        (["--prompt.waypoints=[facelift]"], r"curriculum\.position: .*expected 0 to 0, since prompt\.waypoints has 1"),
+        (["--prompt.learn=false", "--lora.rank=0"], r"lora\.rank: is 0; expected 1 or more .*nothing would train"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_values_that_cannot_be_are_refused_by_name(options: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse(options)
+
+
+def test_alpha_at_1_is_refused_with_fade_alone() -> None:
+    fade = ["--prompt.carry=fade"]
+    with pytest.raises(InputError, match=r"curriculum\.position: is 1\.0; expected less than 1 .*carry: fade.*gradient is zero"):
+        parse(fade)
+    assert parse([*fade, "--curriculum.position=[0, 0.8]"]).config.curriculum.position == [0, 0.8]
+    assert parse(["--prompt.carry=keep"]).config.curriculum.position == [0, 1]
+    assert not parse([*fade, "--prompt.learn=false"]).config.prompt.learn, "nothing that is learned can fade out"
+    three = [*fade, "--prompt.waypoints=[facelift, hybrid, realistic]"]
+    assert parse(three).config.curriculum.position == [0, 1], "1 is half way on a path of two"
+    with pytest.raises(InputError, match=r"less than 2 \(e\.g\. 1\.6\)"):
+        parse([*three, "--curriculum.position=[0, 2]"])
+
+
+def test_either_part_may_train_alone() -> None:
+    assert parse(["--lora.rank=0"]).config.prompt.learn
+    assert not parse(["--prompt.learn=false"]).config.prompt.learn
+
+
+@pytest.mark.parametrize(("given", "views"), [("random", [0, 1, 2, 3]), ("2", [2]), ("[0, 3]", [0, 3])])
+def test_reference_views_are_those_asked_for(given: str, views: list[int]) -> None:
+    assert parse([f"--data.reference_view={given}"]).config.data.references(4) == views
+
+
+@pytest.mark.parametrize("given", ["4", "-1", "[0, 4]", "[]"])
+def test_a_reference_view_the_model_does_not_have_is_refused(given: str) -> None:
+    with pytest.raises(InputError, match=r"data\.reference_view: is .*; expected views from 0 to 3"):
+        parse([f"--data.reference_view={given}"]).config.data.references(4)
