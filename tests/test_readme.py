@@ -41,7 +41,7 @@ def test_the_tree_holds_every_module():
 
 
 def test_the_commands_of_the_readme_are_understood():
-    commands = re.findall(r"python -m train\.softprompt( --[^`\n]*)$", README, re.MULTILINE)
+    commands = re.findall(r"python -m train\.softprompt( --[^`\n]*)", README)
     assert len(commands) >= 3
     parser = make_parser()
     for options in commands:

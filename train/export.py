@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import get_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt.embeddings import load_prompt, save_prompt
@@ -18,6 +19,7 @@ from softprompt.pipeline import Pipeline, save_pipeline
 from softprompt.sampling import sample_views
 from softprompt.unet import load_unet
 
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 FACELIFT_PROMPT = "mvdiffusion/data/fixed_prompt_embeds_6view/clr_embeds.pt"
 """Where FaceLift's training and inference look for the prompt; the path is written into its code."""
 FACELIFT_MODEL = "checkpoints/mvdiffusion/pipeckpts"
@@ -54,9 +56,9 @@ def export(
     tolerance: largest difference allowed, in pictures of range 0 to 1.
     Raises: RunError when a file read back gives other views; an earlier export is then left as it was.
     """
-    partial_name = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(partial_name, ignore_errors=True)
-    with new_folder(partial_name) as partial:
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    with new_folder(new) as partial:
         save_prompt(prompt, partial / "clr_embeds.safetensors", metadata={**metadata, "licence": LICENCE})
         save_prompt(prompt, partial / "clr_embeds.pt", metadata={**metadata, "licence": LICENCE})
         if _has_lora(pipeline):
@@ -65,9 +67,15 @@ def export(
                 unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
                 unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict(),
             )
-        compared = _verify(pipeline, prompt, partial, picture, tolerance)
-        merged = _export_pipeline(pipeline, prompt, partial, picture, tolerance) if with_pipeline else None
-    _replace(folder, partial_name)
+    try:
+        compared = _verify(pipeline, prompt, new, picture, tolerance)
+        merged = _export_pipeline(pipeline, prompt, new, picture, tolerance) if with_pipeline else None
+    except RunError as error:
+        unverified = folder.with_name(f"{folder.name}.unverified")
+        shutil.rmtree(unverified, ignore_errors=True)
+        new.rename(unverified)
+        raise RunError(f"{error}. It is kept as {unverified} to be looked at; the checkpoints hold the model") from error
+    _replace(folder, new)
     return Exported(folder, *compared, merged)
 
 
@@ -88,7 +96,13 @@ def _fresh(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
     """The pretrained pipeline as the disk has it, with the LoRA of an export, beside frozen parts that are shared."""
     unet = load_unet(pipeline.folder / "unet", dtype=dtype).to(pipeline.device)
     if (folder / "lora").is_dir():
-        unet.load_lora_adapter(folder / "lora", prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+        unet.load_lora_adapter(folder / "lora", prefix="unet", weight_name=LORA_WEIGHTS, adapter_name="default")
+        for name, parameter in unet.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+        # Again, since the first time its float32 was rounded to the precision of the UNet.
+        weights = load_file(folder / "lora" / LORA_WEIGHTS)
+        set_peft_model_state_dict(unet, {name.removeprefix("unet."): weight for name, weight in weights.items()})
         unet.requires_grad_(False).eval()
     return Pipeline(**{**vars(pipeline), "unet": unet})
 
@@ -120,19 +134,18 @@ def _within(difference: float, tolerance: float, what: str) -> float:
     if not difference <= tolerance:  # NaN is not within anything
         raise RunError(
             f"export: {what} read back differs from the model in memory by {difference:.2g} (of 1), more than export.tolerance "
-            f"{tolerance:.2g}; nothing was exported, the checkpoints hold the model"
+            f"{tolerance:.2g}"
         )
     return difference
 
 
 def _replace(folder: Path, new: Path) -> None:
-    """Move what is new into `folder`, file by file; what it has of the same name goes, all else (best/) stays."""
+    """Move what is new into `folder`; what an earlier export left there goes, all else (best/) stays."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("lora", "pipeckpts"):  # also where the new export has none: it would not belong to the new prompt
+        shutil.rmtree(folder / name, ignore_errors=True)
     for path in sorted(new.iterdir()):
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
+        path.replace(folder / path.name)
     new.rmdir()
 
 

@@ -15,6 +15,28 @@ from softprompt.embeddings import closest_pair, mean_pairwise_cosine, prompt_cos
 from softprompt.files import new_file
 from softprompt.prompt import SoftPrompt
 
+GROUPS = (
+    "loss",
+    "views",
+    "views_psnr",
+    "views_ssim",
+    "prompt_views_alike",
+    "prompt_drift_from_start",
+    "prompt_cosine_to_waypoint",
+    "prompt_norm",
+    "curriculum",
+    "learning_rate",
+    "gradient",
+    "speed",
+)
+"""Of the series, what matters most first."""
+
+
+def tensorboard_name(name: str) -> str:
+    """`loss/train` => `01_loss/train`: TensorBoard sorts groups by name, and would show gradients before the loss."""
+    group = name.split("/")[0].rstrip("_0123456789")
+    return f"{GROUPS.index(group) + 1:02d}_{name}"
+
 
 class Monitor:
     """Series and pictures of one run, on the main process; elsewhere it writes nothing."""
@@ -37,7 +59,7 @@ class Monitor:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
             file.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            self.writer.add_scalar(tensorboard_name(name), value, step)
         self.writer.flush()
 
     def picture(self, step: int, name: str, image: Image.Image) -> Path | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt.data import write_source
@@ -190,6 +191,15 @@ def test_the_decay_pulls_the_prompt_toward_its_start_not_toward_zero(small):
         return float((job.adapted.prompt.learned - job.adapted.prompt.start).norm())
 
     assert 0 < drift(1.0) < 0.8 * drift(0.0)
+
+
+def test_a_half_precision_run_trains_in_float32_and_reads_back_exactly(small, tmp_path):
+    run = run_to_end(small("--train.precision=bf16", "--export.pipeline=true", "--lora.learning_rate=0.01"), tmp_path / "run")
+    assert run.job.pipeline.unet.conv_in.weight.dtype == torch.bfloat16
+    assert {p.dtype for group in run.job.adapted.trainable().values() for p in group.values()} == {torch.float32}
+    assert run.exported is not None and run.exported.read_back <= 1e-4
+    lora = load_file(tmp_path / "run" / "export" / "lora" / "pytorch_lora_weights.safetensors")
+    assert {weight.dtype for weight in lora.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("reference", ["random", "[1,4]", "3"])
