@@ -78,8 +78,9 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(checkpoints[-1] / STATE, map_location="cpu", weights_only=True)
         return state
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"{checkpoints[-1]}: cannot be read ({error}); move it away to resume from the one before") from error
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = "it holds something else" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())
+        raise InputError(f"{checkpoints[-1]}: cannot be read ({reason}); move it away to resume from the one before") from error
 
 
 def restore(

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from softprompt.errors import InputError
@@ -39,14 +40,14 @@ class Parser(ArgumentParser):
         del ex
         message = " ".join(message.split())
         unknown = re.search(r"unrecognized arguments: --?([\w.\-]+)|ption '([\w.\-]+)'", message, re.IGNORECASE)
-        value = re.match(r'Parser key "([\w.]+)": .*(Got value|Given value): (\S.*)$', message)
+        value = re.match(r'Parser key "([\w.]+)": .*(?:Got|Given) value: ?(.*)$', message)
         if unknown:
             key = unknown.group(1) or unknown.group(2)
             group = re.search(r"Group '([\w.]+)'", message)
             wanted = f"{group.group(1)}.{key}" if group and not key.startswith(group.group(1)) else key
-            message = f"unknown option {wanted!r}{suggestion(wanted, list(option_kinds()))}"
+            message = f"unknown option {wanted!r}{suggestion(wanted, [*option_kinds(), 'config', 'resume', 'dry-run'])}"
         elif value and value.group(1) in option_kinds():
-            message = f"{value.group(1)}: is {value.group(3)}; expected {option_kinds()[value.group(1)]}"
+            message = f"{value.group(1)}: is {value.group(2) or 'empty'}; expected {option_kinds()[value.group(1)]}"
         print(f"error: {f'{self.reading}: ' if self.reading else ''}{message}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -94,6 +95,7 @@ def make_parser() -> Parser:
         "with LoRA. With no options: a full run on the embedded micro model, on a CPU.",
         epilog="Examples: python -m train.softprompt | python -m train.softprompt --config configs/facelift_mouse.yaml --model "
         "pipeckpts --data.train mice/ | python -m train.softprompt --resume runs/micro-001",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of the options below; several may be given, the last wins."
@@ -117,8 +119,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     if resume is not None:
         argv = ["--config", str(resume / "config.yaml"), *argv]
     for parser.reading in _values(argv, "--config"):  # each by itself first, so that an error can name its file
-        if not Path(parser.reading).is_file():
-            raise InputError(f"--config {parser.reading}: no such file; expected a YAML file, e.g. configs/micro.yaml")
+        _check_file(parser.reading)
         parser.parse_args(["--config", parser.reading])
     parser.reading = None
     namespace = parser.parse_args(argv)
@@ -134,12 +135,39 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     )
 
 
+def _check_file(file: str) -> None:
+    """What the parser says badly, or not at all. Raises: InputError naming the file."""
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"--config {file}: no such file; expected a YAML file, e.g. configs/micro.yaml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: is no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: holds no options; expected them by name, as in configs/micro.yaml")
+    kinds = option_kinds()
+    for key, value in content.items():
+        if key in ("resume", "dry_run", "config"):
+            raise InputError(f"{file}: {key} belongs on the command line, not into a file")
+        is_group = any(name.startswith(f"{key}.") for name in kinds)
+        if is_group and not isinstance(value, dict):
+            raise InputError(f"{file}: {key}: is {_shown(value)}; expected a group of options under it")
+        for name, inner in value.items() if is_group else [(None, value)]:
+            kind = kinds.get(f"{key}.{name}" if is_group else key)
+            if kind is not None and inner is None and "null" not in kind:
+                raise InputError(f"{file}: {key}.{name}: is null; expected {kind}")
+
+
+def _shown(value: Any) -> str:
+    return "empty" if value is None else str(value)
+
+
 def _values(argv: Sequence[str], option: str) -> list[str]:
     """What was given to an option, before the command line as a whole is read."""
-    following = [*argv[1:], ""]
     return [
-        argument.partition("=")[2] or after
-        for argument, after in zip(argv, following, strict=True)
+        argument.partition("=")[2] or "".join(argv[i + 1 : i + 2])
+        for i, argument in enumerate(argv)
         if argument == option or argument.startswith(f"{option}=")
     ]
 

@@ -4,10 +4,11 @@ The defaults are the embedded micro run (`configs/micro.yaml` writes them out); 
 start with real weights.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+import re
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
 
 from softprompt.errors import InputError
 
@@ -292,14 +293,18 @@ def _require(holds: bool, name: str, found: Any, expected: str) -> None:
         raise InputError(f"{name}: is {found}; expected {expected}")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that the options' reader would take for a number: `1e-4` is one to it, and none to YAML."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="'" if re.fullmatch(r"[-+]?[\d._]+([eE][-+]?\d+)?", text) else None
+    ),
+)
+
+
 def to_yaml(config: Config) -> str:
     """The configuration as YAML that `--config` takes back."""
-    parser = ArgumentParser()
-    parser.add_class_arguments(Config)
-    return parser.dump(_namespace(config), skip_none=False)
-
-
-def _namespace(value: Any) -> Any:
-    if not is_dataclass(value):
-        return value
-    return Namespace(**{f.name: _namespace(getattr(value, f.name)) for f in fields(value)})
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,5 +1,6 @@
 """What a run is for: prompt, LoRA and pipeline folder, each read back and compared before it is called done."""
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ def export(
         shutil.rmtree(unverified, ignore_errors=True)
         new.rename(unverified)
         raise RunError(f"{error}. It is kept as {unverified} to be looked at; the checkpoints hold the model") from error
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     _replace(folder, new)
     return Exported(folder, *compared, merged)
 
@@ -152,14 +156,16 @@ def _replace(folder: Path, new: Path) -> None:
 def how_to_use(folder: Path) -> list[str]:
     """The exact commands that put an export to use, as lines; what FaceLift had is kept beside it as *.original."""
     prompt, model = f"FACELIFT/{FACELIFT_PROMPT}", f"FACELIFT/{FACELIFT_MODEL}"
+    ours, pipeline = (shlex.quote(str(folder / name)) for name in ("clr_embeds.pt", "pipeckpts"))
     lines = [
         "use it in FaceLift (FACELIFT is its repository):",
-        f"  mv -n {prompt} {prompt}.original; cp {folder / 'clr_embeds.pt'} {prompt}",
+        f"  [ -e {prompt}.original ] || mv {prompt} {prompt}.original; cp {ours} {prompt}",
     ]
     if (folder / "pipeckpts").is_dir():
-        lines.append(f"  mv -n {model} {model}.original; cp -r {folder / 'pipeckpts'}/. {model}")
+        lines.append(f"  [ -e {model}.original ] || mv {model} {model}.original; cp -r {pipeline}/. {model}")
     if (folder / "lora").is_dir():
-        lines.append(f'or the LoRA in diffusers: unet.load_lora_adapter("{folder / "lora"}", prefix="unet")')
+        lines.append("or the LoRA in diffusers:")
+        lines.append(f'  unet.load_lora_adapter("{folder / "lora"}", prefix="unet", weight_name="{LORA_WEIGHTS}")')
     return lines
 
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from softprompt.cache import EncodedObjects
-from softprompt.data import Source, Subset, open_source
+from softprompt.data import FolderSource, Source, Subset, open_source
 from softprompt.embeddings import load_waypoints
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
@@ -172,7 +172,8 @@ def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list
     train = open_any(config.data.train, 0, MICRO_TRAIN_OBJECTS)
     if config.data.val is not None or config.data.train == MICRO:
         held_out = open_any(config.data.val or MICRO, 10_000, MICRO_HELD_OUT_OBJECTS)
-        both = sorted(set(train.names) & set(held_out.names))
+        held = set(_identities(held_out))
+        both = [name for name, identity in zip(train.names, _identities(train), strict=True) if identity in held]
         note = f"; WARNING: {len(both)} of them are trained on as well, e.g. {both[0]}" if both else ""
     elif len(train) > 1:
         count = min(24, max(1, round(0.05 * len(train))))
@@ -184,6 +185,11 @@ def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list
         held_out = train
         note = "; WARNING: the only object is both trained on and validated on, so validation shows no generalisation"
     return train, held_out, [f"data       {len(train)} objects to train on, {len(held_out)} held out{note}"]
+
+
+def _identities(source: Source) -> list[str]:
+    """What tells samples apart: where they are on the disk, or their name in the embedded world."""
+    return [str(f.resolve()) for f in source.folders] if isinstance(source, FolderSource) else list(source.names)
 
 
 def quiet_libraries(is_main: bool) -> None:

@@ -25,6 +25,12 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No picture is read or encoded, where it is only asked what is said."""
+    monkeypatch.setattr(EncodedObjects, "fill", lambda self, *, progress: None)
+
+
 def micro_with(folder: Path, part: str, file: str, **changes: object) -> Path:
     """The micro model with one part's configuration changed; all else are links."""
     folder.mkdir()
@@ -60,14 +66,14 @@ def test_fp16_on_a_cpu_is_refused(mice: Path, small_config: Small, device: str) 
         prepare(small_config(mice, **{"train.precision": "fp16", "train.device": device}))
 
 
-@pytest.mark.usefixtures("no_cuda")
+@pytest.mark.usefixtures("no_cuda", "unread")
 def test_what_auto_chose_is_said(mice: Path, small_config: Small) -> None:
     assert "CPU, " in (said := notes_of(small_config(mice))) and "fp32 (chosen from the machine)" in said
     said = notes_of(small_config(mice, **{"train.device": "cpu", "train.precision": "fp32"}))
     assert "fp32 (as asked for)" in said
 
 
-@pytest.mark.usefixtures("no_cuda")
+@pytest.mark.usefixtures("no_cuda", "unread")
 def test_frozen_weights_take_the_precision_and_what_trains_stays_float32(mice: Path, small_config: Small) -> None:
     job = prepare(small_config(mice, **{"train.precision": "bf16", "train.device": "cpu"}))
     assert job.pipeline.unet.conv_in.weight.dtype == torch.bfloat16
@@ -79,6 +85,7 @@ def test_frozen_weights_take_the_precision_and_what_trains_stays_float32(mice: P
 # ------------------------------------------------------------------------------------------------------------- optimizer
 
 
+@pytest.mark.usefixtures("unread")
 def test_each_group_has_its_own_rate_and_the_prompt_no_decay(mice: Path, small_config: Small) -> None:
     rates = {"prompt.learning_rate": 0.03, "lora.learning_rate": 0.002, "lora.weight_decay": 0.25}
     job = prepare(small_config(mice, **rates))
@@ -89,6 +96,7 @@ def test_each_group_has_its_own_rate_and_the_prompt_no_decay(mice: Path, small_c
     assert lora and {id(p) for p in groups["lora"]["params"]} == lora
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize(("option", "left"), [({"lora.rank": 0}, "prompt"), ({"prompt.learn": "false"}, "lora")])
 def test_a_group_that_is_switched_off_is_not_optimised(
     mice: Path, small_config: Small, option: dict[str, object], left: str
@@ -97,24 +105,25 @@ def test_a_group_that_is_switched_off_is_not_optimised(
     assert [g["name"] for g in job.optimizer.param_groups] == [left] == list(job.adapted.trainable())
 
 
-def test_lora_starts_from_the_seed(mice: Path, small_config: Small) -> None:
+@pytest.mark.usefixtures("unread")
+def test_lora_starts_elsewhere_from_another_seed(mice: Path, small_config: Small) -> None:
     def start(seed: int) -> torch.Tensor:
         lora = prepare(small_config(mice, **{"train.seed": seed})).adapted.trainable()["lora"]
         return torch.cat([p.detach().flatten() for p in lora.values()])
 
-    assert torch.equal(start(3), start(3)) and not torch.equal(start(3), start(4))
+    assert not torch.equal(start(3), start(4))
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
 
 
-@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (4, 1), (40, 2), (100, 5), (600, 24)])
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (40, 2), (600, 24)])
 def test_without_a_list_the_last_5_percent_are_held_out(
     mice: Path, small_config: Small, monkeypatch: pytest.MonkeyPatch, count: int, held_out: int
 ) -> None:
     everything = MicroWorld("mice", 0, count)
     monkeypatch.setattr(setup, "open_source", lambda path, **_: everything)
-    monkeypatch.setattr(EncodedObjects, "fill", lambda self, *, progress: None)
     job = prepare(small_config(mice, **{"data.val": "null"}))
     assert [*job.train.names, *job.held_out.names] == everything.names
     assert len(job.held_out) == held_out
@@ -122,6 +131,7 @@ def test_without_a_list_the_last_5_percent_are_held_out(
     assert f"{count - held_out} objects to train on, {held_out} held out (the last of the list)" in said
 
 
+@pytest.mark.usefixtures("unread")
 def test_held_out_objects_are_those_given(mice: Path, small_config: Small) -> None:
     job = prepare(small_config(mice))
     assert list(job.train.names) == [f"mice-{i:05d}" for i in range(4)]
@@ -129,6 +139,7 @@ def test_held_out_objects_are_those_given(mice: Path, small_config: Small) -> No
     assert "4 objects to train on, 2 held out" in (said := "\n".join(job.notes)) and "WARNING" not in said
 
 
+@pytest.mark.usefixtures("unread")
 def test_a_single_object_that_is_trained_and_validated_on_is_warned_of(mice: Path, small_config: Small) -> None:
     only = mice / "train" / "mice-00002"
     job = prepare(small_config(mice, **{"data.train": only, "data.val": "null"}))
@@ -136,19 +147,20 @@ def test_a_single_object_that_is_trained_and_validated_on_is_warned_of(mice: Pat
     assert "WARNING: the only object is both trained on and validated on" in "\n".join(job.notes)
 
 
+@pytest.mark.usefixtures("unread")
 def test_objects_in_both_lists_are_warned_of(mice: Path, small_config: Small) -> None:
     said = notes_of(small_config(mice, **{"data.val": mice / "train"}))
     assert "WARNING: 4 of them are trained on as well, e.g. mice-00000" in said
 
 
-@pytest.mark.xfail(strict=True, reason="samples are compared by folder name: train/sample_0 and val/sample_0 count as one")
 def test_other_objects_of_the_same_folder_name_are_not_warned_of(mice: Path, small_config: Small, tmp_path: Path) -> None:
     for target, source in (("train/sample_0", mice / "train" / "mice-00000"), ("val/sample_0", mice / "val" / "mice-10000")):
         shutil.copytree(source, tmp_path / target)
     assert "WARNING" not in notes_of(small_config(mice, **{"data.train": tmp_path / "train", "data.val": tmp_path / "val"}))
 
 
-@pytest.mark.parametrize("data", ["random", "three_choices", "black"])
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("data", ["random", "black"])
 def test_held_out_objects_always_have_one_background(mice: Path, small_config: Small, data: str) -> None:
     job = prepare(small_config(mice, **{"data.background": data}))
     assert (job.train.background, job.held_out.background) == (data, "black" if data == "black" else "white")
@@ -166,12 +178,13 @@ def test_a_picture_cut_short_is_refused_before_the_run(mice: Path, small_config:
 # --------------------------------------------------------------------------------------------------- what does not fit
 
 
-@pytest.mark.parametrize("given", ["6", "-1", "[0, 6]", "[]"])
+@pytest.mark.parametrize("given", ["6", "[0, -1]"])
 def test_a_reference_view_out_of_range_is_refused(mice: Path, small_config: Small, given: str) -> None:
     with pytest.raises(InputError, match=r"data\.reference_view: is .*; expected views from 0 to 5"):
         prepare(small_config(mice, **{"data.reference_view": given}))
 
 
+@pytest.mark.usefixtures("unread")
 def test_v_weighting_of_a_model_that_predicts_epsilon_is_refused(mice: Path, small_config: Small, tmp_path: Path) -> None:
     folder = micro_with(tmp_path / "epsilon", "scheduler", "scheduler_config.json", prediction_type="epsilon")
     with pytest.raises(InputError, match=r"loss\.snr_weighting: is v, .* predicts epsilon\. Use `facelift`"):
@@ -201,6 +214,7 @@ def test_an_unknown_lora_target_is_refused(mice: Path, small_config: Small) -> N
 # ---------------------------------------------------------------------------------------------------------------- advice
 
 
+@pytest.mark.usefixtures("unread")
 def test_settings_of_the_micro_model_on_another_are_warned_of(mice: Path, small_config: Small) -> None:
     steps = {"train.steps": Config().train.steps}
     warning = "steps and LoRA learning rate are those of the micro model; configs/facelift_mouse.yaml"
@@ -209,15 +223,14 @@ def test_settings_of_the_micro_model_on_another_are_warned_of(mice: Path, small_
     assert warning not in notes_of(small_config(mice, model=MICRO_MODEL, **steps, **{"lora.learning_rate": 1e-4}))
 
 
-def test_the_toy_world_under_another_model_is_warned_of(
-    mice: Path, small_config: Small, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(EncodedObjects, "fill", lambda self, *, progress: None)
+@pytest.mark.usefixtures("unread")
+def test_the_toy_world_under_another_model_is_warned_of(mice: Path, small_config: Small) -> None:
     warning = "data.train is the embedded toy world; give --data.train"
     assert warning in notes_of(small_config(mice, model=MICRO_MODEL, **{"data.train": "micro"}))
     assert warning not in notes_of(small_config(mice, **{"data.train": "micro"}))
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize(("end", "warned"), [(5, True), (4, False)])
 def test_a_curriculum_longer_than_the_run_is_warned_of(mice: Path, small_config: Small, end: int, warned: bool) -> None:
     said = notes_of(small_config(mice, **{"curriculum.unit": "step", "curriculum.at": f"[0, {end}]"}))

@@ -1,0 +1,208 @@
+"""Held-out objects: the same look at every evaluation, and previews of what they say they are of."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from softprompt.batch import seeded
+from softprompt.metrics import ssim_per_view
+from softprompt.micro import MICRO_MODEL
+from softprompt.pipeline import load_pipeline
+from softprompt.sampling import sample_views
+from softprompt.templates import VIEWS
+from train.config import Config
+from train.evaluate import Preview, averaged, preview, preview_series, validation_loss, view_weights
+from train.loop import training_step
+from train.setup import Job, prepare
+
+
+@pytest.fixture
+def make_job(mice: Path, small_config: Callable[..., Config]) -> Callable[..., Job]:
+    return lambda **overrides: prepare(small_config(mice, **{"monitor.validation_timesteps": 2, **overrides}))
+
+
+@pytest.fixture
+def job(make_job: Callable[..., Job]) -> Job:
+    return make_job()
+
+
+def parameters(job: Job) -> list[torch.nn.Parameter]:
+    return [p for group in job.adapted.trainable().values() for p in group.values()]
+
+
+@torch.no_grad()
+def perturb(job: Job, scale: float = 0.3) -> None:
+    for index, parameter in enumerate(parameters(job)):
+        parameter.add_(scale * torch.randn(parameter.shape, generator=seeded("perturb", index)))
+
+
+# ------------------------------------------------------------------------------------------------------------- validation
+
+
+def test_the_validation_loss_is_the_same_twice_and_between_steps_of_the_global_generator(job: Job) -> None:
+    first = validation_loss(job, 0.5)
+    torch.rand(1000)
+    assert validation_loss(job, 0.5) == first > 0
+
+
+def test_the_validation_loss_does_not_depend_on_how_one_trains(make_job: Callable[..., Job]) -> None:
+    expected = validation_loss(make_job(), 0.0)
+    batches = make_job(**{"train.batch_size": 3, "train.seed": 5, "train.steps": 9})
+    unweighted = make_job(**{"loss.snr_weighting": "none", "loss.condition_drop_rate": 0.33, "data.background": "random"})
+    assert validation_loss(batches, 0.0) == pytest.approx(expected, rel=1e-5)
+    assert validation_loss(unweighted, 0.0) == expected
+
+
+def test_the_validation_loss_changes_with_the_model_and_where_the_prompt_stands(job: Job) -> None:
+    start = validation_loss(job, 0.0)
+    assert abs(validation_loss(job, 1.0) / start - 1) > 1e-3
+    for group in ("lora", "prompt"):
+        before = validation_loss(job, 0.0)
+        with torch.no_grad():
+            for index, parameter in enumerate(job.adapted.trainable()[group].values()):
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=seeded(group, index)))
+        assert abs(validation_loss(job, 0.0) / before - 1) > 1e-3, group
+
+
+def test_the_validation_loss_is_the_mean_over_objects_and_timesteps(make_job: Callable[..., Job]) -> None:
+    both = make_job(**{"train.batch_size": 3})
+    target_of: list[Tensor] = []
+    both.adapted.forward = lambda noisy, given, timesteps, *_: target_of.append(timesteps) or torch.zeros_like(noisy)  # type: ignore[method-assign]
+    loss = validation_loss(both, 0.0)
+    assert torch.cat(target_of).tolist() == [250, 750, 250, 750]
+    assert 0.3 < loss < 3, "v has about unit variance, so a prediction of zero is wrong by about 1"
+
+
+def test_evaluating_does_not_change_the_run(job: Job) -> None:
+    before = [p.detach().clone() for p in parameters(job)]
+    state = torch.random.get_rng_state()
+    with averaged(job, None):
+        validation_loss(job, 0.0)
+        preview(job, job.adapted.prompt(0.0), None)
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(job), strict=True))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(p.requires_grad and p.grad is None for p in parameters(job))
+    assert job.adapted.training
+
+
+@pytest.mark.parametrize("own_view", [True, False])
+def test_view_weights_leave_out_the_reference_s_own_view_alone(make_job: Callable[..., Job], own_view: bool) -> None:
+    job = make_job(**{"loss.own_view": own_view})
+    weights = view_weights(job, 3)
+    if own_view:
+        assert weights is None
+    else:
+        assert weights is not None and weights.tolist() == [[0, 1, 1, 1, 1, 1]] * 3
+        assert validation_loss(job, 0.0) != pytest.approx(validation_loss(make_job(), 0.0), rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------- average
+
+
+def test_the_average_is_in_place_inside_the_block_and_gone_after_it_bit_for_bit(job: Job) -> None:
+    ema = EMAModel(parameters(job), decay=0.5)
+    perturb(job)
+    ema.step(parameters(job))
+    perturb(job)
+    before = [p.detach().clone() for p in parameters(job)]
+    shadow = [p.clone() for p in ema.shadow_params]
+    raw = validation_loss(job, 0.0)
+    with averaged(job, ema):
+        assert not job.adapted.training
+        assert all(torch.equal(p, s) for p, s in zip(parameters(job), shadow, strict=True))
+        assert not all(torch.equal(p, b) for p, b in zip(parameters(job), before, strict=True))
+        assert validation_loss(job, 0.0) != raw
+    assert job.adapted.training
+    assert all(torch.equal(p, b) for p, b in zip(parameters(job), before, strict=True))
+    with pytest.raises(RuntimeError, match="inside"), averaged(job, ema):
+        raise RuntimeError("inside")
+    assert job.adapted.training
+    assert all(torch.equal(p, b) for p, b in zip(parameters(job), before, strict=True))
+    assert all(torch.equal(p, s) for p, s in zip(ema.shadow_params, shadow, strict=True))
+
+
+def test_without_an_average_the_model_is_only_switched_to_evaluation(job: Job) -> None:
+    before = [p.detach().clone() for p in parameters(job)]
+    with averaged(job, None):
+        assert not job.adapted.training and not job.pipeline.unet.training
+        assert all(torch.equal(p, b) for p, b in zip(parameters(job), before, strict=True))
+    assert job.adapted.training
+
+
+# --------------------------------------------------------------------------------------------------------------- previews
+
+
+@torch.no_grad()
+def test_the_pretrained_row_is_the_untouched_model_after_lora_and_prompt_have_moved(job: Job) -> None:
+    training_step(job, 0)
+    perturb(job)
+    monitor = job.config.monitor
+    with averaged(job, None):
+        shown = preview(job, job.adapted.prompt(0.5), None)
+    assert shown.names == VIEWS
+    untouched = sample_views(
+        load_pipeline(MICRO_MODEL),
+        job.adapted.prompt.waypoints[0],
+        shown.pictures,
+        steps=monitor.preview_steps,
+        guidance_scale=monitor.guidance_scale,
+        eta=monitor.eta,
+        seed=job.config.train.seed,
+    )
+    assert torch.equal(shown.pretrained, untouched)
+    assert (shown.now - shown.pretrained).abs().max() > 0.05
+    again = preview(job, job.adapted.prompt(0.5), shown.pretrained)
+    assert again.pretrained is shown.pretrained, "it never changes, so it is not sampled again"
+
+
+@torch.no_grad()
+def test_a_preview_of_reference_view_2_begins_with_it(make_job: Callable[..., Job]) -> None:
+    job = make_job(**{"data.reference_view": 2, "monitor.preview_objects": 9})
+    perturb(job)
+    with averaged(job, None):
+        shown = preview(job, job.adapted.prompt(0.0), None)
+    order = [2, 3, 4, 5, 0, 1]
+    assert shown.names == ("right", "back", "left", "front_left", "front", "front_right") == tuple(VIEWS[i] for i in order)
+    truth = torch.stack([job.held_out.pictures(i, seeded("any")) for i in range(2)])
+    assert torch.equal(shown.truth, truth[:, order]) and torch.equal(shown.pictures, truth[:, 2])
+    expected = sample_views(
+        job.pipeline, job.adapted.prompt(0.0)[order], truth[:, 2], steps=2, guidance_scale=2.0, eta=0.0, seed=0
+    )
+    torch.testing.assert_close(shown.now, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_previews_are_the_same_at_every_evaluation(job: Job) -> None:
+    first = preview(job, job.adapted.prompt(0.0), None)
+    torch.rand(1000)
+    assert torch.equal(preview(job, job.adapted.prompt(0.0), None).now, first.now)
+
+
+def test_preview_series_are_named_after_the_view_in_each_slot() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth, now = torch.rand(2, 2, 6, 3, 16, 16, generator=generator)
+    names = ("right", "back", "left", "front_left", "front", "front_right")
+    series = preview_series(Preview(truth[:, 0], truth, truth, now, names))
+    for v, name in enumerate(names):
+        psnr = sum(-10 * float(torch.log10((now[b, v] - truth[b, v]).square().mean())) for b in range(2)) / 2
+        assert series[f"views_psnr/{name}"] == pytest.approx(psnr, abs=1e-4)
+        assert series[f"views_ssim/{name}"] == pytest.approx(float(ssim_per_view(now[:, [v]], truth[:, [v]])), abs=1e-5)
+    assert series["views/psnr"] == pytest.approx(sum(series[f"views_psnr/{name}"] for name in names) / 6)
+    assert series["views/ssim"] == pytest.approx(sum(series[f"views_ssim/{name}"] for name in names) / 6)
+    assert set(series) == {
+        *(f"views_{kind}/{name}" for kind in ("psnr", "ssim") for name in names),
+        *(f"views/{kind}" for kind in ("psnr", "ssim", "copy_score", "separation_ratio")),
+    }
+
+
+@pytest.mark.parametrize(("kind", "copies", "apart"), [("copy", 1.0, 0.0), ("truth", 0.0, 1.0)])
+def test_preview_series_tell_a_copy_of_the_input_from_the_truth(kind: str, copies: float, apart: float) -> None:
+    truth = torch.rand(2, 6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    now = truth[:, :1].expand_as(truth) if kind == "copy" else truth
+    series = preview_series(Preview(truth[:, 0], truth, truth, now, VIEWS))
+    assert series["views/copy_score"] == pytest.approx(copies, abs=1e-6)
+    assert series["views/separation_ratio"] == pytest.approx(apart, abs=1e-6)

@@ -1,0 +1,298 @@
+"""What a run is for: its files are what they say, are verified, and reach FaceLift by the printed commands."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from torch import Tensor
+
+from softprompt.batch import seeded
+from softprompt.embeddings import load_prompt, load_waypoints
+from softprompt.errors import InputError, RunError
+from softprompt.micro import MICRO_MODEL
+from softprompt.micro.world import MicroWorld
+from softprompt.model import add_lora
+from softprompt.pipeline import Pipeline, load_pipeline, save_pipeline
+from softprompt.sampling import sample_views
+from softprompt.templates import VIEWS
+from softprompt.unet import load_unet
+from train import export as export_module
+from train.export import FACELIFT_MODEL, FACELIFT_PROMPT, Exported, check_free_space, export, how_to_use
+
+METADATA = {"origin": "softprompt", "waypoints": ["facelift", "realistic"], "position": 0.75, "steps": 12, "model": "micro"}
+RANK, ALPHA = 2, 5.0
+
+
+@dataclass
+class Trained:
+    pipeline: Pipeline
+    prompt: Tensor
+    picture: Tensor
+
+    def export(self, folder: Path, *, tolerance: float = 1e-4, with_pipeline: bool = False) -> Exported:
+        options = {"tolerance": tolerance, "with_pipeline": with_pipeline}
+        return export(self.pipeline, self.prompt, folder, picture=self.picture, metadata=METADATA, **options)
+
+    def views(self, pipeline: Pipeline, prompt: Tensor) -> Tensor:
+        """Of another picture and seed than the export compares itself with."""
+        picture = MicroWorld("mice", 77, 1).load(0)[0, :3] / 255
+        return sample_views(pipeline, prompt, picture, steps=4, guidance_scale=3.0, eta=1.0, seed=9)
+
+
+def trained(rank: int) -> Trained:
+    """As after a run: LoRA and prompt moved far enough to change the views."""
+    pipeline = load_pipeline(MICRO_MODEL)
+    if rank:
+        add_lora(pipeline.unet, rank=rank, alpha=ALPHA, targets=["to_q", "to_k", "to_v", "to_out.0"])
+        move(pipeline.unet)
+    start = load_waypoints(["facelift"], folder=MICRO_MODEL, subject="mouse", angle="", num_views=6, width=1024)[0]
+    prompt = start + 0.05 * torch.randn(start.shape, generator=seeded("prompt"))
+    return Trained(pipeline, prompt, MicroWorld("mice", 5, 1).load(0)[0, :3] / 255)
+
+
+@torch.no_grad()
+def move(unet: UNet2DConditionModel, seed: int = 0) -> None:
+    for name, parameter in unet.named_parameters():
+        if ".lora_B" in name:
+            parameter.copy_(0.03 * torch.randn(parameter.shape, generator=seeded(seed, name)))
+
+
+@pytest.fixture(scope="module")
+def model() -> Trained:
+    """A trained model; nothing may change it."""
+    return trained(RANK)
+
+
+@pytest.fixture(scope="module")
+def done(model: Trained, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """It, exported with its whole pipeline; nothing may change the folder."""
+    return model.export(tmp_path_factory.mktemp("a_run") / "export", with_pipeline=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------------- the files
+
+
+def test_an_export_holds_prompt_lora_and_pipeline_and_nothing_else(done: Exported) -> None:
+    expected = ["clr_embeds.json", "clr_embeds.pt", "clr_embeds.safetensors", "lora", "pipeckpts"]
+    assert sorted(p.name for p in done.folder.iterdir()) == expected
+    assert [p.name for p in done.folder.parent.iterdir()] == ["export"]
+    assert [p.name for p in (done.folder / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert done.read_back < 1e-4 and done.merged is not None and done.merged < 1e-4 and 0 < done.rounding < 0.1
+
+
+def test_the_prompt_is_the_bare_float16_tensor_facelift_loads(done: Exported, model: Trained, facelift: Path) -> None:
+    stored = torch.load(done.folder / "clr_embeds.pt", weights_only=True)
+    assert type(stored) is Tensor and stored.dtype == torch.float16 and not stored.requires_grad
+    assert torch.equal(stored, model.prompt.half())
+    theirs = torch.load(next(facelift.rglob("clr_embeds.pt")), weights_only=True)
+    assert (stored.dtype, stored.shape, type(stored)) == (theirs.dtype, theirs.shape, type(theirs))
+    assert torch.equal(load_prompt(done.folder / "clr_embeds.safetensors"), model.prompt), "float32 loses nothing"
+
+
+def test_the_json_beside_it_says_what_the_prompt_is(done: Exported, model: Trained) -> None:
+    described = json.loads((done.folder / "clr_embeds.json").read_text(encoding="utf-8"))
+    assert {key: described[key] for key in METADATA} == METADATA
+    assert described["views"] == list(VIEWS) and described["shape"] == [6, 77, 1024]
+    assert (described["file"], described["dtype"]) == ("clr_embeds.pt", "float16")
+    error = (model.prompt.half().float() - model.prompt).abs()
+    assert described["rounding_error"]["max"] == pytest.approx(float(error.max())) and float(error.max()) > 0
+    norms = model.prompt.norm(dim=-1)
+    assert described["token_norms"]["max"] == pytest.approx(float(norms.max()), abs=1e-4)
+    assert described["token_norms"]["first"] == pytest.approx(float(norms[:, 0].mean()), abs=1e-4)
+    flat = model.prompt.flatten(1)
+    cosines = torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=-1)
+    torch.testing.assert_close(torch.tensor(described["view_cosines"]), cosines, atol=1e-4, rtol=0)
+    assert "Adobe Research License" in described["licence"]
+
+
+def test_the_lora_keeps_rank_and_alpha_and_gives_the_views_in_memory(done: Exported, model: Trained) -> None:
+    unet = load_unet(MICRO_MODEL / "unet")
+    unet.load_lora_adapter(done.folder / "lora", prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+    (settings,) = unet.peft_config.values()
+    assert (settings.r, settings.lora_alpha) == (RANK, ALPHA)
+    assert set(settings.target_modules) == {"to_q", "to_k", "to_v", "to_out.0"}
+    prompt = load_prompt(done.folder / "clr_embeds.pt")
+    expected = model.views(model.pipeline, prompt)
+    found = model.views(replace(model.pipeline, unet=unet.eval()), prompt)
+    assert (found - expected).abs().max() <= 1e-4
+    without = model.views(replace(model.pipeline, unet=load_unet(MICRO_MODEL / "unet")), prompt)
+    assert (without - expected).abs().max() > 0.05, "the LoRA changes nothing, so this test shows nothing"
+    with safe_open(done.folder / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert all(name.startswith("unet.") and ".lora_" in name for name in file.keys())  # noqa: SIM118
+
+
+def test_the_pipeline_folder_is_facelift_s_and_gives_the_views_in_memory(
+    done: Exported, model: Trained, tiny_folder: Path
+) -> None:
+    folder = done.folder / "pipeckpts"
+    ours, original = contents(folder), contents(MICRO_MODEL)
+    assert ours.keys() == original.keys()
+    assert {name for name in ours if ours[name] != original[name]} == {"unet/diffusion_pytorch_model.safetensors"} | (
+        {"unet/config.json"} if ours["unet/config.json"] != original["unet/config.json"] else set()
+    )
+    config, theirs = (json.loads((f / "unet" / "config.json").read_text(encoding="utf-8")) for f in (folder, tiny_folder))
+    assert config["_class_name"] == theirs["_class_name"] == "UNetMV2DConditionModel"
+    assert config.keys() == theirs.keys()
+    prompt = load_prompt(done.folder / "clr_embeds.pt")
+    difference = model.views(load_pipeline(folder), prompt) - model.views(model.pipeline, prompt)
+    assert difference.abs().max() <= 1e-4
+
+
+def test_without_lora_the_prompt_alone_is_exported(tmp_path: Path) -> None:
+    exported = trained(rank=0).export(tmp_path / "export")
+    assert sorted(p.name for p in exported.folder.iterdir()) == ["clr_embeds.json", "clr_embeds.pt", "clr_embeds.safetensors"]
+    assert exported.read_back == 0.0 and exported.merged is None
+    assert not any("LoRA" in line or "pipeckpts" in line for line in how_to_use(exported.folder))
+
+
+# --------------------------------------------------------------------------------------------------- verified, or nothing
+
+
+def test_a_newer_export_takes_the_place_of_an_older_and_leaves_the_rest(model: Trained, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    (folder / "best").mkdir(parents=True)
+    (folder / "best" / "clr_embeds.pt").write_bytes(b"best")
+    for name in ("clr_embeds.pt", "lora/old.safetensors", "pipeckpts/model_index.json", ".export.new/clr_embeds.pt"):
+        target = folder / name if not name.startswith(".") else tmp_path / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(b"old")
+    model.export(folder)
+    assert torch.equal(load_prompt(folder / "clr_embeds.pt"), model.prompt.half().float())
+    assert [p.name for p in (folder / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert not (folder / "pipeckpts").exists(), "of another model than the prompt beside it"
+    assert (folder / "best" / "clr_embeds.pt").read_bytes() == b"best"
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("broken", ["weights", "nan", "merge"])
+def test_an_export_that_reads_back_otherwise_is_none_and_the_earlier_one_stays(
+    model: Trained, done: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    shutil.copytree(done.folder, tmp_path / "export", ignore=shutil.ignore_patterns("pipeckpts"))
+    before = contents(tmp_path / "export")
+
+    def spoilt_unet(folder: Path, **options: torch.dtype) -> UNet2DConditionModel:
+        unet = load_unet(folder, **options)
+        unet.conv_in.weight.data *= 1.01
+        return unet
+
+    spoilt = {
+        "weights": ("load_unet", spoilt_unet),
+        "nan": ("load_prompt", lambda *a, **k: load_prompt(*a, **k) * float("nan")),
+        "merge": ("save_pipeline", lambda pipeline, folder, *, merge_lora: save_pipeline(pipeline, folder, merge_lora=False)),
+    }
+    monkeypatch.setattr(export_module, *spoilt[broken])
+    what = "pipeckpts" if broken == "merge" else "clr_embeds.pt and lora"
+    said = (
+        rf"export: {what} read back differs .* more than export\.tolerance 0\.0001\. It is kept as \S*/export\.unverified to be"
+    )
+    (tmp_path / "export.unverified" / "lora").mkdir(parents=True)  # what an earlier failure left is no hindrance
+    with pytest.raises(RunError, match=said):
+        model.export(tmp_path / "export", with_pipeline=broken == "merge")
+    assert contents(tmp_path / "export") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "export.unverified"]
+    assert {"clr_embeds.pt", "lora"} <= {p.name for p in (tmp_path / "export.unverified").iterdir()}
+
+
+def test_an_export_leaves_the_model_in_memory_as_it_was(model: Trained, tmp_path: Path) -> None:
+    unet = model.pipeline.unet
+    before = {name: x.clone() for name, x in unet.state_dict().items()}
+    grads = {name: p.requires_grad for name, p in unet.named_parameters()}
+    unet.train()
+    model.export(tmp_path / "export")
+    assert unet.training
+    unet.eval()
+    assert {name: p.requires_grad for name, p in unet.named_parameters()} == grads
+    assert all(torch.equal(x, before[name]) for name, x in unet.state_dict().items())
+    assert unet.device == torch.device("cpu")
+
+
+# -------------------------------------------------------------------------------------------------------------- using it
+
+
+def facelift_tree(folder: Path) -> Path:
+    """FaceLift's repository, as far as the commands touch it."""
+    (folder / "FACELIFT" / FACELIFT_PROMPT).parent.mkdir(parents=True)
+    (folder / "FACELIFT" / FACELIFT_PROMPT).write_bytes(b"their prompt")
+    (folder / "FACELIFT" / FACELIFT_MODEL / "unet").mkdir(parents=True)
+    (folder / "FACELIFT" / FACELIFT_MODEL / "unet" / "config.json").write_bytes(b"their unet")
+    (folder / "FACELIFT" / FACELIFT_MODEL / "only_theirs.txt").write_bytes(b"theirs")
+    return folder / "FACELIFT"
+
+
+def some_export(folder: Path) -> Path:
+    (folder / "pipeckpts" / "unet").mkdir(parents=True)
+    (folder / "pipeckpts" / "unet" / "config.json").write_bytes(b"our unet")
+    (folder / "clr_embeds.pt").write_bytes(b"our prompt")
+    return folder
+
+
+def use(export_folder: Path, cwd: Path) -> None:
+    """Run what is printed, as a person would."""
+    commands = [line for line in how_to_use(export_folder) if line.startswith("  ")]
+    assert len(commands) == 2
+    for command in commands:
+        subprocess.run(["sh", "-c", command], cwd=cwd, check=True, capture_output=True)
+
+
+IN_PLACE = {
+    FACELIFT_PROMPT: b"our prompt",
+    f"{FACELIFT_PROMPT}.original": b"their prompt",
+    f"{FACELIFT_MODEL}/unet/config.json": b"our unet",
+    f"{FACELIFT_MODEL}.original/unet/config.json": b"their unet",
+    f"{FACELIFT_MODEL}.original/only_theirs.txt": b"theirs",
+}
+
+
+def test_the_printed_commands_put_an_export_in_place_and_keep_the_originals(tmp_path: Path) -> None:
+    tree = facelift_tree(tmp_path)
+    use(some_export(tmp_path / "runs" / "micro-001" / "export"), tmp_path)
+    assert contents(tree) == IN_PLACE
+
+
+def test_the_printed_commands_keep_the_originals_when_run_again(tmp_path: Path) -> None:
+    tree = facelift_tree(tmp_path)
+    folder = some_export(tmp_path / "export")
+    use(folder, tmp_path)
+    (folder / "clr_embeds.pt").write_bytes(b"our second prompt")
+    use(folder, tmp_path)
+    assert contents(tree) == IN_PLACE | {FACELIFT_PROMPT: b"our second prompt"}
+
+
+def test_the_printed_commands_work_from_a_folder_with_a_space_in_its_name(tmp_path: Path) -> None:
+    tree = facelift_tree(tmp_path)
+    use(some_export(tmp_path / "my runs" / "export"), tmp_path)
+    assert contents(tree) == IN_PLACE
+
+
+def test_the_printed_line_for_diffusers_loads_the_lora(done: Exported) -> None:
+    (line,) = [line for line in how_to_use(done.folder) if "load_lora_adapter" in line]
+    unet = load_unet(MICRO_MODEL / "unet")
+    exec(line.strip(), {"unet": unet})
+    assert next(iter(unet.peft_config.values())).lora_alpha == ALPHA
+
+
+# ----------------------------------------------------------------------------------------------------------------- space
+
+
+def test_a_disk_without_room_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=3_000_000_000))
+    run = tmp_path / "runs" / "micro-001"
+    check_free_space(run, 3_000_000_000)
+    with pytest.raises(
+        InputError, match=r"output: .* has 3\.0 GB free; the run needs about 3\.5 GB .* another --output, or --ex"
+    ):
+        check_free_space(run, 3_500_000_000)
+    assert asked == [tmp_path, tmp_path] and not run.parent.exists()
