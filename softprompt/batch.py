@@ -51,10 +51,15 @@ class Batch:
     """[B, V] which view, and so which prompt, is in each slot."""
 
 
-def seeded(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by all of `key`, e.g. (seed, step, position): nothing to store, nothing to restore."""
+def seed_of(*key: int | str) -> int:
+    """A seed made of all of `key`, e.g. (seed, step, position): nothing to store, nothing to restore."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seeded(*key: int | str) -> torch.Generator:
+    """A CPU generator with that seed."""
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 def draw(

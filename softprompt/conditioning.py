@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
 from torch import Tensor
@@ -28,11 +29,17 @@ def encode_views(pipeline: Pipeline, pictures: Tensor) -> EncodedViews:
 
     pictures: [V, 3, S, S] in [0, 1], on a background.
     """
-    vae = pipeline.vae
-    posterior = vae.encode(pictures.to(vae.device, vae.dtype) * 2 - 1).latent_dist
+    parts = [_posterior(pipeline, part) for part in pictures.split(pipeline.pictures_at_once)]
     return EncodedViews(
-        mean=posterior.mean.float().cpu(), std=posterior.std.float().cpu(), embeds=image_embeddings(pipeline, pictures).cpu()
+        mean=torch.cat([part.mean for part in parts]).float().cpu(),
+        std=torch.cat([part.std for part in parts]).float().cpu(),
+        embeds=image_embeddings(pipeline, pictures).cpu(),
     )
+
+
+def _posterior(pipeline: Pipeline, pictures: Tensor) -> DiagonalGaussianDistribution:
+    vae = pipeline.vae
+    return vae.encode(pictures.to(vae.device, vae.dtype) * 2 - 1).latent_dist
 
 
 @torch.no_grad()
@@ -48,9 +55,8 @@ def image_embeddings(pipeline: Pipeline, pictures: Tensor) -> Tensor:
 @torch.no_grad()
 def input_latents(pipeline: Pipeline, pictures: Tensor) -> Tensor:
     """[N, 3, S, S] in [0, 1] => [N, C, H, W] latents of given pictures: the posterior's mode, scaled, float32."""
-    vae = pipeline.vae
-    mode = vae.encode(pictures.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
-    return mode.float() * vae.config.scaling_factor
+    mode = torch.cat([_posterior(pipeline, part).mode() for part in pictures.split(pipeline.pictures_at_once)])
+    return mode.float() * pipeline.vae.config.scaling_factor
 
 
 def class_labels(pipeline: Pipeline, embeds: Tensor, noise: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +23,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: exists already and is not an empty folder; choose another name, or move it away first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.mkdir()
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _let_others_read(file)
+        for file in (partial, *partial.rglob("*")):
+            _let_others_read(file)
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -51,11 +50,17 @@ def new_file(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _let_others_read(file: Path) -> None:
-    """The permissions any new file gets: safetensors makes its own readable by their owner alone."""
+def remove_partial(folder: str | Path) -> None:
+    """Remove what a process that was killed left half-written anywhere below `folder`."""
+    for left_over in list(Path(folder).rglob(".*.partial-*")):
+        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink(missing_ok=True)
+
+
+def _let_others_read(path: Path) -> None:
+    """The permissions anything new gets: safetensors and tempfile make theirs readable by their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    file.chmod(0o666 & ~mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def read_json(path: str | Path, *, what: str) -> dict[str, Any]:

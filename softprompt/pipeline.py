@@ -69,6 +69,11 @@ class Pipeline:
         return int(self.unet.config["out_channels"]), side, side
 
     @property
+    def pictures_at_once(self) -> int:
+        """How many pictures the VAE takes in one pass: one of 512x512 needs about 0.8 GB, six would need 5."""
+        return max(1, 512 * 512 // self.picture_size**2)
+
+    @property
     def picture_size(self) -> int:
         """S: side of a picture in pixels."""
         return self.latent_shape[-1] * 2 ** (len(self.vae.config["block_out_channels"]) - 1)
@@ -90,7 +95,8 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a FaceLift pipeline folder (pipeckpts) on this disk")
-    missing = [f"{part}/{file}" for part, file in _NEEDED.items() if not (folder / part / file).is_file()]
+    needed = ["model_index.json", *(f"{part}/{file}" for part, file in _NEEDED.items())]
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder}: is no FaceLift pipeline folder; missing {', '.join(missing)}")
     unet = load_unet(folder / "unet", dtype=dtype)

@@ -41,11 +41,15 @@ class SoftPrompt(nn.Module):
         """S."""
         return len(self.waypoints) - 1
 
+    def share(self, position: float) -> float:
+        """carry(s): the share of what was learned that is carried along."""
+        return 1.0 if self.carry == "keep" or self.last_position == 0 else 1 - position / self.last_position
+
     def forward(self, position: float = 0.0) -> Tensor:
         """E(s) [V, T, D], float32. position: s in [0, S]."""
         assert self.learned.dtype == torch.float32, "the prompt is trained in float32: float16 rounds its updates away"
-        share = 1.0 if self.carry == "keep" or self.last_position == 0 else 1 - position / self.last_position
-        return point_on_path(self.waypoints, position, self.interpolation) + share * (self.learned - self.start)
+        path = point_on_path(self.waypoints, position, self.interpolation)
+        return path + self.share(position) * (self.learned - self.start)
 
     @torch.no_grad()
     def decay_toward_start(self, rate: float) -> None:
@@ -56,11 +60,13 @@ class SoftPrompt(nn.Module):
         self.learned.lerp_(self.start, rate)
 
     @torch.no_grad()
-    def clamp_norms(self, band: float) -> None:
-        """Bring each token's norm back into (1 +- band) times its start's norm, its direction kept.
+    def clamp_norms(self, band: float, position: float = 0.0) -> None:
+        """Bring each token of E(s), what the UNet sees, back into (1 +- band) times the path's norm there, its direction kept.
 
-        band: share in (0, 1]. Source: the norm prior of methods.md, 9, with each row's own norm as the target.
+        band: share in (0, 1]. Source: the norm prior of methods.md, 9, with the path's own norm as the target.
         """
-        norm = self.learned.norm(dim=-1, keepdim=True)
-        target = self.start.norm(dim=-1, keepdim=True)
-        self.learned.mul_(norm.clamp(target * (1 - band), target * (1 + band)) / norm.clamp(min=1e-12))
+        effective = self(position)
+        norm = effective.norm(dim=-1, keepdim=True)
+        target = point_on_path(self.waypoints, position, self.interpolation).norm(dim=-1, keepdim=True)
+        factor = norm.clamp(target * (1 - band), target * (1 + band)) / norm.clamp(min=1e-12)
+        self.learned.add_(effective * (factor - 1) / self.share(position))

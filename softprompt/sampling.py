@@ -109,6 +109,5 @@ def decode_latents(pipeline: Pipeline, latents: Tensor) -> Tensor:
     """[B, V, C, H, W] scaled latents => [B, V, 3, S, S] pictures in [0, 1], float32."""
     vae = pipeline.vae
     z = rearrange(latents, "b v c h w -> (b v) c h w").to(vae.device, vae.dtype) / vae.config.scaling_factor
-    # One object at a time: decoding six 512x512 pictures already takes some GB.
-    decoded = torch.cat([vae.decode(part).sample for part in z.split(latents.shape[1])])
+    decoded = torch.cat([vae.decode(part).sample for part in z.split(pipeline.pictures_at_once)])
     return rearrange((decoded.float() / 2 + 0.5).clamp(0, 1), "(b v) c h w -> b v c h w", v=latents.shape[1])

@@ -12,10 +12,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from softprompt.errors import InputError
-from softprompt.files import new_folder, write_json
+from softprompt.files import new_folder, read_json, write_json
 from softprompt.model import AdaptedModel
 
 STATE = "state.pt"
+PROGRESS = "progress.json"
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -46,9 +47,7 @@ def save_checkpoint(
     state. progress: {"step", "first", "last", "best"}: the step, and the series of the first, newest and best validation.
     scaler: of fp16's gradients, where there is one.
     """
-    step = int(progress["step"])
     state = {
-        **progress,
         "trainable": {name: parameter.detach().cpu() for name, parameter in _flat(adapted).items()},
         "waypoints": adapted.prompt.waypoints.cpu(),
         "optimizer": optimizer.state_dict(),
@@ -56,15 +55,21 @@ def save_checkpoint(
         "ema": None if ema is None else ema.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
     }
-    target = checkpoint_folder(run, step)
-    if (target / STATE).is_file():  # already there: interrupted right after a save
-        return target
-    with new_folder(target) as partial:
-        torch.save(state, partial / STATE)
-        write_json(partial / "checkpoint.json", {"step": step, "resume": f"python -m train.softprompt --resume {run}"})
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    target = checkpoint_folder(run, int(progress["step"]))
+    if not (target / STATE).is_file():  # else a finished run that is exported again
+        with new_folder(target) as partial:
+            torch.save(state, partial / STATE)
+            write_json(partial / PROGRESS, progress)
+        for old in list_checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
     return target
+
+
+def save_progress(run: Path, progress: Mapping[str, Any]) -> None:
+    """Bring the series of this step's checkpoint, where there is one, up to date: it is saved before the step is evaluated."""
+    folder = checkpoint_folder(run, int(progress["step"]))
+    if folder.is_dir():
+        write_json(folder / PROGRESS, progress)
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:
@@ -77,10 +82,10 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
         raise InputError(f"{run / 'checkpoints'}: holds no checkpoint to resume from; the run stopped before its first one")
     try:
         state: dict[str, Any] = torch.load(checkpoints[-1] / STATE, map_location="cpu", weights_only=True)
-        return state
     except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = "it holds something else" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())
         raise InputError(f"{checkpoints[-1]}: cannot be read ({reason}); move it away to resume from the one before") from error
+    return state | read_json(checkpoints[-1] / PROGRESS, what="the checkpoint's step and series")
 
 
 def restore(
