@@ -54,6 +54,10 @@ class EncodedObjects:
         """[V, 3, S, S] in [0, 1]: the pictures themselves, on a background drawn from `generator`."""
         return composite(self.source.load(index), pick_background(self.background, generator))
 
+    def masks(self, index: int) -> torch.Tensor:
+        """[V, 1, S, S] in [0, 1]: where the object is; 1 throughout for pictures without alpha."""
+        return self.source.load(index)[:, 3:].float() / 255
+
 
 def _key(colour: torch.Tensor) -> tuple[float, ...]:
     return tuple(colour.tolist())

@@ -10,10 +10,23 @@ from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from softprompt.errors import InputError
 from train.config import MICRO, Config
+
+FREE_ON_RESUME = (
+    "model",
+    "data.train",
+    "data.val",
+    "train.steps",
+    "train.device",
+    "train.gradient_checkpointing",
+    "monitor",
+    "export",
+)
+"""Options that may change when a run is resumed: its length, where it runs and what is looked at, and paths, since folders
+move."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +36,6 @@ class Request:
     config: Config
     name: str
     """Of the run, after the YAML it came from."""
-    given: tuple[str, ...]
-    """YAML files that were read."""
     resume: Path | None
     """Run folder to go on with."""
     dry_run: bool
@@ -124,15 +135,30 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     parser.reading = None
     namespace = parser.parse_args(argv)
     config = parser.instantiate(namespace)
+    if resume is not None:
+        _refuse_other_settings(parser.parse_args(argv[:2]), namespace, resume)
     files = tuple(str(c) for c in (namespace.config or []))
     name = MICRO if config.model == MICRO and not files else Path(files[-1]).stem if files else Path(config.model).name
     return Request(
         config=Config(**{f.name: getattr(config, f.name) for f in fields(Config)}),
         name=name,
-        given=files,
         resume=resume,
         dry_run=namespace.dry_run,
     )
+
+
+def _refuse_other_settings(before: Namespace, now: Namespace, run: Path) -> None:
+    """A resumed run goes on with its settings; what its numbers depend on cannot be changed in the middle."""
+    changed = [
+        f"{name}: is {now[name]}; the run has {before[name]}"
+        for name in option_kinds()
+        if now[name] != before[name] and not name.startswith(FREE_ON_RESUME)
+    ]
+    if changed:
+        raise InputError(
+            f"--resume {run}: {'; '.join(changed)}. A resumed run keeps its settings, but for {', '.join(FREE_ON_RESUME)}; "
+            f"leave the option out, or start a new run"
+        )
 
 
 def _check_file(file: str) -> None:

@@ -26,7 +26,7 @@ class PromptConfig:
     subject: str = "mouse"
     """Fills {subject} in templates."""
     angle: str = "from above at an angle"
-    """Fills {angle} in templates: where the camera stands."""
+    """Fills {angle} in templates: where the camera stands (`hybrid` has words of its own for it)."""
     interpolation: Literal["lerp", "slerp"] = "lerp"
     """Between waypoints, per token: a straight line, or a turn that keeps the norm."""
     carry: Literal["keep", "fade"] = "keep"
@@ -38,7 +38,7 @@ class PromptConfig:
     decay: float = 0.0
     """Decoupled decay of the prompt toward its start (never toward zero), per step and unit of learning rate."""
     norm_band: float | None = None
-    """Keep each token's norm within this share of its start's norm, e.g. 0.1; null leaves it free."""
+    """Keep each token's norm within this share of the path's norm there, e.g. 0.1; null leaves it free."""
 
     def __post_init__(self) -> None:
         _require(len(self.waypoints) >= 1, "prompt.waypoints", self.waypoints, "at least one: the pretrained prompt")
@@ -147,7 +147,8 @@ class DataConfig:
     val: str | None = None
     """The same for validation; null holds out the last 5 % of `train` (1 to 24 objects)."""
     background: Literal["white", "black", "gray", "three_choices", "random"] = "white"
-    """Behind the object, the same for its six views: a colour, one of the three, or any."""
+    """Behind the object, the same for its six views: a colour, one of the three, or any (then no picture can be encoded
+    ahead, and a step takes several times as long)."""
     reference_view: Literal["random"] | int | list[int] = 0
     """Which view is the given picture: a number, a list to pick from, or `random` (any)."""
 

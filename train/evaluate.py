@@ -26,6 +26,8 @@ class Preview:
     """[B, 3, S, S]: what the model was given."""
     truth: Tensor
     """[B, V, 3, S, S]."""
+    masks: Tensor
+    """[B, V, 1, S, S]: where the object is in the true views."""
     pretrained: Tensor
     """[B, V, 3, S, S]: of the untouched model."""
     now: Tensor
@@ -113,21 +115,27 @@ def preview(job: Job, prompt: Tensor, pretrained: Tensor | None) -> Preview:
     order = view_order(reference, job.pipeline.num_views)
 
     def sample(view_prompt: Tensor) -> Tensor:
-        return sample_views(
-            job.pipeline,
-            view_prompt[order.to(view_prompt.device)],
-            truth[:, 0],
-            steps=config.monitor.preview_steps,
-            guidance_scale=config.monitor.guidance_scale,
-            eta=config.monitor.eta,
-            seed=config.train.seed,
+        return torch.cat(
+            [
+                sample_views(
+                    job.pipeline,
+                    view_prompt[order.to(view_prompt.device)],
+                    picture,
+                    steps=config.monitor.preview_steps,
+                    guidance_scale=config.monitor.guidance_scale,
+                    eta=config.monitor.eta,
+                    seed=config.train.seed,
+                )
+                for picture in truth[:, 0]  # one by one, to need no more memory than training does
+            ]
         )
 
     if pretrained is None:
         with adapters_off(job.pipeline.unet):
             pretrained = sample(job.adapted.prompt.start)
     names = view_names(job.pipeline.num_views)
-    return Preview(truth[:, 0], truth, pretrained, sample(prompt), tuple(names[int(i)] for i in order))
+    masks = torch.stack([rotate_views(job.held_out.masks(i), reference) for i in range(count)]).to(truth)
+    return Preview(truth[:, 0], truth, masks, pretrained, sample(prompt), tuple(names[int(i)] for i in order))
 
 
 def preview_series(shown: Preview) -> dict[str, float]:
@@ -138,6 +146,8 @@ def preview_series(shown: Preview) -> dict[str, float]:
     return series | {
         "views/psnr": float(psnr.mean()),
         "views/ssim": float(ssim.mean()),
+        "views/psnr_foreground": float(psnr_per_view(shown.now, shown.truth, shown.masks).mean()),
+        "views/ssim_foreground": float(ssim_per_view(shown.now, shown.truth, shown.masks).mean()),
         "views/copy_score": copy_score(shown.now, shown.truth, shown.pictures),
         "views/separation_ratio": separation_ratio(shown.now, shown.truth),
     }

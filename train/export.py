@@ -2,7 +2,8 @@
 
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ FACELIFT_PROMPT = "mvdiffusion/data/fixed_prompt_embeds_6view/clr_embeds.pt"
 """Where FaceLift's training and inference look for the prompt; the path is written into its code."""
 FACELIFT_MODEL = "checkpoints/mvdiffusion/pipeckpts"
 """Where FaceLift's inference looks for the pipeline folder."""
-LICENCE = "derived from FaceLift's weights (Adobe Research License): the terms of the base weights hold for this file"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,6 @@ class Exported:
     """Views of the files read back in a fresh model, against the model in memory under the same rounded prompt."""
     rounding: float
     """What rounding the prompt to float16 itself changes."""
-    merged: float | None
-    """Views of the exported pipeline folder, against the same; None where none was written."""
 
 
 def export(
@@ -49,9 +47,8 @@ def export(
     picture: Tensor,
     metadata: Mapping[str, Any],
     tolerance: float,
-    with_pipeline: bool,
 ) -> Exported:
-    """Write prompt, LoRA and, if asked for, the merged pipeline folder; verify; only then take the place of older ones.
+    """Write prompt and LoRA; verify; only then take the place of older ones.
 
     pipeline: its UNet carries the LoRA. prompt: E [V, T, D]. picture: [3, S, S] in [0, 1], sampled from to compare.
     tolerance: largest difference allowed, in pictures of range 0 to 1.
@@ -60,8 +57,8 @@ def export(
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     with new_folder(new) as partial:
-        save_prompt(prompt, partial / "clr_embeds.safetensors", metadata={**metadata, "licence": LICENCE})
-        save_prompt(prompt, partial / "clr_embeds.pt", metadata={**metadata, "licence": LICENCE})
+        save_prompt(prompt, partial / "clr_embeds.safetensors", metadata=metadata)
+        save_prompt(prompt, partial / "clr_embeds.pt", metadata=metadata)
         if _has_lora(pipeline):
             StableDiffusionPipeline.save_lora_weights(
                 partial / "lora",
@@ -69,18 +66,55 @@ def export(
                 unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict(),
             )
     try:
-        compared = _verify(pipeline, prompt, new, picture, tolerance)
-        merged = _export_pipeline(pipeline, prompt, new, picture, tolerance) if with_pipeline else None
+        read_back, rounding = _verify(pipeline, prompt, new, picture, tolerance)
     except RunError as error:
-        unverified = folder.with_name(f"{folder.name}.unverified")
-        shutil.rmtree(unverified, ignore_errors=True)
-        new.rename(unverified)
-        raise RunError(f"{error}. It is kept as {unverified} to be looked at; the checkpoints hold the model") from error
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+        raise _kept_aside(folder, new, error) from error
     _replace(folder, new)
-    return Exported(folder, *compared, merged)
+    return Exported(folder, read_back, rounding)
+
+
+def export_pipeline(pipeline: Pipeline, folder: Path, *, picture: Tensor, tolerance: float) -> float:
+    """Add to an export a pipeline folder in FaceLift's layout with its LoRA merged, and verify it.
+
+    The prompt and LoRA are read from `folder`; merged in float32 from the weights on disk: in half precision most of a LoRA
+    would be rounded away.
+    Returns: the largest difference of its views to those of UNet and LoRA apart.
+    Raises: RunError when that is more than `tolerance`; what was exported before stays.
+    """
+    new = folder / ".pipeckpts.new"
+    shutil.rmtree(new, ignore_errors=True)
+    prompt = load_prompt(folder / "clr_embeds.pt", num_views=pipeline.num_views, width=pipeline.prompt_width)
+    with _full_float32():
+        fresh = _fresh(pipeline, folder, torch.float32)
+        expected = _views(fresh, prompt, picture)
+        save_pipeline(fresh, new, merge_lora=True)
+        fresh.unet.to("cpu")  # room for the next: two float32 UNets beside the trained one are more than a small GPU holds
+        merged = Pipeline(**{**vars(fresh), "unet": load_unet(new / "unet").to(pipeline.device)})
+        difference = _difference(_views(merged, prompt, picture), expected)
+    try:
+        _within(difference, tolerance, "pipeckpts")
+    except RunError as error:
+        raise _kept_aside(folder / "pipeckpts", new, error) from error
+    new.replace(folder / "pipeckpts")
+    return difference
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Convolutions on CUDA round float32 to TF32 by default, which is far coarser than any tolerance here."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _kept_aside(folder: Path, new: Path, error: RunError) -> RunError:
+    unverified = folder.with_name(f"{folder.name}.unverified")
+    shutil.rmtree(unverified, ignore_errors=True)
+    new.rename(unverified)
+    return RunError(f"{error}. It is kept as {unverified} to be looked at; the checkpoints hold the model")
 
 
 def _has_lora(pipeline: Pipeline) -> bool:
@@ -118,16 +152,6 @@ def _verify(pipeline: Pipeline, prompt: Tensor, folder: Path, picture: Tensor, t
     stored = load_prompt(folder / "clr_embeds.pt", num_views=pipeline.num_views, width=pipeline.prompt_width)
     found = _views(_fresh(pipeline, folder, pipeline.unet.dtype), stored, picture)
     return _within(_difference(found, expected), tolerance, "clr_embeds.pt and lora"), rounding
-
-
-def _export_pipeline(pipeline: Pipeline, prompt: Tensor, folder: Path, picture: Tensor, tolerance: float) -> float:
-    """Merge in float32 from the weights on disk: in half precision most of a LoRA would be rounded away."""
-    fresh = _fresh(pipeline, folder, torch.float32)
-    expected = _views(fresh, prompt.half().float(), picture)
-    save_pipeline(fresh, folder / "pipeckpts", merge_lora=True)
-    fresh.unet.to("cpu")  # room for the next: two float32 UNets beside the trained one are more than a small GPU holds
-    merged = Pipeline(**{**vars(fresh), "unet": load_unet(folder / "pipeckpts" / "unet").to(pipeline.device)})
-    return _within(_difference(_views(merged, prompt.half().float(), picture), expected), tolerance, "pipeckpts")
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -4,7 +4,6 @@ All randomness is a function of (seed, step, position in the global batch), and 
 whether the run was interrupted before it or not, and however its objects are shared out between batches and processes.
 """
 
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -19,20 +18,25 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from softprompt.batch import Batch, draw, make_batch, seeded
-from softprompt.curriculum import position_at
+from softprompt.batch import seeded
 from softprompt.errors import RunError
-from softprompt.losses import denoising_loss, kl_to_reference, kl_weights, snr, snr_weights
-from softprompt.model import noisy_and_target
-from train.checkpoint import restore, save_checkpoint
-from train.config import Config, to_yaml
-from train.evaluate import averaged, preview, preview_series, validation_loss, view_weights
-from train.export import Exported, export
+from softprompt.files import new_file, remove_partial
+from softprompt.templates import view_texts
+from train.checkpoint import restore, save_checkpoint, save_progress
+from train.config import MICRO, Config, to_yaml
+from train.evaluate import averaged, preview, preview_series, validation_loss
+from train.export import Exported, export, export_pipeline
 from train.monitor import Monitor, preview_grid, prompt_series
 from train.setup import Job
+from train.step import StepResult, position_of, training_step
 from train.stop import StopSignal
 
 _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}  # diffusers' names
+
+
+BASE_LICENCE = "the terms of its weights hold for this file too (FaceLift's: Adobe Research License)"
+MAX_SKIPPED = 20
+"""Steps in a row that fp16's gradient scaler may leave out."""
 
 
 @dataclass
@@ -55,6 +59,10 @@ class Run:
     pretrained_views: Tensor | None = None
     """The untouched model's previews."""
     exported: Exported | None = None
+    merged: float | None = None
+    """Views of the exported pipeline folder against UNet and LoRA apart; None where none was written."""
+    skipped_in_a_row: int = 0
+    """Newest steps that fp16's gradient scaler left out."""
 
     @property
     def position(self) -> float:
@@ -62,26 +70,8 @@ class Run:
         return position_of(self.job.config, self.step)
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step, averaged over its objects on this process."""
-
-    denoising: float
-    kl: float | None
-    """Nats per latent element; None on a step that leaves the term out."""
-    grad_norms: dict[str, float]
-    """By group, before clipping."""
-
-
-def position_of(config: Config, step: int) -> float:
-    """s at a step, by the curriculum."""
-    curriculum = config.curriculum
-    when = step / config.train.steps if curriculum.unit == "run" else step
-    return position_at(when, curriculum.at, curriculum.position, curriculum.easing)
-
-
 def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: StopSignal) -> Run:
-    """Train until `train.steps` or until `stop` is set, whichever comes first; then checkpoint and export.
+    """Train until `train.steps` or until `stop` is set, whichever comes first; then export.
 
     state: a checkpoint to go on from, or None.
     Returns: the run; `run.step` says how far it came.
@@ -103,30 +93,33 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
     )
     window: list[StepResult] = []
     since = time.monotonic()
-    while run.step < config.train.steps:
+    while run.step < config.train.steps and not stop.agreed(job.accelerator):
         result = training_step(job, run.step)
         run.schedule.step()
-        if run.ema is not None:
+        if run.ema is not None and not result.skipped:
             run.ema.step(_parameters(job))
         run.step += 1
         window.append(result)
+        _watch_skipped(run, result)
         bar.update()
 
         if _due(run, config.monitor.log_every):
             series = _log(run, window, since)
             bar.set_postfix_str(_postfix(series))
             window, since = [], time.monotonic()
+        if _due(run, config.monitor.checkpoint_every):
+            _checkpoint(run)
         if stop.agreed(job.accelerator) and run.step < config.train.steps:
             break  # whoever stops it does not wait for an evaluation
         began = time.monotonic()
         _evaluate_if_due(run)
         since += time.monotonic() - began
-        if _due(run, config.monitor.checkpoint_every):
-            _checkpoint(run)
     bar.close()
 
     _checkpoint(run)
-    _export(run, folder / "export", with_pipeline=config.export.pipeline and run.step >= config.train.steps)
+    _export(run, folder / "export")
+    if config.export.pipeline and run.step >= config.train.steps:
+        _export_pipeline(run, folder / "export")
     run.monitor.close()
     return run
 
@@ -143,7 +136,7 @@ def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
             num_training_steps=config.train.steps,
         ),
         ema=None if config.train.ema_decay is None else EMAModel(_parameters(job), decay=config.train.ema_decay),
-        monitor=Monitor(folder, active=job.accelerator.is_main_process, resumed_step=None if state is None else state["step"]),
+        monitor=Monitor(folder, active=job.accelerator.is_main_process),
     )
     if state is not None:
         restore(
@@ -155,6 +148,12 @@ def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
             scaler=job.accelerator.scaler,
         )
         run.step, run.best, run.first, run.last = (state[key] for key in ("step", "best", "first", "last"))
+        if job.accelerator.is_main_process:
+            remove_partial(folder)
+    if job.accelerator.is_main_process:
+        with new_file(folder / "config.yaml") as partial:
+            partial.write_text(to_yaml(config), encoding="utf-8")
+    run.monitor.open(resumed_step=None if state is None else run.step, evaluated=_evaluated(run))
     return run
 
 
@@ -166,106 +165,14 @@ def _due(run: Run, every: int) -> bool:
     return run.step % every == 0 or run.step == run.job.config.train.steps
 
 
-# ----------------------------------------------------------------------------------------------------------- one step
-
-
-def training_step(job: Job, step: int) -> StepResult:
-    """Forward, backward and update for step number `step` (counted from 0)."""
-    config, accelerator = job.config, job.accelerator
-    position = position_of(config, step)
-    with_kl = config.kl.weight > 0 and step % config.kl.every == 0
-    torch.manual_seed(int(seeded(config.train.seed, "dropout", step, accelerator.process_index).initial_seed()))
-
-    denoising, kl = 0.0, 0.0
-    for part in range(config.train.accumulation):
-        batch = _batch(job, step, part)
-        last = part == config.train.accumulation - 1
-        with torch.enable_grad() if last else accelerator.no_sync(job.model):
-            fit, anchor = losses(job, batch, position, with_kl=with_kl)
-            loss = fit + config.kl.weight * config.kl.every * anchor if with_kl else fit
-            accelerator.backward(loss / config.train.accumulation)
-        denoising += fit.item() / config.train.accumulation
-        kl += float(anchor) / config.train.accumulation
-
-    norms = {}
-    accelerator.unscale_gradients(job.optimizer)
-    for name, parameters in job.adapted.trainable().items():
-        norms[name] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.train.max_grad_norm))
-    # Under fp16 an infinite gradient is normal: the scaler leaves that step out and lowers its scale.
-    sound = math.isfinite(denoising + kl) and (accelerator.scaler is not None or math.isfinite(sum(norms.values())))
-    if not sound:
+def _watch_skipped(run: Run, result: StepResult) -> None:
+    """A scaler that finds its scale leaves out a step now and then; one that leaves out all of them is not training."""
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if result.skipped else 0
+    if run.skipped_in_a_row >= MAX_SKIPPED:
         raise RunError(
-            f"step {step}: not finite: denoising loss {denoising:.3g}, KL {kl:.3g}, gradient norms {norms}; stopped before it "
-            f"reached the weights, so the checkpoints are sound. Likely a learning rate is too high, or fp16 overflows (try "
-            f"train.precision bf16)"
+            f"step {run.step}: the gradients were not finite in {MAX_SKIPPED} steps in a row, so nothing trained in them; the "
+            f"checkpoints before are sound. fp16 overflows here: try train.precision bf16 or fp32, or a lower learning rate"
         )
-    job.optimizer.step()
-    job.optimizer.zero_grad(set_to_none=True)
-    _regularise_prompt(job)
-    return StepResult(denoising, kl if with_kl else None, norms)
-
-
-def losses(job: Job, batch: Batch, position: float, *, with_kl: bool) -> tuple[Tensor, Tensor]:
-    """The denoising loss and the KL to the pretrained model (0 where left out), both scalars of this process's objects."""
-    config, accelerator, scheduler = job.config, job.accelerator, job.pipeline.scheduler
-    noisy, target = noisy_and_target(scheduler, batch)
-    inputs = (noisy, batch.given, batch.timesteps, batch.labels, batch.order)
-    with accelerator.autocast():
-        prediction = job.model(*inputs, position)
-        reference = job.adapted.reference(*inputs) if with_kl else None
-    weights = snr_weights(
-        snr(scheduler.alphas_cumprod, batch.timesteps), config.loss.snr_weighting, gamma=config.loss.snr_gamma
-    )
-    fit = denoising_loss(prediction, target, weights, view_weights(job, len(noisy)))
-    if reference is None:
-        return fit, torch.zeros_like(fit)
-    anchor_weights = kl_weights(
-        scheduler.alphas_cumprod,
-        batch.timesteps,
-        prediction_type=scheduler.config["prediction_type"],
-        weighting=config.kl.weighting,
-        clip=config.kl.clip,
-    )
-    return fit, kl_to_reference(prediction, reference, anchor_weights).mean()
-
-
-def _batch(job: Job, step: int, part: int) -> Batch:
-    """This process's objects of one part of a step, by their position in the global batch."""
-    config, accelerator = job.config, job.accelerator
-    size, processes = config.train.batch_size, accelerator.num_processes
-    first = (part * processes + accelerator.process_index) * size
-    objects, draws = [], []
-    for position in range(first, first + size):
-        generator = seeded(config.train.seed, step, position)
-        index = object_at(step * size * processes * config.train.accumulation + position, len(job.train), config.train.seed)
-        objects.append(job.train.get(index, generator))
-        draws.append(
-            draw(
-                generator,
-                encoded=objects[-1],
-                num_timesteps=len(job.pipeline.scheduler.alphas_cumprod),
-                references=config.data.references(job.pipeline.num_views),
-                drop_rate=config.loss.condition_drop_rate,
-            )
-        )
-    return make_batch(job.pipeline, objects, draws)
-
-
-def object_at(place: int, count: int, seed: int) -> int:
-    """Which of `count` objects stands at a place of the endless training order: each epoch a new permutation."""
-    epoch, within = divmod(place, count)
-    return int(torch.randperm(count, generator=seeded(seed, "epoch", epoch))[within])
-
-
-def _regularise_prompt(job: Job) -> None:
-    settings, prompt = job.config.prompt, job.adapted.prompt
-    if not settings.learn:
-        return
-    if settings.decay:
-        rate = next(g["lr"] for g in job.optimizer.param_groups if g["name"] == "prompt")
-        prompt.decay_toward_start(min(1.0, rate * settings.decay))
-    if settings.norm_band is not None:
-        prompt.clamp_norms(settings.norm_band)
 
 
 # ------------------------------------------------------------------------------------------------- looking and keeping
@@ -289,9 +196,10 @@ def _log(run: Run, window: list[StepResult], since: float) -> dict[str, float]:
             f"gradient/norm_{name}": sum(norms) / len(norms),
             f"gradient/clipped_share_{name}": sum(n > limit for n in norms) / len(norms),
         }
+    series["gradient/skipped_share"] = sum(r.skipped for r in window) / len(window)
     series["curriculum/position"] = run.position
     series["speed/steps_per_second"] = len(window) / max(1e-9, time.monotonic() - since)
-    with torch.no_grad():
+    with averaged(job, run.ema), torch.no_grad():
         series |= prompt_series(job.adapted.prompt, job.adapted.prompt(run.position))
     run.monitor.scalars(run.step, series)
     return series
@@ -312,8 +220,7 @@ def _evaluate_if_due(run: Run) -> None:
     """Validation loss, the previews if due, and the export of the best so far; at each step once, resumed or not."""
     job, monitor = run.job, run.job.config.monitor
     with_preview = _due(run, monitor.preview_every)
-    done = run.last is not None and run.last["step"] == run.step
-    if done or not (with_preview or _due(run, monitor.validate_every)):
+    if _evaluated(run) or not (with_preview or _due(run, monitor.validate_every)):
         return
     with averaged(job, run.ema):
         series = {"loss/validation": validation_loss(job, run.position)}
@@ -328,10 +235,25 @@ def _evaluate_if_due(run: Run) -> None:
     run.monitor.scalars(run.step, series)
     run.last = {**series, "step": run.step}
     run.first = run.first or run.last
-    if run.best is None or series["loss/validation"] < run.best["loss"]:
+    improved = run.best is None or series["loss/validation"] < run.best["loss"]
+    if improved:
         run.best = {"step": run.step, "loss": series["loss/validation"]}
-        if 0 < run.step < job.config.train.steps:
-            _export(run, run.folder / "export" / "best", with_pipeline=False)
+    if job.accelerator.is_main_process:
+        save_progress(run.folder, _progress(run))
+    if improved and 0 < run.step < job.config.train.steps:
+        try:
+            _export(run, run.folder / "export" / "best")
+        except RunError as error:  # the run goes on: a later export may be sound, and the checkpoint of this step is
+            tqdm.write(f"WARNING: {error}", file=sys.stderr)
+
+
+def _evaluated(run: Run) -> bool:
+    """Whether this step has been evaluated already."""
+    return run.last is not None and run.last["step"] == run.step
+
+
+def _progress(run: Run) -> dict[str, Any]:
+    return {"step": run.step, "first": run.first, "last": run.last, "best": run.best}
 
 
 def _checkpoint(run: Run) -> None:
@@ -343,22 +265,23 @@ def _checkpoint(run: Run) -> None:
             schedule=run.schedule,
             ema=run.ema,
             scaler=run.job.accelerator.scaler,
-            progress={"step": run.step, "first": run.first, "last": run.last, "best": run.best},
+            progress=_progress(run),
             keep=run.job.config.monitor.checkpoints_kept,
         )
     run.job.accelerator.wait_for_everyone()
 
 
-def _export(run: Run, folder: Path, *, with_pipeline: bool) -> None:
+def _export(run: Run, folder: Path) -> None:
     job, config = run.job, run.job.config
     if job.accelerator.is_main_process:
         metadata = {
             "origin": "softprompt",
-            "waypoints": config.prompt.waypoints,
+            "model": config.model,
+            "licence": "Apache-2.0" if config.model == MICRO else f"derived from {config.model}: {BASE_LICENCE}",
+            "waypoints": [{"given": spec, "texts": _texts(config, spec)} for spec in config.prompt.waypoints],
             "position": run.position,
             "carry": config.prompt.carry,
             "steps": run.step,
-            "model": config.model,
             "validation": {"loss": (run.last or {}).get("loss/validation"), "step": (run.last or {}).get("step")},
         }
         with averaged(job, run.ema), torch.no_grad():
@@ -366,9 +289,35 @@ def _export(run: Run, folder: Path, *, with_pipeline: bool) -> None:
                 job.pipeline,
                 job.adapted.prompt(run.position),
                 folder,
-                picture=job.held_out.pictures(0, seeded("preview", 0))[0],
+                picture=_export_picture(job),
                 metadata=metadata,
                 tolerance=config.export.tolerance,
-                with_pipeline=with_pipeline,
             )
     job.accelerator.wait_for_everyone()
+
+
+def _export_pipeline(run: Run, folder: Path) -> None:
+    job = run.job
+    if job.accelerator.is_main_process:
+        try:
+            run.merged = export_pipeline(
+                job.pipeline, folder, picture=_export_picture(job), tolerance=job.config.export.tolerance
+            )
+        except (RunError, OSError, torch.OutOfMemoryError) as error:
+            raise RunError(
+                f"prompt and LoRA are exported and verified in {folder}, the merged pipeline folder is not: {error}. To leave "
+                f"it out: --resume {run.folder} --export.pipeline false"
+            ) from error
+    job.accelerator.wait_for_everyone()
+
+
+def _export_picture(job: Job) -> Tensor:
+    """[3, S, S]: what exports are compared on."""
+    return job.held_out.pictures(0, seeded("preview", 0))[0]
+
+
+def _texts(config: Config, waypoint: str) -> list[str] | None:
+    """The texts a waypoint was encoded from; None for a file."""
+    if waypoint.endswith((".pt", ".safetensors")):
+        return None
+    return view_texts(waypoint, subject=config.prompt.subject, angle=config.prompt.angle)

@@ -41,15 +41,23 @@ def tensorboard_name(name: str) -> str:
 class Monitor:
     """Series and pictures of one run, on the main process; elsewhere it writes nothing."""
 
-    def __init__(self, folder: Path, *, active: bool, resumed_step: int | None) -> None:
+    def __init__(self, folder: Path, *, active: bool) -> None:
         self.folder = folder
+        self.active = active
         self.writer: SummaryWriter | None = None
-        if not active:
+
+    def open(self, *, resumed_step: int | None = None, evaluated: bool = False) -> None:
+        """Begin to write.
+
+        resumed_step: of the checkpoint; what came after it is done again, and so dropped. evaluated: whether that step's
+        evaluation is in the checkpoint; if not, it is done again too.
+        """
+        if not self.active:
             return
-        if resumed_step is not None:  # what came after the checkpoint is done again
-            _drop_after(folder / "metrics.jsonl", resumed_step)
+        if resumed_step is not None:
+            _drop_after(self.folder / "metrics.jsonl", resumed_step, evaluated=evaluated)
         purge = None if resumed_step is None else resumed_step + 1
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one point in each TensorBoard series."""
@@ -84,12 +92,22 @@ class Monitor:
             self.writer.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
+def is_evaluation(values: Mapping[str, float]) -> bool:
+    """Whether a line of metrics.jsonl is one of validation and previews; the others are of training."""
+    return "loss/validation" in values
+
+
+def _drop_after(path: Path, step: int, *, evaluated: bool) -> None:
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("}\n")]  # a killed run may have left half a line
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    read = [(line, json.loads(line)) for line in whole]
+    kept = [
+        line
+        for line, values in read
+        if values["step"] < step or (values["step"] == step and (evaluated or not is_evaluation(values)))
+    ]
     with new_file(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")
 

@@ -1,8 +1,6 @@
 """From a configuration to everything a run needs, loaded and checked."""
 
-import contextlib
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +46,22 @@ class Job:
     """What was decided on the user's behalf, to be said."""
 
 
-def prepare(config: Config) -> Job:
-    """Load and check everything. Raises: InputError for whatever cannot be used, before anything is written."""
-    precision, notes = _choose_precision(config)
+def make_accelerator(config: Config) -> Accelerator:
+    """Device, precision and processes. Raises: InputError for a device or precision that this machine has not."""
+    precision, _ = _choose_precision(config)
     accelerator = Accelerator(
         cpu=config.train.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision={"fp32": "no"}.get(precision, precision),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     quiet_libraries(accelerator.is_main_process)
+    return accelerator
+
+
+def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
+    """Load and check everything. Raises: InputError for whatever cannot be used."""
+    precision, notes = _choose_precision(config)
+    accelerator = accelerator or make_accelerator(config)
     folder = MICRO_MODEL if config.model == MICRO else Path(config.model)
     pipeline = load_pipeline(folder, dtype=_DTYPES[precision]).to(accelerator.device)
     _check_together(config, pipeline)
@@ -117,7 +122,7 @@ def _choose_precision(config: Config) -> tuple[str, list[str]]:
     if precision == "fp16" and not on_cuda:
         raise InputError("train.precision: is fp16, which needs a CUDA device; expected fp32 or bf16 on a CPU")
     if precision == "auto":
-        precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_cuda else "fp32"
+        precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if on_cuda else "fp32"
     device = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
     chosen = "chosen from the machine" if "auto" in (wanted, config.train.precision) else "as asked for"
     return precision, [f"device     {device}; {precision} ({chosen}); what trains is fp32"]
@@ -136,13 +141,20 @@ def _check_together(config: Config, pipeline: Pipeline) -> None:
 def _advice(config: Config) -> list[str]:
     """What a configuration does that its author may not have meant."""
     advice = []
-    if config.model != MICRO and (config.lora.learning_rate, config.train.steps) == (
-        Config().lora.learning_rate,
-        Config().train.steps,
-    ):
+    if config.model != MICRO:
+        micro = {"train.steps": Config().train.steps, "lora.learning_rate": Config().lora.learning_rate}
+        micro |= {"prompt.learning_rate": Config().prompt.learning_rate}
+        mine = {"train.steps": config.train.steps, "lora.learning_rate": config.lora.learning_rate}
+        mine |= {"prompt.learning_rate": config.prompt.learning_rate}
+        unchanged = [f"{name} {value:g}" for name, value in mine.items() if value == micro[name]]
+        if unchanged:
+            advice.append(
+                f"WARNING    {', '.join(unchanged)}: tuned for the micro model; configs/facelift_mouse.yaml has values for "
+                f"real weights"
+            )
+    if config.train.warmup_steps >= config.train.steps:
         advice.append(
-            "WARNING    steps and LoRA learning rate are those of the micro model; configs/facelift_mouse.yaml has some for "
-            "real weights"
+            f"WARNING    train.warmup_steps {config.train.warmup_steps}: the learning rates do not reach their full value"
         )
     if config.model != MICRO and config.data.train == MICRO:
         advice.append("WARNING    data.train is the embedded toy world; give --data.train for pictures of your own")
@@ -201,11 +213,3 @@ def quiet_libraries(is_main: bool) -> None:
     logging.captureWarnings(True)  # one line each on stderr, none of them lost
     if not is_main:
         warnings.filterwarnings("ignore")
-
-
-def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
-    """runs/NAME-001, or the number after the highest that is there."""
-    numbers = [0]
-    with contextlib.suppress(FileNotFoundError):
-        numbers += [int(n) for e in os.listdir(root) if (n := e.removeprefix(f"{name}-")) != e and n.isdecimal()]
-    return root / f"{name}-{max(numbers) + 1:03d}"

@@ -4,21 +4,25 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import InputError, RunError
-from softprompt.files import new_file
 from train.command_line import Request, parse
 from train.config import to_yaml
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from train.loop import Run
     from train.setup import Job
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
+TAKEN = ".taken"
+"""File that marks a run's folder while the run still loads."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,57 +50,88 @@ def _run(request: Request) -> int:
     from train.checkpoint import load_checkpoint
     from train.export import check_free_space
     from train.loop import train
-    from train.setup import prepare
+    from train.setup import make_accelerator, prepare
     from train.stop import StopSignal
 
     config = request.config
-    if request.resume is None and config.output is not None:
-        _refuse_used(Path(config.output))
     state = load_checkpoint(request.resume) if request.resume else None
     try:
-        job = prepare(config)
-        folder = _run_folder(request, job)
-        main_process = job.accelerator.is_main_process
-        if main_process:
-            print(to_yaml(config))
-            print(_summary(job, folder, state), flush=True)
-        if request.dry_run:
-            return _dry_run(job, folder)
-
-        with StopSignal() as stop:
+        accelerator = make_accelerator(config)
+        with _run_folder(request, accelerator) as folder:
+            job = prepare(config, accelerator)
+            main_process = accelerator.is_main_process
             if main_process:
-                check_free_space(folder, disk_needed(job))
-                with new_file(folder / "config.yaml") as partial:
-                    partial.write_text(to_yaml(config), encoding="utf-8")
-            job.accelerator.wait_for_everyone()
-            run = train(job, folder, state=state, stop=stop)
+                print(to_yaml(config))
+                print(_summary(job, folder, state), flush=True)
+            if request.dry_run:
+                return _dry_run(job, folder)
+            with StopSignal() as stop:
+                if main_process:
+                    check_free_space(folder, disk_needed(job))
+                run = train(job, folder, state=state, stop=stop)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of GPU memory ({str(error).split('. ')[0]}); what checkpoints there are stay good. Lower train.batch_size "
-            f"and raise train.accumulation by as much, switch train.gradient_checkpointing on, or lower "
-            f"monitor.preview_objects; --dry-run shows the peak without a run"
+            f"and raise train.accumulation by as much, or switch train.gradient_checkpointing on; --dry-run shows the peak, "
+            f"previews included, without a run"
         ) from error
     if main_process:
         print(_outcome(run, stop.number), flush=True)
-    job.accelerator.end_training()
+    accelerator.end_training()
     return 0 if run.step >= config.train.steps else 128 + (stop.number or 0)
 
 
-def _refuse_used(folder: Path) -> None:
+@contextmanager
+def _run_folder(request: Request, accelerator: "Accelerator") -> Iterator[Path]:
+    """The run's folder, the same for all processes, and taken: no second run can choose it while this one still loads.
+
+    Where the run ends before it has written anything, a folder taken for it is given back.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    folder = request.resume or Path(request.config.output or next_run_folder(request.name))
+    taken = request.resume is None and not request.dry_run and accelerator.is_main_process
+    if request.resume is None and accelerator.is_main_process:
+        folder = _take(folder, request) if taken else _refuse_used(folder)
+    folder = Path(broadcast_object_list([str(folder)])[0])
+    try:
+        yield folder
+    except BaseException:
+        if taken and [path.name for path in folder.iterdir()] == [TAKEN]:
+            (folder / TAKEN).unlink()
+            folder.rmdir()
+        raise
+    if taken:
+        (folder / TAKEN).unlink(missing_ok=True)
+
+
+def _take(folder: Path, request: Request) -> Path:
+    """Make the folder this run's, or, where its name was not chosen by the user, the next that is free."""
+    while True:
+        _refuse_used(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / TAKEN).touch(exist_ok=False)
+            return folder
+        except FileExistsError:
+            if request.config.output is not None:
+                raise InputError(f"output: {folder} was taken by another run just now; give another folder") from None
+            folder = next_run_folder(request.name)
+
+
+def _refuse_used(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         hint = f" Go on with that run: --resume {folder}" if (folder / "config.yaml").is_file() else ""
         raise InputError(f"output: {folder} is not empty; a run never writes over another. Give a new folder.{hint}")
+    return folder
 
 
-def _run_folder(request: Request, job: "Job") -> Path:
-    """The same for all processes."""
-    from accelerate.utils import broadcast_object_list
-
-    from train.setup import next_run_folder
-
-    folder = request.resume or Path(request.config.output or next_run_folder(request.name))
-    job.accelerator.wait_for_everyone()  # before the first of them writes into it
-    return Path(broadcast_object_list([str(folder)])[0])
+def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
+    """runs/NAME-001, or the number after the highest that is there."""
+    numbers = [0]
+    with suppress(FileNotFoundError):
+        numbers += [int(n) for e in os.listdir(root) if (n := e.removeprefix(f"{name}-")) != e and n.isdecimal()]
+    return root / f"{name}-{max(numbers) + 1:03d}"
 
 
 def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None") -> str:
@@ -138,16 +173,22 @@ def disk_needed(job: "Job") -> int:
 
 
 def _dry_run(job: "Job", folder: Path) -> int:
-    """Two steps, the second one timed; says what the run will need."""
+    """Two steps, the second one timed, and a preview; says what the run will need."""
     import torch
 
-    from train.loop import training_step
+    from train.evaluate import preview
+    from train.step import training_step
 
     seconds = 0.0
     for step in range(2):
         began = time.monotonic()
         result = training_step(job, step * job.config.kl.every)  # with the KL term, the dearest kind
         seconds = time.monotonic() - began
+    began = time.monotonic()
+    if job.accelerator.is_main_process:
+        with torch.no_grad():
+            preview(job, job.adapted.prompt.start, None)
+    preview_seconds = time.monotonic() - began
     cuda = job.accelerator.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     total = seconds * job.config.train.steps
@@ -158,9 +199,9 @@ def _dry_run(job: "Job", folder: Path) -> int:
             print(
                 f"  trains   {name}: {count:,} parameters in {len(group)} tensors, gradient norm {result.grad_norms[name]:.3g}"
             )
+        print(f"  step     {seconds:.2f} s with KL; {job.config.train.steps} steps in at most {total / 60:.1f} min")
         print(
-            f"  step     {seconds:.2f} s with KL; {job.config.train.steps} steps in at most {total / 60:.1f} min, evaluation "
-            f"aside"
+            f"  preview  {preview_seconds:.1f} s for the first, about half of it after that; validation and export come on top"
         )
         print(f"  memory   {peak / 1e9:.2f} GB at peak on {'the GPU' if cuda else 'this machine'}")
         print(f"  disk     {disk_needed(job) / 1e6:.0f} MB in {folder}")
@@ -173,6 +214,7 @@ def _outcome(run: "Run", signal_number: int | None) -> str:
 
     config, exported = run.job.config, run.exported
     assert exported is not None and run.first is not None, "every run ends in an export and starts with an evaluation"
+    dtype = str(run.job.pipeline.unet.dtype).removeprefix("torch.")
     lines = [""]
     if run.step < config.train.steps:
         lines += [
@@ -183,8 +225,8 @@ def _outcome(run: "Run", signal_number: int | None) -> str:
     lines.append(f"made       {exported.folder}: {', '.join(made)}")
     lines.append(
         f"verified   read back in a fresh model: views differ by {exported.read_back:.1e} at most (allowed "
-        f"{config.export.tolerance:g}); rounding the prompt to float16 changes them by {exported.rounding:.1e}"
-        + ("" if exported.merged is None else f"; merged pipeline {exported.merged:.1e}")
+        f"{config.export.tolerance:g}); rounding the prompt to float16 changes them by {exported.rounding:.1e} (in "
+        f"{dtype} arithmetic)" + ("" if run.merged is None else f"; merged pipeline {run.merged:.1e}")
     )
     lines += [f"           {line}" for line in _improvement(run)]
     return "\n".join(lines + [""] + how_to_use(exported.folder))
@@ -193,12 +235,14 @@ def _outcome(run: "Run", signal_number: int | None) -> str:
 def _improvement(run: "Run") -> list[str]:
     """Before and after, of what was evaluated at both ends."""
     from softprompt.embeddings import mean_pairwise_cosine
+    from train.evaluate import averaged
 
     first, last = run.first or {}, run.last or {}
     lines = []
     for key, name in (
         ("loss/validation", "held-out loss"),
         ("views/psnr", "PSNR of views, dB"),
+        ("views/psnr_foreground", "the same on the object alone, dB"),
         ("views/ssim", "SSIM of views"),
         ("views/copy_score", "copy score (1: copies of the input, 0: as different from it as the truth)"),
     ):
@@ -206,9 +250,12 @@ def _improvement(run: "Run") -> list[str]:
             change = f" ({last[key] / first[key] - 1:+.0%})" if key == "loss/validation" else ""
             lines.append(f"{name}: {first[key]:.4g} at step 0, {last[key]:.4g} at step {last['step']:.0f}{change}")
     prompt = run.job.adapted.prompt
-    alike = [mean_pairwise_cosine(p) for p in (prompt.start, prompt(run.position))]
+    with averaged(run.job, run.ema):
+        alike = [mean_pairwise_cosine(p) for p in (prompt.start, prompt(run.position))]
     lines.append(f"prompts of the views, mean cosine: {alike[0]:.3g} at step 0, {alike[1]:.3g} at step {run.step}")
-    if run.best and run.best["step"] < run.step:
+    if run.best and run.best["step"] == 0 < run.step:
+        lines.append("WARNING: on held-out objects no step was better than the pretrained model")
+    elif run.best and run.best["step"] < run.step:
         lines.append(
             f"best held-out loss {run.best['loss']:.4g} at step {run.best['step']:.0f}, in {run.folder / 'export' / 'best'}"
         )

@@ -3,19 +3,28 @@
 import os
 import signal
 import sys
+import time
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+ONE_STOP_S = 3.0
+"""Seconds within which further signals are taken for the same wish."""
+
 
 class StopSignal:
-    """Inside the block the first SIGINT or SIGTERM is noted, the second one ends the program at once."""
+    """Inside the block the first SIGINT or SIGTERM is noted; a later Ctrl-C ends the program at once.
+
+    One stop often arrives twice: job schedulers signal every process, and launchers pass on what they get. So SIGTERM never
+    ends the program at once, and Ctrl-C does only some seconds after the first.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
         """The signal that was received."""
+        self._noted_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -30,11 +39,13 @@ class StopSignal:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.number is not None:
-            os._exit(128 + number)
-        self.number = number
+            if number == signal.SIGINT and time.monotonic() - self._noted_at > ONE_STOP_S:
+                os._exit(128 + number)
+            return
+        self.number, self._noted_at = number, time.monotonic()
         print(
-            f"\n{signal.Signals(number).name}: finishing this step, then saving a checkpoint and the export; once more to stop "
-            f"at once",
+            f"\n{signal.Signals(number).name}: finishing what is under way, then saving a checkpoint and the export; Ctrl-C in "
+            f"{ONE_STOP_S:g} s or later stops at once",
             file=sys.stderr,
         )
 

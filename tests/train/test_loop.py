@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt.data import write_source
 from softprompt.errors import RunError
 from softprompt.micro.world import MicroWorld
+from softprompt.path import point_on_path
+from train import loop
 from train.checkpoint import list_checkpoints, load_checkpoint
 from train.config import Config
-from train.loop import Run, object_at, position_of, train, training_step
+from train.loop import Run, train
 from train.setup import Job, prepare
+from train.step import object_at, position_of, training_step
 from train.stop import StopSignal
 
 
@@ -47,11 +51,11 @@ class StopAfter(StopSignal):
 
     def __init__(self, step: int) -> None:
         super().__init__()
-        self.steps_left = step
+        self.looks_left = 2 * step  # before each step and after it
 
     def agreed(self, accelerator: object) -> bool:
-        self.steps_left -= 1
-        if self.steps_left == 0:
+        self.looks_left -= 1
+        if self.looks_left == 0:
             self.number = signal.SIGINT
         return self.number is not None
 
@@ -177,8 +181,10 @@ def test_the_norm_band_holds_after_every_step(small):
     job = prepare(small("--prompt.norm_band=0.01", "--prompt.learning_rate=1.0"))
     for step in range(2):
         training_step(job, step)
-    prompt = job.adapted.prompt
-    share = prompt.learned.norm(dim=-1) / prompt.start.norm(dim=-1)
+    prompt, position = job.adapted.prompt, position_of(job.config, 1)
+    path = point_on_path(prompt.waypoints, position)
+    assert position > 0 and not torch.equal(path, prompt.start)
+    share = prompt(position).norm(dim=-1) / path.norm(dim=-1)
     assert share.min() >= 0.99 - 1e-5 and share.max() <= 1.01 + 1e-5
     assert not torch.equal(prompt.learned, prompt.start)
 
@@ -225,10 +231,50 @@ def test_the_run_folder_is_what_the_readme_says(small, tmp_path):
         assert expected in made
     assert any(name.startswith("tensorboard/events") for name in made)
     assert not [name for name in made if re.search(r"partial|\.new", name)]
-    assert run.exported is not None and run.exported.merged is not None
+    assert run.merged is not None and run.merged <= 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_a_scaler_that_leaves_out_every_step_ends_the_run(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MAX_SKIPPED", 3)
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
+    with pytest.raises(RunError, match=r"step 3: the gradients were not finite in 3 steps in a row.*fp16 overflows"):
+        run_to_end(small("--train.ema_decay=0.5"), tmp_path / "run")
+
+
+def test_a_step_is_in_a_checkpoint_before_it_is_evaluated(small, tmp_path, monkeypatch):
+    config = small("--train.steps=6", "--curriculum.at=[0, 1]")
+    whole = run_to_end(config, tmp_path / "whole")
+    evaluate = loop.validation_loss
+
+    def fails_at_step_4(job: Job, position: float) -> float:
+        if position == position_of(config, 4):
+            raise torch.OutOfMemoryError("no memory")
+        return evaluate(job, position)
+
+    monkeypatch.setattr(loop, "validation_loss", fails_at_step_4)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_to_end(config, tmp_path / "parts")
+    assert list_checkpoints(tmp_path / "parts")[-1].name == "step-000004"
+    monkeypatch.setattr(loop, "validation_loss", evaluate)
+    resumed = run_to_end(config, tmp_path / "parts", resume=True)
+    assert series(tmp_path / "parts") == series(tmp_path / "whole")
+    assert resumed.best == whole.best
+
+
+def test_a_best_export_that_fails_does_not_end_the_run(small, tmp_path, monkeypatch, capsys):
+    def fails_in_best(pipeline, prompt, folder, *, export=loop.export, **options):
+        if folder.name == "best":
+            raise RunError("read back differs")
+        return export(pipeline, prompt, folder, **options)
+
+    monkeypatch.setattr(loop, "export", fails_in_best)
+    run = run_to_end(small("--lora.learning_rate=0.01", "--monitor.validate_every=1"), tmp_path / "run")
+    assert run.step == 4 and (tmp_path / "run" / "export" / "clr_embeds.pt").is_file()
+    assert run.best is not None and run.best["step"] > 0
+    assert "WARNING: read back differs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])

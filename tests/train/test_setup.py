@@ -15,7 +15,8 @@ from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
 from train import setup
 from train.config import Config
-from train.setup import next_run_folder, prepare
+from train.setup import prepare
+from train.softprompt import next_run_folder
 
 Small = Callable[..., Config]
 
