@@ -65,6 +65,8 @@ class SoftPrompt(nn.Module):
 
         band: share in (0, 1]. Source: the norm prior of methods.md, 9, with the path's own norm as the target.
         """
+        if self.share(position) == 0:
+            return  # nothing of what was learned is in E
         effective = self(position)
         norm = effective.norm(dim=-1, keepdim=True)
         target = point_on_path(self.waypoints, position, self.interpolation).norm(dim=-1, keepdim=True)

@@ -70,6 +70,7 @@ def export(
     except RunError as error:
         raise _kept_aside(folder, new, error) from error
     _replace(folder, new)
+    shutil.rmtree(folder.with_name(f"{folder.name}.unverified"), ignore_errors=True)
     return Exported(folder, read_back, rounding)
 
 
@@ -96,6 +97,7 @@ def export_pipeline(pipeline: Pipeline, folder: Path, *, picture: Tensor, tolera
     except RunError as error:
         raise _kept_aside(folder / "pipeckpts", new, error) from error
     new.replace(folder / "pipeckpts")
+    shutil.rmtree(folder / "pipeckpts.unverified", ignore_errors=True)
     return difference
 
 

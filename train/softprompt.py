@@ -101,7 +101,7 @@ def _run_folder(request: Request, accelerator: "Accelerator") -> Iterator[Path]:
             (folder / TAKEN).unlink()
             folder.rmdir()
         raise
-    if taken:
+    if accelerator.is_main_process and not request.dry_run:
         (folder / TAKEN).unlink(missing_ok=True)
 
 
@@ -122,6 +122,8 @@ def _take(folder: Path, request: Request) -> Path:
 def _refuse_used(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         hint = f" Go on with that run: --resume {folder}" if (folder / "config.yaml").is_file() else ""
+        if folder.is_dir() and os.listdir(folder) == [TAKEN]:
+            hint = f" Another run is loading there, or one was killed while it was; in that case remove {folder / TAKEN}"
         raise InputError(f"output: {folder} is not empty; a run never writes over another. Give a new folder.{hint}")
     return folder
 

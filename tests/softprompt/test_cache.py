@@ -110,6 +110,26 @@ def test_a_broken_picture_stops_before_the_run_starts(source: FolderSource, micr
         EncodedObjects(source, micro_models, background).fill(progress=False)
 
 
+@pytest.mark.parametrize("background", ["white", "random"])
+def test_masks_are_the_alpha_of_the_files_whatever_is_behind(
+    source: FolderSource, micro_models: Pipeline, encodings: list[torch.Tensor], background: str
+) -> None:
+    masks = EncodedObjects(source, micro_models, background).masks(1)
+    assert masks.shape == (6, 1, 64, 64) and masks.dtype == torch.float32 and encodings == []
+    for view in range(6):
+        with Image.open(source.folders[1] / f"cam_{view:03d}.png") as picture:
+            alpha = np.asarray(picture, dtype=np.float32)[:, :, 3] / 255
+        assert np.array_equal(masks[view, 0].numpy(), alpha)
+
+
+def test_pictures_without_alpha_are_foreground_throughout(micro_models: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "opaque").mkdir()
+    for view in range(6):
+        Image.new("RGB", (64, 64), (view, 0, 255)).save(tmp_path / "opaque" / f"cam_{view:03d}.png")
+    masks = EncodedObjects(open_source(tmp_path, size=64), micro_models, "white").masks(0)
+    assert torch.equal(masks, torch.ones(6, 1, 64, 64))
+
+
 def test_an_unknown_background_is_refused(source: FolderSource, micro_models: Pipeline) -> None:
     with pytest.raises(InputError, match=r"background: 'whit' is unknown; expected one of white, black, gray"):
         EncodedObjects(source, micro_models, "whit").fill(progress=False)

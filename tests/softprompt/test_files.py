@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from softprompt.errors import InputError
-from softprompt.files import new_file, new_folder, read_json, write_json
+from softprompt.files import new_file, new_folder, read_json, remove_partial, write_json
 
 
 class Stop(Exception):
@@ -85,8 +86,56 @@ def test_others_may_read_what_they_may_read_of_any_new_file(tmp_path: Path) -> N
     with new_folder(tmp_path / "folder") as partial:
         (partial / "sub").mkdir()
         (partial / "sub" / "f").touch(mode=0o600)
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) != 0o700, "readable by its owner alone, as tempfile makes it"
     for file in (tmp_path / "f.safetensors", tmp_path / "folder" / "sub" / "f"):
         assert stat.S_IMODE(file.stat().st_mode) == expected, file
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    """os.umask, put back after the test."""
+    before = os.umask(0)
+    os.umask(before)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002, 0o077])
+def test_folders_have_the_permissions_of_any_new_folder(tmp_path: Path, umask: Callable[[int], int], mask: int) -> None:
+    umask(mask)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "f").touch()
+    with new_folder(tmp_path / "a" / "folder") as partial:
+        (partial / "sub").mkdir(mode=0o700)
+        (partial / "sub" / "f").touch(mode=0o600)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "a").rglob("*")}
+    assert modes == {"folder": 0o777 & ~mask, "sub": 0o777 & ~mask, "f": 0o666 & ~mask}
+    assert modes["folder"] == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert modes["f"] == stat.S_IMODE((tmp_path / "plain" / "f").stat().st_mode)
+    assert umask(mask) == mask, "the process has another umask than before"
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    file_manager = new_file(tmp_path / "run" / "config.yaml")
+    folder_manager = new_folder(tmp_path / "run" / "checkpoints" / "step-000002")
+    hidden_manager = new_folder(tmp_path / "run" / ".export.new")
+    partial = [manager.__enter__() for manager in (file_manager, folder_manager, hidden_manager)]  # and never left
+    partial[0].write_text("half")
+    for folder in partial[1:]:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "state.pt").write_text("half")
+        (folder / "sub" / ".progress.partial-7.json").write_text("half")  # in what is removed with it
+    stay = ["config.yaml", "checkpoints/step-000001/state.pt", "export/.hidden", "partial-1", ".partial", "a.partial-1"]
+    for name in stay:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("whole")
+    (tmp_path / ".beside.partial-1").write_text("of another run")
+    remove_partial(tmp_path / "run")
+    assert {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()} == set(stay)
+    assert not any(p.exists() for p in partial)
+    assert (tmp_path / ".beside.partial-1").exists()
+    remove_partial(tmp_path / "run")  # nothing left to do
+    remove_partial(tmp_path / "none")
 
 
 def test_json_comes_back_as_it_was_written(tmp_path: Path) -> None:

@@ -89,8 +89,14 @@ def test_all_that_is_missing_is_named_at_once(folder: Path) -> None:
 def test_a_folder_that_is_not_there_or_another_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere: no such folder; expected a FaceLift pipeline folder"):
         load_pipeline(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"is no FaceLift pipeline folder; missing unet/config\.json"):
+    with pytest.raises(InputError, match=r"is no FaceLift pipeline folder; missing model_index\.json, unet/config\.json, vae/"):
         load_pipeline(tmp_path)
+
+
+def test_a_folder_without_its_index_is_refused_since_it_could_not_be_written_again(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+    with pytest.raises(InputError, match=r"is no FaceLift pipeline folder; missing model_index\.json$"):
+        load_pipeline(folder)
 
 
 def test_a_unet_without_projection_class_labels_is_refused(folder: Path) -> None:

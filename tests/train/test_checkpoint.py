@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, and what is put back is what was saved, bit for bit."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from softprompt.errors import InputError
 from train import checkpoint
-from train.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, restore, save_checkpoint
+from train.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, restore, save_checkpoint, save_progress
 from train.config import Config
 from train.loop import training_step
 from train.setup import Job, prepare
@@ -151,10 +152,43 @@ def test_a_checkpoint_holds_only_what_trains(tmp_path: Path, untrained: Training
     folder = untrained.save(tmp_path)
     state = torch.load(folder / "state.pt", weights_only=True)
     assert set(state["trainable"]) == {n for n, p in untrained.job.adapted.named_parameters() if p.requires_grad}
-    assert set(state) == {*PROGRESS, "trainable", "waypoints", "optimizer", "schedule", "ema", "scaler"}
-    described = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-    assert described == {"step": 2, "resume": f"python -m train.softprompt --resume {tmp_path}"}
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.json", "state.pt"]
+    parts = {"trainable", "waypoints", "optimizer", "schedule", "ema", "scaler"}
+    assert set(state) == parts
+    assert json.loads((folder / "progress.json").read_text(encoding="utf-8")) == PROGRESS
+    assert sorted(p.name for p in folder.iterdir()) == ["progress.json", "state.pt"]
+    assert set(load_checkpoint(tmp_path)) == {*parts, *PROGRESS}
+
+
+def test_the_series_of_a_checkpoint_are_brought_up_to_date_and_nothing_else(tmp_path: Path, untrained: Training) -> None:
+    folders = [untrained.save(tmp_path, step=step) for step in (1, 2)]
+    before = {f: f.read_bytes() for folder in folders for f in folder.iterdir()}
+    new = {
+        "step": 2,
+        "first": PROGRESS["first"],
+        "last": {"step": 2, "loss/validation": 0.125},
+        "best": {"step": 2, "loss": 0.125},
+    }
+    save_progress(tmp_path, new)
+    after = {f: f.read_bytes() for folder in folders for f in folder.iterdir()}
+    assert after.keys() == before.keys()
+    assert {f for f in after if after[f] != before[f]} == {folders[1] / "progress.json"}
+    state = load_checkpoint(tmp_path)
+    assert {key: state[key] for key in new} == new
+
+
+def test_series_of_a_step_without_a_checkpoint_make_none(tmp_path: Path, untrained: Training) -> None:
+    save_progress(tmp_path, PROGRESS)
+    assert list(tmp_path.iterdir()) == []
+    untrained.save(tmp_path, step=1)
+    save_progress(tmp_path, PROGRESS)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000001"]
+    assert load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_series_that_are_no_number_come_back(tmp_path: Path, untrained: Training) -> None:
+    untrained.save(tmp_path, last={"step": 2, "views/copy_score": float("nan"), "loss/validation": 1 / 3})
+    last = load_checkpoint(tmp_path)["last"]
+    assert math.isnan(last["views/copy_score"]) and last["loss/validation"] == 1 / 3
 
 
 # ------------------------------------------------------------------------------------------------------------- which ones
@@ -226,6 +260,17 @@ def test_a_damaged_newest_checkpoint_is_named(tmp_path: Path, untrained: Trainin
     assert "\n" not in str(error.value), "more than one line"
     file.parent.rename(tmp_path / "damaged")
     assert load_checkpoint(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"step": 2', b"[2]"], ids=["missing", "empty", "cut short", "a list"])
+def test_a_checkpoint_without_its_series_is_named(tmp_path: Path, untrained: Training, content: bytes | None) -> None:
+    file = untrained.save(tmp_path) / "progress.json"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"step-000002/progress\.json: .*the checkpoint's step and series was expected"
+    ) as error:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(error.value), "more than one line"
 
 
 # ----------------------------------------------------------------------------------------------------------- another run

@@ -1,5 +1,6 @@
 """The command line: what is given is what is taken, and what cannot be is said in one line."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.errors import InputError
-from train.command_line import option_kinds, parse, suggestion
+from train.command_line import FREE_ON_RESUME, option_kinds, parse, suggestion
 from train.config import Config, to_yaml
 from train.softprompt import main
 
@@ -56,7 +57,7 @@ def test_the_last_of_several_files_wins_and_the_command_line_over_all(tmp_path: 
     request = parse(["--config", first, f"--config={last}", "--lora.rank=7"])
     config = request.config
     assert (config.lora.rank, config.lora.alpha, config.train.steps) == (7, 5, 33)
-    assert request.given == (first, last) and request.name == "last"
+    assert request.name == "last"
     assert parse(["--config", last, "--config", first]).config.lora.rank == 3
 
 
@@ -84,6 +85,140 @@ def test_resuming_takes_the_run_s_own_configuration_and_options_over_it(tmp_path
     assert parse(["--resume", str(tmp_path), "--train.steps=44"]).config.train.steps == 44
     assert parse(["--train.steps=44", "--resume", str(tmp_path)]).config.train.steps == 44
     assert parse(["--lora.rank=2"]).resume is None
+
+
+OTHER_VALUES: dict[str, object] = {
+    "model": "/elsewhere/pipeckpts",
+    "output": "/elsewhere/run",
+    "prompt.waypoints": ["facelift", "hybrid"],
+    "prompt.subject": "rat",
+    "prompt.angle": "from below",
+    "prompt.interpolation": "slerp",
+    "prompt.carry": "fade",
+    "prompt.learn": False,
+    "prompt.learning_rate": 0.25,
+    "prompt.decay": 0.5,
+    "prompt.norm_band": 0.125,
+    "curriculum.unit": "step",
+    "curriculum.at": [0.0, 0.5],
+    "curriculum.position": [0.0, 0.75],
+    "curriculum.easing": "cosine",
+    "lora.rank": 3,
+    "lora.alpha": 3.0,
+    "lora.dropout": 0.5,
+    "lora.targets": ["to_q"],
+    "lora.learning_rate": 0.25,
+    "lora.weight_decay": 0.5,
+    "loss.snr_weighting": "none",
+    "loss.snr_gamma": 3.0,
+    "loss.condition_drop_rate": 0.25,
+    "loss.own_view": False,
+    "kl.weight": 0.5,
+    "kl.weighting": "uniform",
+    "kl.clip": 0.5,
+    "kl.every": 2,
+    "data.train": "/elsewhere/train",
+    "data.val": "/elsewhere/val",
+    "data.background": "gray",
+    "data.reference_view": 2,
+    "train.steps": 44,
+    "train.batch_size": 3,
+    "train.accumulation": 2,
+    "train.seed": 7,
+    "train.warmup_steps": 3,
+    "train.schedule": "linear",
+    "train.max_grad_norm": 0.5,
+    "train.ema_decay": 0.5,
+    "train.gradient_checkpointing": True,
+    "train.device": "cpu",
+    "train.precision": "bf16",
+    "monitor.log_every": 3,
+    "monitor.validate_every": 3,
+    "monitor.validation_timesteps": 3,
+    "monitor.preview_every": 3,
+    "monitor.preview_objects": 2,
+    "monitor.preview_steps": 3,
+    "monitor.guidance_scale": 3.0,
+    "monitor.eta": 0.5,
+    "monitor.checkpoint_every": 3,
+    "monitor.checkpoints_kept": 2,
+    "export.pipeline": False,
+    "export.tolerance": 0.5,
+}
+"""Of every option, one that is not its default."""
+FREE = {
+    *("model", "data.train", "data.val", "train.steps", "train.device", "train.gradient_checkpointing"),
+    *(name for name in OTHER_VALUES if name.startswith(("monitor.", "export."))),
+}
+"""What may change when a run is resumed."""
+
+
+def a_run(folder: Path) -> Path:
+    """A run whose curriculum ends early enough for every other option to be changed by itself."""
+    yaml_file(folder, to_yaml(parse(["--curriculum.position=[0.0, 0.5]"]).config), "config.yaml")
+    return folder
+
+
+def value_of(config: Config, name: str) -> object:
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def option(name: str) -> str:
+    value = OTHER_VALUES[name]
+    return f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def test_the_options_that_may_change_on_a_resume_are_known_one_by_one() -> None:
+    assert OTHER_VALUES.keys() == option_kinds().keys(), "a new option must be put among the free or the fixed"
+    assert {n for n in option_kinds() if any(n == free or n.startswith(f"{free}.") for free in FREE_ON_RESUME)} == FREE
+
+
+@pytest.mark.parametrize("name", sorted(FREE))
+def test_length_paths_and_what_is_looked_at_may_change_on_a_resume(tmp_path: Path, name: str) -> None:
+    run = a_run(tmp_path)
+    before, after = parse(["--resume", str(run)]).config, parse(["--resume", str(run), option(name)]).config
+    assert {n for n in OTHER_VALUES if value_of(before, n) != value_of(after, n)} == {name}
+    assert value_of(after, name) == OTHER_VALUES[name]
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_VALUES.keys() - FREE))
+def test_what_a_run_s_numbers_depend_on_cannot_change_on_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = a_run(tmp_path)
+    before = value_of(parse(["--resume", str(run)]).config, name)
+    for argv in (["--resume", str(run), option(name)], [option(name), f"--resume={run}"]):
+        said = refusal(argv, capsys)
+        assert said.startswith(
+            f"error: --resume {run}: {name}: is {OTHER_VALUES[name]}; the run has {before}. A resumed run keeps its settings, "
+            f"but for model, data.train, data.val, train.steps"
+        )
+        assert said.endswith("leave the option out, or start a new run\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_all_that_cannot_change_on_a_resume_is_named_at_once_and_nothing_else(tmp_path: Path) -> None:
+    names = ("lora.rank", "train.steps", "prompt.learning_rate", "monitor.log_every")
+    with pytest.raises(InputError) as refused:
+        parse(["--resume", str(a_run(tmp_path)), *map(option, names)])
+    assert "prompt.learning_rate: is 0.25; the run has 0.1; lora.rank: is 3; the run has 8. " in str(refused.value)
+    assert "log_every" not in str(refused.value) and "44" not in str(refused.value)
+
+
+def test_a_file_s_settings_are_refused_on_a_resume_as_options_are(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    file = yaml_file(tmp_path, "lora:\n  rank: 3\n")
+    with pytest.raises(InputError, match=r"lora\.rank: is 3; the run has 8"):
+        parse(["--resume", str(run), "--config", file])
+
+
+def test_a_setting_given_again_as_it_was_is_no_change(tmp_path: Path) -> None:
+    same = ["--lora.rank=8", "--prompt.learning_rate=1e-1", "--lora.alpha=8", "--prompt.waypoints=[facelift, realistic]"]
+    request = parse(["--resume", str(a_run(tmp_path)), *same])
+    assert request.config == parse(["--resume", str(tmp_path)]).config
 
 
 def test_a_dry_run_is_asked_for_by_name() -> None:
@@ -180,10 +315,11 @@ def test_a_group_or_value_of_the_wrong_kind_in_a_file_is_refused_by_name(
     assert refusal(["--config", file], capsys).startswith(f"error: {file}: ")
 
 
-def test_a_key_that_has_no_place_in_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises((SystemExit, InputError)):
-        parse(["--config", yaml_file(tmp_path, "resume: runs/micro-001\n")])
-    assert "resume" in capsys.readouterr().err
+@pytest.mark.parametrize(("key", "value"), [("resume", "runs/micro-001"), ("dry_run", "true"), ("config", "other.yaml")])
+def test_a_key_that_has_no_place_in_a_file_is_refused(tmp_path: Path, key: str, value: str) -> None:
+    file = yaml_file(tmp_path, f"lora:\n  rank: 2\n{key}: {value}\n")
+    with pytest.raises(InputError, match=rf"^{re.escape(file)}: {key} belongs on the command line, not into a file$"):
+        parse(["--config", file])
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

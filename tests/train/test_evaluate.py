@@ -1,11 +1,14 @@
 """Held-out objects: the same look at every evaluation, and previews of what they say they are of."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import Tensor
 
 from softprompt.batch import seeded
@@ -169,9 +172,14 @@ def test_a_preview_of_reference_view_2_begins_with_it(make_job: Callable[..., Jo
     assert shown.names == ("right", "back", "left", "front_left", "front", "front_right") == tuple(VIEWS[i] for i in order)
     truth = torch.stack([job.held_out.pictures(i, seeded("any")) for i in range(2)])
     assert torch.equal(shown.truth, truth[:, order]) and torch.equal(shown.pictures, truth[:, 2])
-    expected = sample_views(
-        job.pipeline, job.adapted.prompt(0.0)[order], truth[:, 2], steps=2, guidance_scale=2.0, eta=0.0, seed=0
-    )
+    for b in range(2):
+        for slot, view in enumerate(order):
+            with Image.open(job.held_out.source.folders[b] / f"cam_{view:03d}.png") as file:
+                alpha = torch.from_numpy(np.array(file)[:, :, 3] / np.float32(255))
+            assert torch.equal(shown.masks[b, slot, 0], alpha) and 0 < alpha.mean() < 1
+    assert shown.masks.shape == (2, 6, 1, 64, 64)
+    prompt, options = job.adapted.prompt(0.0)[order], {"steps": 2, "guidance_scale": 2.0, "eta": 0.0, "seed": 0}
+    expected = torch.cat([sample_views(job.pipeline, prompt, truth[b, 2], **options) for b in range(2)])
     torch.testing.assert_close(shown.now, expected, atol=1e-5, rtol=0)
 
 
@@ -186,7 +194,8 @@ def test_preview_series_are_named_after_the_view_in_each_slot() -> None:
     generator = torch.Generator().manual_seed(0)
     truth, now = torch.rand(2, 2, 6, 3, 16, 16, generator=generator)
     names = ("right", "back", "left", "front_left", "front", "front_right")
-    series = preview_series(Preview(truth[:, 0], truth, truth, now, names))
+    masks = (torch.rand(2, 6, 1, 16, 16, generator=generator) - 0.5).clamp(0)  # about half of it background, the rest partly so
+    series = preview_series(Preview(truth[:, 0], truth, masks, truth, now, names))
     for v, name in enumerate(names):
         psnr = sum(-10 * float(torch.log10((now[b, v] - truth[b, v]).square().mean())) for b in range(2)) / 2
         assert series[f"views_psnr/{name}"] == pytest.approx(psnr, abs=1e-4)
@@ -195,14 +204,65 @@ def test_preview_series_are_named_after_the_view_in_each_slot() -> None:
     assert series["views/ssim"] == pytest.approx(sum(series[f"views_ssim/{name}"] for name in names) / 6)
     assert set(series) == {
         *(f"views_{kind}/{name}" for kind in ("psnr", "ssim") for name in names),
-        *(f"views/{kind}" for kind in ("psnr", "ssim", "copy_score", "separation_ratio")),
+        *(f"views/{kind}{of}" for kind in ("psnr", "ssim") for of in ("", "_foreground")),
+        *(f"views/{kind}" for kind in ("copy_score", "separation_ratio")),
     }
+    objects_and_views = [(b, v) for b in range(2) for v in range(6)]
+    psnr = [slow_foreground_psnr(now[b, v], truth[b, v], masks[b, v, 0]) for b, v in objects_and_views]
+    ssim = [slow_foreground_ssim(now[b, v], truth[b, v], masks[b, v, 0]) for b, v in objects_and_views]
+    assert series["views/psnr_foreground"] == pytest.approx(sum(psnr) / 12, abs=1e-4)
+    assert series["views/ssim_foreground"] == pytest.approx(sum(ssim) / 12, abs=1e-5)
+    assert abs(series["views/psnr_foreground"] - series["views/psnr"]) > 1e-3, "the masks change nothing"
+    assert abs(series["views/ssim_foreground"] - series["views/ssim"]) > 1e-4, "the masks change nothing"
+
+
+def slow_foreground_psnr(a: Tensor, b: Tensor, mask: Tensor) -> float:
+    """Pictures [3, S, S], mask [S, S]; pixel by pixel."""
+    error = weight = 0.0
+    for y in range(mask.shape[0]):
+        for x in range(mask.shape[1]):
+            for c in range(3):
+                error += float(mask[y, x]) * float(a[c, y, x] - b[c, y, x]) ** 2
+                weight += float(mask[y, x])
+    return 10 * math.log10(weight / error)
+
+
+def slow_foreground_ssim(a: Tensor, b: Tensor, mask: Tensor) -> float:
+    """Wang et al. 2004, equation 13, in a Gaussian window of 11 pixels around each pixel; edges are mirrored."""
+    g = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(g, g) / np.outer(g, g).sum()
+    total = weight = 0.0
+    for c in range(3):
+        p, q = (np.pad(x[c].double().numpy(), 5, mode="reflect") for x in (a, b))
+        for y in range(mask.shape[0]):
+            for x in range(mask.shape[1]):
+                u, v = p[y : y + 11, x : x + 11], q[y : y + 11, x : x + 11]
+                mu, mv = (window * u).sum(), (window * v).sum()
+                uu, vv = (window * (u - mu) ** 2).sum(), (window * (v - mv) ** 2).sum()
+                uv = (window * (u - mu) * (v - mv)).sum()
+                similar = (2 * mu * mv + 1e-4) * (2 * uv + 9e-4) / ((mu**2 + mv**2 + 1e-4) * (uu + vv + 9e-4))
+                total += float(mask[y, x]) * similar
+                weight += float(mask[y, x])
+    return total / weight
+
+
+def test_what_is_behind_the_object_does_not_count_in_the_foreground_series() -> None:
+    truth = torch.rand(1, 6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(1, 6, 1, 16, 16)
+    masks[..., 4:9, 3:8] = 1
+    now = truth + 0.25 * masks
+    behind = now + 0.5 * (1 - masks)
+    alone, both = (preview_series(Preview(truth[:, 0], truth, masks, truth, shown, VIEWS)) for shown in (now, behind))
+    assert alone["views/psnr_foreground"] == pytest.approx(-20 * math.log10(0.25), abs=1e-4)
+    assert both["views/psnr_foreground"] == pytest.approx(alone["views/psnr_foreground"], abs=1e-4)
+    assert both["views/psnr"] < alone["views/psnr"] - 3
 
 
 @pytest.mark.parametrize(("kind", "copies", "apart"), [("copy", 1.0, 0.0), ("truth", 0.0, 1.0)])
 def test_preview_series_tell_a_copy_of_the_input_from_the_truth(kind: str, copies: float, apart: float) -> None:
     truth = torch.rand(2, 6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     now = truth[:, :1].expand_as(truth) if kind == "copy" else truth
-    series = preview_series(Preview(truth[:, 0], truth, truth, now, VIEWS))
+    masks = torch.ones(2, 6, 1, 16, 16)
+    series = preview_series(Preview(truth[:, 0], truth, masks, truth, now, VIEWS))
     assert series["views/copy_score"] == pytest.approx(copies, abs=1e-6)
     assert series["views/separation_ratio"] == pytest.approx(apart, abs=1e-6)

@@ -232,6 +232,9 @@ def test_the_run_folder_is_what_the_readme_says(small, tmp_path):
     assert any(name.startswith("tensorboard/events") for name in made)
     assert not [name for name in made if re.search(r"partial|\.new", name)]
     assert run.merged is not None and run.merged <= 1e-4
+    described = json.loads((tmp_path / "run" / "export" / "clr_embeds.json").read_text())
+    assert described["licence"] == "Apache-2.0", "the embedded model is not derived from FaceLift's weights"
+    assert described["waypoints"][1]["texts"][0] == "a photograph of a mouse, front view, from above at an angle."
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from softprompt.prompt import SoftPrompt
 from softprompt.templates import VIEWS
-from train.monitor import Monitor, preview_grid, prompt_series, tensorboard_name
+from train.monitor import Monitor, is_evaluation, preview_grid, prompt_series, tensorboard_name
 
 
-def monitor(folder: Path, resumed: int | None = None, active: bool = True) -> Monitor:
-    return Monitor(folder, active=active, resumed_step=resumed)
+def monitor(folder: Path, resumed: int | None = None, *, active: bool = True, evaluated: bool = False) -> Monitor:
+    opened = Monitor(folder, active=active)
+    opened.open(resumed_step=resumed, evaluated=evaluated)
+    return opened
 
 
 def lines(folder: Path) -> list[dict[str, float | None]]:
@@ -66,6 +68,7 @@ def test_tensorboard_holds_the_same_series_pictures_and_text(tmp_path: Path) -> 
         assert stored.tobytes() == picture.tobytes() and stored.size == (20, 10)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
+    assert set(events.Tags()["scalars"]) == {"01_loss/train", "07_prompt_cosine_to_waypoint_1/front"}
     (image,) = events.Images("held_out")
     assert (image.step, image.width, image.height) == (3, 20, 10)
     assert any("config" in tag for tag in events.Tags()["tensors"])
@@ -85,6 +88,43 @@ def test_after_a_resume_nothing_later_than_the_checkpoint_stays(tmp_path: Path) 
     assert [(line["step"], line["loss/train"]) for line in lines(tmp_path)] == [(0, 1), (2, 1), (4, 1), (5, 2)]
     assert series(tmp_path, "loss/train") == [(0, 1), (2, 1), (4, 1), (5, 2)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_the_evaluation_of_the_resumed_step_stays_only_where_the_checkpoint_has_it(tmp_path: Path, evaluated: bool) -> None:
+    m = monitor(tmp_path)
+    for step in (2, 4, 6):
+        m.scalars(step, {"loss/train": step / 8})
+        m.scalars(step, {"loss/validation": step / 16})
+    m.close()
+    m = monitor(tmp_path, resumed=4, evaluated=evaluated)
+    kept = [
+        {"step": 2, "loss/train": 0.25},
+        {"step": 2, "loss/validation": 0.125},
+        {"step": 4, "loss/train": 0.5},
+        {"step": 4, "loss/validation": 0.25},
+    ]
+    assert lines(tmp_path) == (kept if evaluated else kept[:3]), "the training line of that step is in the checkpoint always"
+    if not evaluated:
+        m.scalars(4, {"loss/validation": 0.25})  # done again
+    m.close()
+    assert lines(tmp_path) == kept
+
+
+def test_a_line_is_an_evaluation_when_it_has_a_validation_loss() -> None:
+    assert is_evaluation({"step": 4, "loss/validation": 0.5, "views/psnr": 9.0})
+    assert not is_evaluation({"step": 4, "loss/train": 0.5})
+
+
+def test_a_monitor_that_is_not_open_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9, "a": 1}\n')
+    m = Monitor(tmp_path, active=True)
+    m.scalars(10, {"loss/train": 2.0})
+    assert m.picture(10, "held_out", Image.new("RGB", (2, 2))) is None
+    m.text("config", "model: micro")
+    m.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert lines(tmp_path) == [{"step": 9, "a": 1}]
 
 
 def test_a_line_cut_off_by_a_kill_is_dropped_even_when_it_is_early(tmp_path: Path) -> None:

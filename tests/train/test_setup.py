@@ -201,7 +201,7 @@ def test_a_prompt_768_wide_is_refused_as_a_waypoint(mice: Path, small_config: Sm
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(mice: Path, small_config: Small, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is no FaceLift pipeline folder; missing unet/config\.json"):
+    with pytest.raises(InputError, match=r"is no FaceLift pipeline folder; missing model_index\.json, unet/config\.json, vae/"):
         prepare(small_config(mice, model=tmp_path))
     with pytest.raises(InputError, match=r"none: no such folder"):
         prepare(small_config(mice, model=tmp_path / "none"))
@@ -215,13 +215,45 @@ def test_an_unknown_lora_target_is_refused(mice: Path, small_config: Small) -> N
 # ---------------------------------------------------------------------------------------------------------------- advice
 
 
+TUNED_FOR_MICRO = {"train.steps": 150, "lora.learning_rate": 0.001, "prompt.learning_rate": 0.1}
+OF_ONE_S_OWN = {"train.steps": 20, "lora.learning_rate": 1e-4, "prompt.learning_rate": 0.01}
+
+
+def test_the_settings_that_are_warned_of_are_the_defaults() -> None:
+    config = Config()
+    assert config.train.steps == TUNED_FOR_MICRO["train.steps"]
+    assert config.lora.learning_rate == TUNED_FOR_MICRO["lora.learning_rate"]
+    assert config.prompt.learning_rate == TUNED_FOR_MICRO["prompt.learning_rate"]
+
+
 @pytest.mark.usefixtures("unread")
-def test_settings_of_the_micro_model_on_another_are_warned_of(mice: Path, small_config: Small) -> None:
-    steps = {"train.steps": Config().train.steps}
-    warning = "steps and LoRA learning rate are those of the micro model; configs/facelift_mouse.yaml"
-    assert warning in notes_of(small_config(mice, model=MICRO_MODEL, **steps))
-    assert warning not in notes_of(small_config(mice, **steps))
-    assert warning not in notes_of(small_config(mice, model=MICRO_MODEL, **steps, **{"lora.learning_rate": 1e-4}))
+@pytest.mark.parametrize(
+    "unchanged",
+    [[name] for name in TUNED_FOR_MICRO] + [["train.steps", "prompt.learning_rate"], list(TUNED_FOR_MICRO), []],
+    ids=lambda names: " ".join(names) or "none",
+)
+def test_each_setting_of_the_micro_model_on_another_is_warned_of(mice: Path, small_config: Small, unchanged: list[str]) -> None:
+    settings = OF_ONE_S_OWN | {name: TUNED_FOR_MICRO[name] for name in unchanged}
+    warnings = [n for n in prepare(small_config(mice, model=MICRO_MODEL, **settings)).notes if "tuned for the micro" in n]
+    if unchanged:
+        (warning,) = warnings
+        assert warning.startswith("WARNING ") and "configs/facelift_mouse.yaml has values for real weights" in warning
+        assert {name for name in TUNED_FOR_MICRO if f"{name} {TUNED_FOR_MICRO[name]:g}" in warning} == set(unchanged)
+        assert {name for name in TUNED_FOR_MICRO if name in warning} == set(unchanged)
+    else:
+        assert warnings == []
+
+
+@pytest.mark.usefixtures("unread")
+def test_settings_of_the_micro_model_on_itself_are_not_warned_of(mice: Path, small_config: Small) -> None:
+    assert "tuned for" not in notes_of(small_config(mice, **TUNED_FOR_MICRO))
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(("warmup", "warned"), [(3, False), (4, True), (10, True)])
+def test_a_warm_up_as_long_as_the_run_is_warned_of(mice: Path, small_config: Small, warmup: int, warned: bool) -> None:
+    said = notes_of(small_config(mice, **{"train.warmup_steps": warmup}))
+    assert (f"train.warmup_steps {warmup}: the learning rates do not reach their full value" in said) == warned
 
 
 @pytest.mark.usefixtures("unread")
@@ -251,3 +283,13 @@ def test_the_next_run_folder_has_the_number_after_the_highest(tmp_path: Path) ->
     assert next_run_folder("mouse", runs) == runs / "mouse-001"
     (runs / "micro-999").mkdir()
     assert next_run_folder("micro", runs) == runs / "micro-1000"
+    (runs / "micro-1001").touch()  # a file takes the name as well
+    assert next_run_folder("micro", runs) == runs / "micro-1002"
+
+
+def test_a_run_s_name_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("[ab]-004", "a-009", "*-002", ".-7", "a.b-003", "axb-006"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    expected = {"[ab]": "[ab]-005", "*": "*-003", "a.b": "a.b-004", "a": "a-010"}
+    assert {name: next_run_folder(name) for name in expected} == {n: Path("runs") / f for n, f in expected.items()}

@@ -64,11 +64,13 @@ def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_fo
     done = run(*options)
     assert done.returncode == 0, done.stderr
     assert "the only object is both trained on and validated on" in done.stdout
-    assert "read back in a fresh model" in done.stdout and "mv -n FACELIFT/" in done.stdout
+    assert "read back in a fresh model" in done.stdout and "mv FACELIFT/" in done.stdout
     prompt = torch.load(out / "export" / "clr_embeds.pt", weights_only=True)
     assert prompt.shape == (6, 77, 1024) and prompt.dtype == torch.float16
     assert not torch.equal(prompt, torch.load(facelift / "clr_embeds.pt", weights_only=True))
 
+    described = json.loads((out / "export" / "clr_embeds.json").read_text())
+    assert "Adobe Research License" in described["licence"] and described["waypoints"][0]["texts"] is None
     exported = out / "export" / "pipeckpts"
     files = {p.relative_to(tiny_folder) for p in tiny_folder.rglob("*") if p.is_file()}
     assert {p.relative_to(exported) for p in exported.rglob("*") if p.is_file()} == files
@@ -106,10 +108,10 @@ def test_a_signal_saves_exports_and_says_how_to_go_on(mice, tmp_path, number):
         finally:
             process.kill()
     assert process.returncode == 128 + number, stderr
-    assert "finishing this step" in stderr and "Traceback" not in stderr
+    assert "finishing what is under way" in stderr and "Traceback" not in stderr
     assert f"python -m train.softprompt --resume {out}" in stdout
     load_prompt(out / "export" / "clr_embeds.pt", width=1024)
-    step = json.loads(next((out / "checkpoints").glob("step-*/checkpoint.json")).read_text())["step"]
+    step = json.loads(next((out / "checkpoints").glob("step-*/progress.json")).read_text())["step"]
     assert 1 <= step < 500
 
     resumed = run("--resume", str(out), f"--train.steps={step + 1}")
