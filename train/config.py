@@ -212,11 +212,11 @@ class MonitorConfig:
     """Steps between validations; also at step 0 and at the end."""
     validation_timesteps: int = 4
     """Fixed timesteps at which each held-out object is looked at, spread evenly over the schedule."""
-    preview_every: int = 50
+    preview_every: int = 75
     """Steps between preview grids; also at step 0 and at the end."""
     preview_objects: int = 3
     """Held-out objects in a grid."""
-    preview_steps: int = 20
+    preview_steps: int = 16
     """DDIM steps of a preview."""
     guidance_scale: float = 2.0
     """Of previews; 1 is none."""

@@ -132,6 +132,22 @@ def test_gradient_checkpointing_changes_no_loss(small):
     assert checkpointed == pytest.approx(plain, rel=1e-5)
 
 
+def test_runs_on_several_threads_are_equal_bit_for_bit(small):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = []
+        for _ in range(3):
+            job = prepare(small("--train.batch_size=4"))
+            runs.append(([training_step(job, step).denoising for step in range(4)], trained(job)))
+    finally:
+        torch.set_num_threads(threads)
+    (losses, weights), *others = runs
+    for other_losses, other_weights in others:
+        assert other_losses == losses
+        assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
 def test_every_object_comes_once_an_epoch_in_an_order_of_the_seed():
     epochs = [[object_at(place, 7, 0) for place in range(start, start + 7)] for start in (0, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
