@@ -52,7 +52,7 @@ def training_step(job: Job, step: int) -> StepResult:
             loss = fit + config.kl.weight * config.kl.every * anchor if with_kl else fit
             accelerator.backward(loss / config.train.accumulation)
         denoising += fit.item() / config.train.accumulation
-        kl += float(anchor) / config.train.accumulation
+        kl += anchor.item() / config.train.accumulation
 
     norms = {}
     accelerator.unscale_gradients(job.optimizer)
