@@ -284,16 +284,20 @@ def _export(run: Run, folder: Path) -> None:
             "steps": run.step,
             "validation": {"loss": (run.last or {}).get("loss/validation"), "step": (run.last or {}).get("step")},
         }
-        with averaged(job, run.ema), torch.no_grad():
-            run.exported = export(
-                job.pipeline,
-                job.adapted.prompt(run.position),
-                folder,
-                picture=_export_picture(job),
-                metadata=metadata,
-                tolerance=config.export.tolerance,
-            )
-    job.accelerator.wait_for_everyone()
+        try:
+            with averaged(job, run.ema), torch.no_grad():
+                run.exported = export(
+                    job.pipeline,
+                    job.adapted.prompt(run.position),
+                    folder,
+                    picture=_export_picture(job),
+                    metadata=metadata,
+                    tolerance=config.export.tolerance,
+                )
+        finally:
+            job.accelerator.wait_for_everyone()  # also where it fails: the others wait, and the run may go on
+    else:
+        job.accelerator.wait_for_everyone()
 
 
 def _export_pipeline(run: Run, folder: Path) -> None:

@@ -142,11 +142,13 @@ def _advice(config: Config) -> list[str]:
     """What a configuration does that its author may not have meant."""
     advice = []
     if config.model != MICRO:
-        micro = {"train.steps": Config().train.steps, "lora.learning_rate": Config().lora.learning_rate}
-        micro |= {"prompt.learning_rate": Config().prompt.learning_rate}
-        mine = {"train.steps": config.train.steps, "lora.learning_rate": config.lora.learning_rate}
-        mine |= {"prompt.learning_rate": config.prompt.learning_rate}
-        unchanged = [f"{name} {value:g}" for name, value in mine.items() if value == micro[name]]
+        micro = Config()
+        values = {
+            "train.steps": (config.train.steps, micro.train.steps),
+            "lora.learning_rate": (config.lora.learning_rate, micro.lora.learning_rate),
+            "prompt.learning_rate": (config.prompt.learning_rate, micro.prompt.learning_rate),
+        }
+        unchanged = [f"{name} {mine:g}" for name, (mine, default) in values.items() if mine == default]
         if unchanged:
             advice.append(
                 f"WARNING    {', '.join(unchanged)}: tuned for the micro model; configs/facelift_mouse.yaml has values for "

@@ -92,7 +92,7 @@ def _run_folder(request: Request, accelerator: "Accelerator") -> Iterator[Path]:
     folder = request.resume or Path(request.config.output or next_run_folder(request.name))
     taken = request.resume is None and not request.dry_run and accelerator.is_main_process
     if request.resume is None and accelerator.is_main_process:
-        folder = _take(folder, request) if taken else _refuse_used(folder)
+        folder = _take(request) if taken else _refuse_used(folder)
     folder = Path(broadcast_object_list([str(folder)])[0])
     try:
         yield folder
@@ -105,18 +105,18 @@ def _run_folder(request: Request, accelerator: "Accelerator") -> Iterator[Path]:
         (folder / TAKEN).unlink(missing_ok=True)
 
 
-def _take(folder: Path, request: Request) -> Path:
-    """Make the folder this run's, or, where its name was not chosen by the user, the next that is free."""
+def _take(request: Request) -> Path:
+    """Make a folder this run's: the one the user chose, or else the next that is free."""
     while True:
-        _refuse_used(folder)
+        chosen = request.config.output
+        folder = next_run_folder(request.name) if chosen is None else _refuse_used(Path(chosen))
         folder.mkdir(parents=True, exist_ok=True)
         try:
             (folder / TAKEN).touch(exist_ok=False)
             return folder
         except FileExistsError:
-            if request.config.output is not None:
+            if chosen is not None:
                 raise InputError(f"output: {folder} was taken by another run just now; give another folder") from None
-            folder = next_run_folder(request.name)
 
 
 def _refuse_used(folder: Path) -> Path:
