@@ -60,13 +60,12 @@ def predict(
     """One pass of the UNet over B objects of V views. prompt: [V, T, D], taken in each object's `order`; the rest as above."""
     num_views = noisy.shape[1]
     sample = torch.cat([noisy, given], dim=2)
-    # Not prompt[order]: the gradient of that is added up by threads in any order, so no two runs would be equal.
-    tokens = prompt.index_select(0, order.flatten())  # (b v) t d
     out = unet(
         rearrange(sample, "b v c h w -> (b v) c h w").to(unet.dtype),
         repeat(timesteps, "b -> (b v)", v=num_views),
-        encoder_hidden_states=tokens.to(unet.dtype),
+        encoder_hidden_states=prompt.to(unet.dtype),
         class_labels=rearrange(labels, "b v e -> (b v) e").to(unet.dtype),
+        cross_attention_kwargs={"prompt_of": order.flatten()},
     ).sample
     return rearrange(out, "(b v) c h w -> b v c h w", v=num_views)
 

@@ -75,12 +75,14 @@ def sample_latents(
         repeat(embed_noise.to(device), "v e -> (b v) e", b=num_objects),
     )
     given = repeat(input_latents(pipeline, pictures).to(device), "b c h w -> (b v) c h w", v=views)
-    tokens = prompt if prompt.ndim == 4 else repeat(prompt, "v t d -> b v t d", b=num_objects)
-    tokens = rearrange(tokens, "b v t d -> (b v) t d").to(device, unet.dtype)
+    if prompt.shape[:-2] not in ((views,), (num_objects, views)):
+        raise ValueError(f"prompt is {list(prompt.shape)}; expected [{views}, T, D] or [{num_objects}, {views}, T, D]")
+    tokens = prompt.flatten(end_dim=-3).to(device, unet.dtype)  # (v) or (b v) t d
+    prompt_of = torch.arange(num_objects * views, device=device) % len(tokens)
     guided = guidance_scale != 1.0
     if guided:  # the first half sees no picture; the prompt is the same in both
         labels, given = (torch.cat([torch.zeros_like(x), x]) for x in (labels, given))
-        tokens = torch.cat([tokens, tokens])
+        prompt_of = torch.cat([prompt_of, prompt_of])
     labels, given = labels.to(unet.dtype), given.to(unet.dtype)
 
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -89,7 +91,13 @@ def sample_latents(
     for t in scheduler.timesteps:
         noisy = torch.cat([z, z]) if guided else z
         noisy = scheduler.scale_model_input(noisy, t).to(unet.dtype)
-        predicted = unet(torch.cat([noisy, given], dim=1), t, encoder_hidden_states=tokens, class_labels=labels).sample.float()
+        predicted = unet(
+            torch.cat([noisy, given], dim=1),
+            t,
+            encoder_hidden_states=tokens,
+            class_labels=labels,
+            cross_attention_kwargs={"prompt_of": prompt_of},
+        ).sample.float()
         if guided:
             without, with_picture = predicted.chunk(2)
             predicted = without + guidance_scale * (with_picture - without)

@@ -64,7 +64,9 @@ class MultiViewAttnProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        prompt_of: Tensor | None = None,
     ) -> Tensor:
+        del prompt_of  # of cross-attention; diffusers hands it to both
         if hidden_states.shape[0] % self.num_views:
             raise ValueError(
                 f"a batch of {hidden_states.shape[0]} pictures is no multiple of the model's {self.num_views} views"
@@ -87,6 +89,34 @@ def _prepend_first_view(x: Tensor, num_views: int) -> Tensor:
     """[N, t, c] => [N, 2 t, c]: the tokens of the object's view 0, then the view's own."""
     first = repeat(rearrange(x, "(b v) t c -> b v t c", v=num_views)[:, 0], "b t c -> (b v) t c", v=num_views)
     return torch.cat([first, x], dim=1)
+
+
+class SharedPromptAttnProcessor(AttnProcessor2_0):
+    """Cross-attention in which a prompt is projected to keys and values once, however many pictures it is the prompt of.
+
+    prompt_of: [N] which of the given prompts each picture has; None: as many prompts as pictures, as in diffusers.
+    Six prompts of 77 tokens serve every object of a batch: without this their projections, and those projections' gradients,
+    would be computed anew for each object.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        prompt_of: Tensor | None = None,
+    ) -> Tensor:
+        if prompt_of is None:
+            out: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return out
+        query, key, value = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        # Not key[prompt_of]: the gradient of that is added up by threads in any order, so no two runs would be equal.
+        key, value = (x.index_select(0, prompt_of) for x in (key, value))
+        query, key, value = (rearrange(x, "n t (h d) -> n h t d", h=attn.heads) for x in (query, key, value))
+        out = rearrange(F.scaled_dot_product_attention(query, key, value), "n h t d -> n t (h d)")
+        return attn.to_out[1](attn.to_out[0](out))
 
 
 def attention_kind(config: Mapping[str, Any]) -> Literal["sparse", "full", "single"]:
@@ -118,7 +148,7 @@ def build_unet(config: Mapping[str, Any], *, origin: str = "configuration") -> U
         raise InputError(f"{origin}: no UNet can be built from it ({error})") from error
     unet.register_to_config(**extras)
     processor = MultiViewAttnProcessor(extras["num_views"], attention_kind(extras))
-    unet.set_attn_processor({name: processor if ".attn1." in name else AttnProcessor2_0() for name in unet.attn_processors})
+    unet.set_attn_processor({name: processor if ".attn1." in name else SharedPromptAttnProcessor() for name in unet.attn_processors})
     return unet
 
 

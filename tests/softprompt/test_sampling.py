@@ -97,9 +97,9 @@ def test_guidance_looks_away_from_the_picture_not_from_the_prompt(micro_models: 
     for sample, kwargs in calls:
         assert len(sample) == 24 and torch.equal(sample[:12, :4], sample[12:, :4])
         assert not sample[:12, 4:].any() and sample[12:, 4:].any()
-        labels, tokens = kwargs["class_labels"], kwargs["encoder_hidden_states"]
+        labels, prompt_of = kwargs["class_labels"], kwargs["cross_attention_kwargs"]["prompt_of"]
         assert not labels[:12].any() and labels[12:].any()
-        assert torch.equal(tokens[:12], tokens[12:])
+        assert prompt_of.tolist() == [0, 1, 2, 3, 4, 5] * 4
 
 
 def test_a_bfloat16_unet_gives_float32_views_near_those_of_float32(tiny_models: Pipeline, tiny_folder: Path) -> None:
