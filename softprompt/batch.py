@@ -69,14 +69,15 @@ def draw(
     num_timesteps: int,
     references: Sequence[int] = (0,),
     drop_rate: float = 0.0,
+    lowest: int = 0,
     timestep: int | None = None,
 ) -> Draw:
     """Draw one object's randomness, always in the same order.
 
     num_timesteps: of the noise schedule. references: one is picked. drop_rate: r of `keep_conditions`.
-    timestep: fixed instead of drawn (validation).
+    lowest: the least noisy timestep that is drawn. timestep: fixed instead of drawn (validation).
     """
-    drawn = int(torch.randint(num_timesteps, (), generator=generator))
+    drawn = int(torch.randint(lowest, num_timesteps, (), generator=generator))
     reference = references[int(torch.randint(len(references), (), generator=generator))]
     keep_label, keep_latents = keep_conditions(torch.rand((), generator=generator), drop_rate)
     return Draw(

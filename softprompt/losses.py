@@ -76,3 +76,20 @@ def kl_to_reference(prediction: Tensor, reference: Tensor, weights: Tensor) -> T
     Returns: [B, V], float32.
     """
     return (prediction.float() - reference.float()).square().mean(dim=(2, 3, 4)) * weights[:, None]
+
+
+def separation_hinge(prompt: Tensor, start: Tensor) -> Tensor:
+    """How much nearer to each other the views' prompts are than at the start; 0 where none is.
+
+    prompt, start: E and W_0, [V, T, D].
+    Returns: a scalar: mean over pairs of views of max(0, 1 - d / d_0)^2, d the distance of their prompts, d_0 at the start.
+    Source: ours.
+    """
+    return (1 - separation_ratios(prompt, start)).clamp(min=0).square().mean()
+
+
+def separation_ratios(prompt: Tensor, start: Tensor) -> Tensor:
+    """Distance between the prompts of every two views, as a share of that at the start. Returns: [V (V - 1) / 2]."""
+    first, second = torch.triu_indices(len(prompt), len(prompt), offset=1, device=prompt.device)
+    now, before = ((p.index_select(0, first) - p.index_select(0, second)).flatten(1).norm(dim=-1) for p in (prompt, start))
+    return now / before

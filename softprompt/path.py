@@ -4,9 +4,32 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 Interpolation = Literal["lerp", "slerp"]
+Matching = Literal["none", "per_view", "shared"]
+
+
+def match_tokens(waypoints: Tensor, matching: Matching) -> Tensor:
+    """Reorder each waypoint's tokens so that they lie nearest to those of the one before, token by token.
+
+    Cross-attention does not see the order of its tokens, so every waypoint means what it meant; what lies between two of them
+    changes: each token then goes to its nearest instead of to whatever stands at its place in another text.
+    waypoints: [S + 1, V, T, D]. matching: `per_view`: an order for each view; `shared`: the same one for all views; `none`.
+    Returns: [S + 1, V, T, D], the first waypoint as it was.
+    Source: ours; least sum of squared distances, by scipy's Hungarian assignment.
+    """
+    if matching == "none":
+        return waypoints
+    matched = [waypoints[0]]
+    for waypoint in waypoints[1:]:
+        costs = torch.cdist(matched[-1].double(), waypoint.double()).square()  # V T T
+        if matching == "shared":
+            costs = costs.sum(dim=0, keepdim=True).expand_as(costs)
+        orders = [torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]) for cost in costs]
+        matched.append(torch.stack([view[order] for view, order in zip(waypoint, orders, strict=True)]))
+    return torch.stack(matched)
 
 
 def point_on_path(waypoints: Tensor, position: float, interpolation: Interpolation = "lerp") -> Tensor:

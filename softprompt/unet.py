@@ -148,7 +148,8 @@ def build_unet(config: Mapping[str, Any], *, origin: str = "configuration") -> U
         raise InputError(f"{origin}: no UNet can be built from it ({error})") from error
     unet.register_to_config(**extras)
     processor = MultiViewAttnProcessor(extras["num_views"], attention_kind(extras))
-    unet.set_attn_processor({name: processor if ".attn1." in name else SharedPromptAttnProcessor() for name in unet.attn_processors})
+    cross = SharedPromptAttnProcessor()
+    unet.set_attn_processor({name: processor if ".attn1." in name else cross for name in unet.attn_processors})
     return unet
 
 

@@ -44,7 +44,8 @@ def save_checkpoint(
     """Write RUN/checkpoints/step-N under a temporary name, rename it, then remove all but the newest `keep`.
 
     The order of the data and all random numbers are functions of (seed, step, position in the batch), so the step is their
-    state. progress: {"step", "first", "last", "best"}: the step, and the series of the first, newest and best validation.
+    state. progress: {"step", "first", "last", "best", "pace", "warned"}: the step, the series of the first, newest
+    and best validation, what the curricula have come to, and the warnings that stand.
     scaler: of fp16's gradients, where there is one.
     """
     state = {
@@ -85,7 +86,13 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = "it holds something else" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())
         raise InputError(f"{checkpoints[-1]}: cannot be read ({reason}); move it away to resume from the one before") from error
-    return state | read_json(checkpoints[-1] / PROGRESS, what="the checkpoint's step and series")
+    progress = read_json(checkpoints[-1] / PROGRESS, what="the checkpoint's step and series")
+    if missing := {"step", "first", "last", "best", "pace", "warned"} - progress.keys():
+        raise InputError(
+            f"{checkpoints[-1] / PROGRESS}: has no {', '.join(sorted(missing))}; likely an older version of softprompt wrote "
+            f"it, and that version can resume it"
+        )
+    return state | progress
 
 
 def restore(

@@ -13,12 +13,14 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from softprompt.errors import InputError
-from train.config import MICRO, Config
+from train.config import Config
+from train.options import MICRO
 
 FREE_ON_RESUME = (
     "model",
     "data.train",
     "data.val",
+    "data.original",
     "train.steps",
     "train.device",
     "train.gradient_checkpointing",

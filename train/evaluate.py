@@ -9,9 +9,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from softprompt.batch import draw, make_batch, seeded
+from softprompt.cache import EncodedObjects
 from softprompt.data import rotate_views, view_order
 from softprompt.embeddings import view_names
-from softprompt.losses import denoising_loss
 from softprompt.metrics import copy_score, psnr_per_view, separation_ratio, ssim_per_view
 from softprompt.model import adapters_off, noisy_and_target
 from softprompt.sampling import sample_views
@@ -53,42 +53,52 @@ def averaged(job: Job, ema: EMAModel | None) -> Iterator[None]:
 
 
 @torch.no_grad()
-def validation_loss(job: Job, position: float) -> float:
-    """Mean squared error of the prediction on every held-out object at fixed noise and timesteps, unweighted.
+def validation_losses(job: Job, position: float, objects: EncodedObjects) -> Tensor:
+    """Mean squared error of the prediction of each view, at fixed noise and timesteps, unweighted.
 
-    No condition is dropped. Each process takes its share of the objects; all get the mean.
+    No condition is dropped, every view counts, and the first of `data.reference_view` is given: whatever the training was, the
+    losses of two runs on the same objects can be compared. Each process takes its share of the objects; all get the mean.
+    Returns: [V], float64, on the CPU.
     """
     config, accelerator = job.config, job.accelerator
-    schedule_length = len(job.pipeline.scheduler.alphas_cumprod)
+    schedule_length, views = len(job.pipeline.scheduler.alphas_cumprod), job.pipeline.num_views
     count = config.monitor.validation_timesteps
     timesteps = [int((k + 0.5) / count * schedule_length) for k in range(count)]
-    references = config.data.references(job.pipeline.num_views)
-    total = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
-    looks = [(i, t) for i in range(len(job.held_out)) for t in timesteps]
+    references = config.data.references(views)[:1]
+    total = torch.zeros(views, dtype=torch.float64, device=accelerator.device)
+    looks = [(i, t) for i in range(len(objects)) for t in timesteps]
     mine = looks[accelerator.process_index :: accelerator.num_processes]
     for start in range(0, len(mine), config.train.batch_size):
-        objects, draws = [], []
+        encoded, draws = [], []
         for index, timestep in mine[start : start + config.train.batch_size]:
             generator = seeded("validation", index, timestep)
-            objects.append(job.held_out.get(index, generator))
+            encoded.append(objects.get(index, generator))
             draws.append(
                 draw(
                     generator,
-                    encoded=objects[-1],
+                    encoded=encoded[-1],
                     num_timesteps=schedule_length,
                     references=references,
                     timestep=timestep,
                 )
             )
-        batch = make_batch(job.pipeline, objects, draws)
+        batch = make_batch(job.pipeline, encoded, draws)
         noisy, target = noisy_and_target(job.pipeline.scheduler, batch)
         with accelerator.autocast():
             prediction = job.adapted(noisy, batch.given, batch.timesteps, batch.labels, batch.order, position)
-        ones = torch.ones(len(objects), device=accelerator.device)
-        loss = denoising_loss(prediction, target, ones, view_weights(job, len(objects)))
-        total += torch.stack([loss.double() * len(objects), ones.sum().double()])
-    total = accelerator.reduce(total, reduction="sum")
-    return float(total[0] / total[1])
+        errors = (prediction.float() - target.float()).square().mean(dim=(2, 3, 4)).double()  # B V, by slot
+        total.index_add_(0, batch.order.flatten(), errors.flatten())
+    return accelerator.reduce(total, reduction="sum").cpu() / len(looks)
+
+
+def validation_series(job: Job, position: float, *, with_original: bool) -> dict[str, float]:
+    """The loss on held-out objects and of each of their views; where asked for, on the pretrained model's own domain too."""
+    losses = validation_losses(job, position, job.held_out)
+    series = {"loss/validation": float(losses.mean())}
+    if with_original and job.original is not None:
+        series["loss/original"] = float(validation_losses(job, position, job.original.held_out).mean())
+    names = view_names(job.pipeline.num_views)
+    return series | {f"loss_view/{name}": float(loss) for name, loss in zip(names, losses, strict=True)}
 
 
 def view_weights(job: Job, num_objects: int) -> Tensor | None:

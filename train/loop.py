@@ -6,33 +6,35 @@ whether the run was interrupted before it or not, and however its objects are sh
 
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 from softprompt.batch import seeded
+from softprompt.curriculum import learning_rate_factor
+from softprompt.embeddings import view_names
 from softprompt.errors import RunError
 from softprompt.files import new_file, remove_partial
 from softprompt.templates import view_texts
 from train.checkpoint import restore, save_checkpoint, save_progress
-from train.config import MICRO, Config, to_yaml
-from train.evaluate import averaged, preview, preview_series, validation_loss
+from train.config import Config, option_values, to_yaml
+from train.evaluate import averaged, preview, preview_series, validation_series
 from train.export import Exported, export, export_pipeline
-from train.monitor import Monitor, preview_grid, prompt_series
+from train.monitor import Monitor, preview_grid, preview_tiles, prompt_series
+from train.options import MICRO
+from train.pacing import Pace, after_step, after_validation, lowest_timestep_of, position_of
 from train.setup import Job
-from train.step import StepResult, position_of, training_step
+from train.step import KL_TIMESTEP_GROUPS, StepResult, training_step
 from train.stop import StopSignal
-
-_SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}  # diffusers' names
-
+from train.watch import SIGNS, collapse_signs
 
 BASE_LICENCE = "the terms of its weights hold for this file too (FaceLift's: Adobe Research License)"
 MAX_SKIPPED = 20
@@ -48,8 +50,12 @@ class Run:
     schedule: LRScheduler
     ema: EMAModel | None
     monitor: Monitor
+    pace: Pace
+    """What the curricula have come to."""
     step: int = 0
     """Optimizer steps done."""
+    warned: dict[str, str] = field(default_factory=dict)
+    """Signs of collapse that the newest evaluation showed, and what was said of them."""
     first: dict[str, float] | None = None
     """Series at step 0: what the pretrained model gives."""
     last: dict[str, float] | None = None
@@ -67,7 +73,7 @@ class Run:
     @property
     def position(self) -> float:
         """s at the present step."""
-        return position_of(self.job.config, self.step)
+        return position_of(self.job.config, self.pace, self.step)
 
 
 def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: StopSignal) -> Run:
@@ -94,11 +100,12 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
     window: list[StepResult] = []
     since = time.monotonic()
     while run.step < config.train.steps and not stop.agreed(job.accelerator):
-        result = training_step(job, run.step)
+        result = training_step(job, run.step, run.pace)
         run.schedule.step()
         if run.ema is not None and not result.skipped:
             run.ema.step(_parameters(job))
         run.step += 1
+        _move_on(run, after_step(config, run.pace, run.step, denoising=result.denoising, kl=result.kl))
         window.append(result)
         _watch_skipped(run, result)
         bar.update()
@@ -120,6 +127,7 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
     _export(run, folder / "export")
     if config.export.pipeline and run.step >= config.train.steps:
         _export_pipeline(run, folder / "export")
+    run.monitor.hparams(option_values(config), run.last or {})
     run.monitor.close()
     return run
 
@@ -129,12 +137,8 @@ def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
     run = Run(
         job=job,
         folder=folder,
-        schedule=get_scheduler(
-            _SCHEDULES[config.train.schedule],
-            job.optimizer,
-            num_warmup_steps=config.train.warmup_steps,
-            num_training_steps=config.train.steps,
-        ),
+        schedule=make_schedule(config, job.optimizer),
+        pace=Pace.start(config),
         ema=None if config.train.ema_decay is None else EMAModel(_parameters(job), decay=config.train.ema_decay),
         monitor=Monitor(folder, active=job.accelerator.is_main_process),
     )
@@ -148,6 +152,8 @@ def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
             scaler=job.accelerator.scaler,
         )
         run.step, run.best, run.first, run.last = (state[key] for key in ("step", "best", "first", "last"))
+        run.pace = Pace.from_json(state["pace"])
+        run.warned = state["warned"]
         if job.accelerator.is_main_process:
             remove_partial(folder)
     if job.accelerator.is_main_process:
@@ -155,6 +161,26 @@ def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
             partial.write_text(to_yaml(config), encoding="utf-8")
     run.monitor.open(resumed_step=None if state is None else run.step, evaluated=_evaluated(run))
     return run
+
+
+def make_schedule(config: Config, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Each group's learning rate: warm-up and decay within the steps in which it trains."""
+
+    def factor(group: str) -> Callable[[int], float]:
+        first, end = config.window(group)
+        return lambda step: learning_rate_factor(
+            step, first=first, end=end, warmup=config.train.warmup_steps, schedule=config.train.schedule
+        )
+
+    return LambdaLR(optimizer, [factor(group["name"]) for group in optimizer.param_groups])
+
+
+def _move_on(run: Run, pace: Pace) -> None:
+    """Take over what the curricula have come to; say when one of them has entered a new stage."""
+    for name, before, now in (("path", run.pace.stage, pace.stage), ("timesteps", run.pace.timesteps, pace.timesteps)):
+        if now.number != before.number and run.job.accelerator.is_main_process:
+            tqdm.write(f"step {run.step}: {name}: stage {now.number + 1} begins", file=sys.stderr)
+    run.pace = pace
 
 
 def _parameters(job: Job) -> list[torch.nn.Parameter]:
@@ -180,14 +206,10 @@ def _watch_skipped(run: Run, result: StepResult) -> None:
 
 def _log(run: Run, window: list[StepResult], since: float) -> dict[str, float]:
     """Means over the steps since the last log, over all processes; the prompt as it is now."""
-    job = run.job
-    limit = job.config.train.max_grad_norm
-    measured = [r.kl for r in window if r.kl is not None]
-    sums = {"loss/train": sum(r.denoising for r in window) / len(window)}
-    if measured:
-        sums["loss/kl_to_pretrained"] = sum(measured) / len(measured)
-    means = job.accelerator.reduce(torch.tensor(list(sums.values()), device=job.accelerator.device), reduction="mean")
-    series = dict(zip(sums, means.tolist(), strict=True))
+    job, config = run.job, run.job.config
+    limit = config.train.max_grad_norm
+    series = {"loss/train": sum(r.denoising for r in window) / len(window)}
+    series |= _kl_series(run, window)
     for group in job.optimizer.param_groups:
         name = group["name"]
         norms = [r.grad_norms[name] for r in window]
@@ -198,11 +220,31 @@ def _log(run: Run, window: list[StepResult], since: float) -> dict[str, float]:
         }
     series["gradient/skipped_share"] = sum(r.skipped for r in window) / len(window)
     series["curriculum/position"] = run.position
+    series["curriculum/lowest_timestep"] = lowest_timestep_of(config, run.pace, job.pipeline.scheduler.alphas_cumprod)
     series["speed/steps_per_second"] = len(window) / max(1e-9, time.monotonic() - since)
     with averaged(job, run.ema), torch.no_grad():
         series |= prompt_series(job.adapted.prompt, job.adapted.prompt(run.position))
     run.monitor.scalars(run.step, series)
     return series
+
+
+def _kl_series(run: Run, window: list[StepResult]) -> dict[str, float]:
+    """The KL to the pretrained model, and its weight: over all, by view, by range of timesteps; what was not measured is left
+    out."""
+    job = run.job
+    measured = [r.kl for r in window if r.kl is not None]
+    if not measured:
+        return {}
+    series = {"loss/kl_to_pretrained": sum(measured) / len(measured), "kl/weight": run.pace.kl_weight}
+    if on_original := [r.kl_on_original for r in window if r.kl_on_original is not None]:
+        series["kl/on_original"] = sum(on_original) / len(on_original)
+    sums = torch.stack([r.kl_sums for r in window]).sum(dim=0).to(job.accelerator.device)
+    totals, counts = job.accelerator.reduce(sums, reduction="sum").tolist()
+    length = len(job.pipeline.scheduler.alphas_cumprod)
+    bounds = [i * length // KL_TIMESTEP_GROUPS for i in range(KL_TIMESTEP_GROUPS + 1)]
+    names = [f"kl_view/{name}" for name in view_names(job.pipeline.num_views)]
+    names += [f"kl_timestep/{low:04d}_{high - 1:04d}" for low, high in pairwise(bounds)]
+    return series | {name: total / n for name, total, n in zip(names, totals, counts, strict=True) if n}
 
 
 def _postfix(series: Mapping[str, float]) -> str:
@@ -223,16 +265,23 @@ def _evaluate_if_due(run: Run) -> None:
     if _evaluated(run) or not (with_preview or _due(run, monitor.validate_every)):
         return
     with averaged(job, run.ema):
-        series = {"loss/validation": validation_loss(job, run.position)}
+        series = validation_series(job, run.position, with_original=with_preview)
+        if run.step == 0 and "loss/original" in series:
+            # Position 0 of a prompt and a LoRA that have not moved is the untouched model, whatever the strategy starts with.
+            untouched = series if run.position == 0 else validation_series(job, 0.0, with_original=True)
+            series["loss/original_pretrained"] = untouched["loss/original"]
         if with_preview and job.accelerator.is_main_process:
             with torch.no_grad():
                 shown = preview(job, job.adapted.prompt(run.position), run.pretrained_views)
             run.pretrained_views = shown.pretrained
             rows = [("truth", shown.truth), ("pretrained", shown.pretrained), ("now", shown.now)]
             run.monitor.picture(run.step, "held_out", preview_grid(rows, shown.pictures, shown.names))
+            run.monitor.tiles(run.step, preview_tiles([views for _, views in rows], shown.pictures))
             series |= preview_series(shown)
+            series |= _watch(run, series)
     job.accelerator.wait_for_everyone()
     run.monitor.scalars(run.step, series)
+    _move_on(run, after_validation(job.config, run.pace, run.step, series["loss/validation"]))
     run.last = {**series, "step": run.step}
     run.first = run.first or run.last
     improved = run.best is None or series["loss/validation"] < run.best["loss"]
@@ -247,13 +296,37 @@ def _evaluate_if_due(run: Run) -> None:
             tqdm.write(f"WARNING: {error}", file=sys.stderr)
 
 
+def _watch(run: Run, series: Mapping[str, float]) -> dict[str, float]:
+    """Say once when a sign of collapse appears, and when it is gone. Returns: series of the signs, 1 where there is one.
+
+    At step 0 nothing is said: the pretrained model does not know the new subject yet.
+    """
+    prompt = run.job.adapted.prompt
+    with torch.no_grad():
+        signs = collapse_signs({**series, **prompt_series(prompt, prompt(run.position))})
+    if run.step > 0:
+        for name in signs.keys() - run.warned.keys():
+            tqdm.write(f"WARNING step {run.step}: {name}: {signs[name]}", file=sys.stderr)
+        for name in run.warned.keys() - signs.keys():
+            tqdm.write(f"step {run.step}: {name}: no longer so", file=sys.stderr)
+        run.warned = signs
+    return {f"watch/{name}": float(name in signs) for name in SIGNS}
+
+
 def _evaluated(run: Run) -> bool:
     """Whether this step has been evaluated already."""
     return run.last is not None and run.last["step"] == run.step
 
 
 def _progress(run: Run) -> dict[str, Any]:
-    return {"step": run.step, "first": run.first, "last": run.last, "best": run.best}
+    return {
+        "step": run.step,
+        "first": run.first,
+        "last": run.last,
+        "best": run.best,
+        "pace": run.pace.to_json(),
+        "warned": run.warned,
+    }
 
 
 def _checkpoint(run: Run) -> None:

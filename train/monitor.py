@@ -4,20 +4,26 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from softprompt.embeddings import closest_pair, mean_pairwise_cosine, prompt_cosines, view_names
 from softprompt.files import new_file
+from softprompt.losses import separation_ratios
 from softprompt.prompt import SoftPrompt
 
 GROUPS = (
     "loss",
+    "watch",
     "views",
+    "loss_view",
     "views_psnr",
     "views_ssim",
     "prompt_views_alike",
@@ -25,6 +31,9 @@ GROUPS = (
     "prompt_cosine_to_waypoint",
     "prompt_norm",
     "curriculum",
+    "kl",
+    "kl_view",
+    "kl_timestep",
     "learning_rate",
     "gradient",
     "speed",
@@ -81,6 +90,25 @@ class Monitor:
         self.writer.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
         return path
 
+    def tiles(self, step: int, image: Image.Image) -> None:
+        """RUN/previews/tiles-step-N.png: the same pictures with nothing around them, for other programs."""
+        if self.writer is not None:
+            with new_file(self.folder / "previews" / f"tiles-step-{step:06d}.png") as partial:
+                image.save(partial)
+
+    def hparams(self, options: Mapping[str, Any], last: Mapping[str, float]) -> None:
+        """The run's line in TensorBoard's table of hyper-parameters. options: by dotted name; last: its newest evaluation.
+
+        The table takes numbers, booleans and texts; anything else, a list or null, is written as text.
+        """
+        if self.writer is None:
+            return
+        plain = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in options.items()}
+        metrics = {tensorboard_name(name): value for name, value in last.items() if "/" in name}
+        for summary in hparams(plain, metrics):
+            assert self.writer.file_writer is not None
+            self.writer.file_writer.add_summary(summary)
+
     def text(self, name: str, markdown: str) -> None:
         """A page of text in TensorBoard."""
         if self.writer is not None:
@@ -127,6 +155,7 @@ def prompt_series(prompt: SoftPrompt, effective: Tensor) -> dict[str, float]:
         "prompt_norm/max": float(norms.max()),
         "prompt_views_alike/mean_cosine": mean_pairwise_cosine(effective),
         "prompt_views_alike/closest_pair": closest_pair(effective, names)[2],
+        "prompt_views_alike/closest_ratio": float(separation_ratios(effective, prompt.start).min()),
     }
     if "front_right" in names:
         cosines = prompt_cosines(effective)
@@ -163,6 +192,17 @@ def preview_grid(
                 grid.paste(_tile(sampled[b, v], tile), (margin + (v + 1) * tile, y))
         grid.paste(_tile(pictures[b], tile), (margin, header + b * (len(rows) * tile + gap)))
     return grid
+
+
+def preview_tiles(rows: Sequence[Tensor], pictures: Tensor) -> Image.Image:
+    """The same without words or margins: for each object a line of tiles [S, S] per kind of views, its input picture first.
+
+    rows: [B, V, 3, S, S] in [0, 1] each. pictures: [B, 3, S, S].
+    """
+    given = pictures[:, None].cpu()
+    tiles = torch.stack([torch.cat([given, views.cpu()], dim=1) for views in rows], dim=1)  # B rows 1+V 3 S S
+    pixels = (tiles.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(rearrange(pixels, "b r v c h w -> (b r h) (v w) c").numpy())
 
 
 def _tile(picture: Tensor, side: int) -> Image.Image:

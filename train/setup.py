@@ -18,13 +18,29 @@ from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
 from softprompt.model import AdaptedModel, add_lora
+from softprompt.path import match_tokens
 from softprompt.pipeline import Pipeline, load_pipeline
 from softprompt.prompt import SoftPrompt
-from train.config import MICRO, Config
+from train.config import Config
+from train.options import MICRO
 
 MICRO_TRAIN_OBJECTS = 40
+FIRST_HELD_OUT = 10_000
+"""Seed of the first object of the embedded world that nothing is trained on."""
 MICRO_HELD_OUT_OBJECTS = 24
+ORIGINAL_HELD_OUT_OBJECTS = 12
+"""Of the pretrained model's own domain, at most, to measure what is forgotten on."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class OriginalDomain:
+    """Objects of the domain that the model was pretrained on."""
+
+    replay: EncodedObjects
+    """To hold the KL term on; encoded when asked for."""
+    held_out: EncodedObjects
+    """To measure on what is forgotten."""
 
 
 @dataclass
@@ -42,6 +58,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     train: EncodedObjects
     held_out: EncodedObjects
+    original: OriginalDomain | None
     notes: list[str]
     """What was decided on the user's behalf, to be said."""
 
@@ -75,6 +92,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
     )
     train, held_out, data_notes = _open_data(config, pipeline)
 
+    waypoints = match_tokens(waypoints, config.prompt.matching)
     prompt = SoftPrompt(waypoints, carry=config.prompt.carry, interpolation=config.prompt.interpolation)
     prompt.requires_grad_(config.prompt.learn)
     if config.lora.rank:
@@ -91,10 +109,15 @@ def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
     adapted = AdaptedModel(pipeline.unet, prompt).to(accelerator.device).train()
     model, optimizer = accelerator.prepare(adapted, make_optimizer(config, adapted))
 
-    fill = EncodedObjects(train, pipeline, config.data.background), EncodedObjects(held_out, pipeline, _still(config))
-    for objects in fill:
+    original, original_notes = _open_original(config, pipeline)
+    sources = EncodedObjects(train, pipeline, config.data.background), EncodedObjects(held_out, pipeline, _still(config))
+    needed = [*sources]
+    if original is not None:
+        needed += [original.held_out] if config.kl.on == "new" else [original.held_out, original.replay]
+    for objects in needed:
         objects.fill(progress=accelerator.is_main_process)
-    return Job(config, accelerator, pipeline, model, adapted, optimizer, *fill, notes + data_notes + _advice(config))
+    notes += data_notes + original_notes + _advice(config)
+    return Job(config, accelerator, pipeline, model, adapted, optimizer, *sources, original, notes)
 
 
 def make_optimizer(config: Config, adapted: AdaptedModel) -> torch.optim.Optimizer:
@@ -176,16 +199,13 @@ def _still(config: Config) -> str:
 
 def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list[str]]:
     """Training and held-out samples, and what to say of them."""
-    size, views = pipeline.picture_size, pipeline.num_views
 
     def open_any(path: str, first: int, count: int) -> Source:
-        if path == MICRO:
-            return MicroWorld("mice", first, count, size=size)
-        return open_source(path, size=size, num_views=views)
+        return _open_source(pipeline, path, "mice", first, count)
 
-    train = open_any(config.data.train, 0, MICRO_TRAIN_OBJECTS)
+    train = open_any(config.data.train, 0, config.data.limit or MICRO_TRAIN_OBJECTS)
     if config.data.val is not None or config.data.train == MICRO:
-        held_out = open_any(config.data.val or MICRO, 10_000, MICRO_HELD_OUT_OBJECTS)
+        held_out = open_any(config.data.val or MICRO, FIRST_HELD_OUT, MICRO_HELD_OUT_OBJECTS)
         held = set(_identities(held_out))
         both = [name for name, identity in zip(train.names, _identities(train), strict=True) if identity in held]
         note = f"; WARNING: {len(both)} of them are trained on as well, e.g. {both[0]}" if both else ""
@@ -198,7 +218,34 @@ def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list
     else:
         held_out = train
         note = "; WARNING: the only object is both trained on and validated on, so validation shows no generalisation"
+    if config.data.limit is not None and config.data.limit < len(train):
+        train = Subset(train, range(config.data.limit))
+        note += f" (data.limit {config.data.limit})"
     return train, held_out, [f"data       {len(train)} objects to train on, {len(held_out)} held out{note}"]
+
+
+def _open_original(config: Config, pipeline: Pipeline) -> tuple[OriginalDomain | None, list[str]]:
+    """Objects of the pretrained model's domain where there are any, and what to say of them."""
+    path = config.data.original or (MICRO if config.data.train == MICRO and config.model == MICRO else None)
+    if path is None:
+        return None, []
+    source = _open_source(pipeline, path, "heads", FIRST_HELD_OUT, MICRO_TRAIN_OBJECTS + ORIGINAL_HELD_OUT_OBJECTS)
+    held = min(ORIGINAL_HELD_OUT_OBJECTS, max(1, len(source) // 2))
+    replayed = max(1, len(source) - held)
+    parts = Subset(source, range(replayed)), Subset(source, range(len(source) - held, len(source)))
+    replay, held_out = (EncodedObjects(part, pipeline, _still(config)) for part in parts)
+    note = f", {replayed} to hold the KL on" if config.kl.on != "new" else ""
+    if len(source) == 1 and config.kl.on != "new":
+        note += "; WARNING: they are one and the same"
+    return OriginalDomain(replay, held_out), [f"original   {held} objects to measure on what is forgotten{note}"]
+
+
+def _open_source(pipeline: Pipeline, path: str, domain: str, first: int, count: int) -> Source:
+    """Samples on the disk, or `count` objects of the embedded world."""
+    size, views = pipeline.picture_size, pipeline.num_views
+    if path == MICRO:
+        return MicroWorld(domain, first, count, size=size)
+    return open_source(path, size=size, num_views=views)
 
 
 def _identities(source: Source) -> list[str]:

@@ -7,73 +7,117 @@ import torch
 from torch import Tensor
 
 from softprompt.batch import Batch, draw, make_batch, seed_of, seeded
-from softprompt.curriculum import position_at
+from softprompt.cache import EncodedObjects
 from softprompt.errors import RunError
-from softprompt.losses import denoising_loss, kl_to_reference, kl_weights, snr, snr_weights
+from softprompt.losses import denoising_loss, kl_to_reference, kl_weights, separation_hinge, snr, snr_weights
 from softprompt.model import noisy_and_target
-from train.config import Config
 from train.evaluate import view_weights
+from train.pacing import Pace, lowest_timestep_of, position_of
 from train.setup import Job
+
+KL_TIMESTEP_GROUPS = 4
+"""Into so many equal ranges of timesteps the KL is split in the log."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, averaged over its objects on this process."""
+    """One optimizer step, averaged over its objects on all processes."""
 
     denoising: float
     kl: float | None
-    """Nats per latent element; None on a step that leaves the term out."""
+    """Nats per latent element, where `kl.on` measures it; None on a step that leaves the term out."""
+    kl_on_original: float | None
+    """The same on the pretrained model's own domain alone."""
+    kl_sums: Tensor
+    """[2, V + KL_TIMESTEP_GROUPS] on this process: sums of the KL by view and by range of timesteps, and their counts."""
     grad_norms: dict[str, float]
-    """By group, before clipping."""
+    """By group, before clipping; 0 for a group that does not train at this step."""
     skipped: bool
     """Left out by fp16's gradient scaler, since a gradient overflowed."""
 
 
-def position_of(config: Config, step: int) -> float:
-    """s at a step, by the curriculum."""
-    curriculum = config.curriculum
-    when = step / config.train.steps if curriculum.unit == "run" else step
-    return position_at(when, curriculum.at, curriculum.position, curriculum.easing)
+def training_step(job: Job, step: int, pace: Pace | None = None) -> StepResult:
+    """Forward, backward and update for step number `step` (counted from 0).
 
-
-def training_step(job: Job, step: int) -> StepResult:
-    """Forward, backward and update for step number `step` (counted from 0)."""
+    pace: what the curricula have come to; None: nothing yet, as at step 0.
+    """
     config, accelerator = job.config, job.accelerator
-    position = position_of(config, step)
+    pace = pace or Pace.start(config)
+    position = position_of(config, pace, step)
+    lowest = lowest_timestep_of(config, pace, job.pipeline.scheduler.alphas_cumprod)
     with_kl = config.kl.weight > 0 and step % config.kl.every == 0
+    domains = {"new": ("new",), "original": ("original",), "both": ("new", "original")}[config.kl.on] if with_kl else ()
+    share = pace.kl_weight * config.kl.every / max(1, len(domains)) / config.train.accumulation
     torch.manual_seed(seed_of(config.train.seed, "dropout", step, accelerator.process_index))
 
-    denoising, kl = 0.0, 0.0
+    denoising = 0.0
+    kls: dict[str, list[Tensor]] = {domain: [] for domain in domains}
+    kl_sums = torch.zeros(2, job.pipeline.num_views + KL_TIMESTEP_GROUPS)
     for part in range(config.train.accumulation):
-        batch = _batch(job, step, part)
         last = part == config.train.accumulation - 1
+        if "original" in domains:
+            batch = _batch(job, step, part, lowest, original=True)
+            with accelerator.no_sync(job.model):
+                _, kl = losses(job, batch, position, with_kl=True)
+                accelerator.backward(share * kl.mean())
+            kls["original"].append(kl.detach().mean())
+            kl_sums += _kl_sums(job, batch, kl)
+        batch = _batch(job, step, part, lowest)
         with torch.enable_grad() if last else accelerator.no_sync(job.model):
-            fit, anchor = losses(job, batch, position, with_kl=with_kl)
-            loss = fit + config.kl.weight * config.kl.every * anchor if with_kl else fit
-            accelerator.backward(loss / config.train.accumulation)
+            fit, kl = losses(job, batch, position, with_kl="new" in domains)
+            loss = fit / config.train.accumulation
+            if "new" in domains:
+                loss = loss + share * kl.mean()
+                kls["new"].append(kl.detach().mean())
+                kl_sums += _kl_sums(job, batch, kl)
+            if config.prompt.separation and last:
+                prompt = job.adapted.prompt
+                loss = loss + config.prompt.separation * separation_hinge(prompt(position), prompt.start)
+            accelerator.backward(loss)
         denoising += fit.item() / config.train.accumulation
-        kl += anchor.item() / config.train.accumulation
 
-    norms = {}
-    accelerator.unscale_gradients(job.optimizer)
-    for name, parameters in job.adapted.trainable().items():
-        norms[name] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.train.max_grad_norm))
+    measured = torch.tensor([denoising, *(float(torch.stack(kls[domain]).mean()) for domain in domains)])
+    measured = accelerator.reduce(measured.to(accelerator.device), reduction="mean").cpu()
+    norms = _clip_gradients(job, step)
     # Under fp16 an infinite gradient is normal: the scaler leaves that step out and lowers its scale.
-    sound = math.isfinite(denoising + kl) and (accelerator.scaler is not None or math.isfinite(sum(norms.values())))
-    if not sound:
+    finite = bool(measured.isfinite().all())
+    if not (finite and (accelerator.scaler is not None or math.isfinite(sum(norms.values())))):
         raise RunError(
-            f"step {step}: not finite: denoising loss {denoising:.3g}, KL {kl:.3g}, gradient norms {norms}; stopped before it "
-            f"reached the weights, so the checkpoints are sound. Likely a learning rate is too high, or fp16 overflows (try "
+            f"step {step}: not finite: denoising loss {float(measured[0]):.3g}, KL "
+            f"{', '.join(f'{float(kl):.3g}' for kl in measured[1:]) or 'not measured'}, gradient norms {norms}; stopped before "
+            f"it reached the weights, so the checkpoints are sound. Likely a learning rate is too high, or fp16 overflows (try "
             f"train.precision bf16)"
         )
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
-    _regularise_prompt(job, position)
-    return StepResult(denoising, kl if with_kl else None, norms, skipped=accelerator.optimizer_step_was_skipped)
+    _regularise_prompt(job, step, position)
+    return StepResult(
+        denoising=float(measured[0]),
+        kl=float(measured[1:].mean()) if domains else None,
+        kl_on_original=float(measured[-1]) if "original" in domains else None,
+        kl_sums=kl_sums,
+        grad_norms=norms,
+        skipped=accelerator.optimizer_step_was_skipped,
+    )
+
+
+def _clip_gradients(job: Job, step: int) -> dict[str, float]:
+    """Clip each group's gradient; drop that of a group that does not train at this step. Returns the norms before."""
+    config, norms = job.config, {}
+    job.accelerator.unscale_gradients(job.optimizer)
+    for name, parameters in job.adapted.trainable().items():
+        first, end = config.window(name)
+        if first <= step < end:
+            norms[name] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.train.max_grad_norm))
+            continue
+        norms[name] = 0.0
+        for parameter in parameters.values():
+            parameter.grad = None  # a zero gradient would still move it, by Adam's momentum
+    return norms
 
 
 def losses(job: Job, batch: Batch, position: float, *, with_kl: bool) -> tuple[Tensor, Tensor]:
-    """The denoising loss and the KL to the pretrained model (0 where left out), both scalars of this process's objects."""
+    """The denoising loss, a scalar, and the KL to the pretrained model, [B, V] (0 where left out)."""
     config, accelerator, scheduler = job.config, job.accelerator, job.pipeline.scheduler
     noisy, target = noisy_and_target(scheduler, batch)
     inputs = (noisy, batch.given, batch.timesteps, batch.labels, batch.order)
@@ -85,7 +129,7 @@ def losses(job: Job, batch: Batch, position: float, *, with_kl: bool) -> tuple[T
     )
     fit = denoising_loss(prediction, target, weights, view_weights(job, len(noisy)))
     if reference is None:
-        return fit, torch.zeros_like(fit)
+        return fit, fit.new_zeros(batch.order.shape)
     anchor_weights = kl_weights(
         scheduler.alphas_cumprod,
         batch.timesteps,
@@ -93,29 +137,50 @@ def losses(job: Job, batch: Batch, position: float, *, with_kl: bool) -> tuple[T
         weighting=config.kl.weighting,
         clip=config.kl.clip,
     )
-    return fit, kl_to_reference(prediction, reference, anchor_weights).mean()
+    return fit, kl_to_reference(prediction, reference, anchor_weights)
 
 
-def _batch(job: Job, step: int, part: int) -> Batch:
-    """This process's objects of one part of a step, by their position in the global batch."""
+def _kl_sums(job: Job, batch: Batch, kl: Tensor) -> Tensor:
+    """[2, V + KL_TIMESTEP_GROUPS]: sums of kl [B, V] by view and by range of timesteps, and how many there were of each."""
+    kl, views = kl.detach().float().cpu(), kl.shape[1]
+    group = batch.timesteps.cpu() * KL_TIMESTEP_GROUPS // len(job.pipeline.scheduler.alphas_cumprod)
+    places = torch.cat([batch.order.cpu().flatten(), views + group.repeat_interleave(views)])
+    values = torch.stack([kl.flatten().repeat(2), torch.ones(len(places))])
+    return torch.zeros(2, views + KL_TIMESTEP_GROUPS).index_add_(1, places, values)
+
+
+def _batch(job: Job, step: int, part: int, lowest: int, *, original: bool = False) -> Batch:
+    """This process's objects of one part of a step, by their position in the global batch.
+
+    lowest: the least noisy timestep. original: of the pretrained model's own domain instead, always given view 0.
+    """
     config, accelerator = job.config, job.accelerator
+    source = _original(job) if original else job.train
+    key: tuple[int | str, ...] = (config.train.seed, "original", step) if original else (config.train.seed, step)
+    references = [0] if original else config.data.references(job.pipeline.num_views)
     size, processes = config.train.batch_size, accelerator.num_processes
     first = (part * processes + accelerator.process_index) * size
     objects, draws = [], []
     for position in range(first, first + size):
-        generator = seeded(config.train.seed, step, position)
-        index = object_at(step * size * processes * config.train.accumulation + position, len(job.train), config.train.seed)
-        objects.append(job.train.get(index, generator))
+        generator = seeded(*key, position)
+        index = object_at(step * size * processes * config.train.accumulation + position, len(source), config.train.seed)
+        objects.append(source.get(index, generator))
         draws.append(
             draw(
                 generator,
                 encoded=objects[-1],
                 num_timesteps=len(job.pipeline.scheduler.alphas_cumprod),
-                references=config.data.references(job.pipeline.num_views),
+                references=references,
                 drop_rate=config.loss.condition_drop_rate,
+                lowest=lowest,
             )
         )
     return make_batch(job.pipeline, objects, draws)
+
+
+def _original(job: Job) -> EncodedObjects:
+    assert job.original is not None, "kl.on is checked against data.original when the configuration is read"
+    return job.original.replay
 
 
 def object_at(place: int, count: int, seed: int) -> int:
@@ -124,9 +189,10 @@ def object_at(place: int, count: int, seed: int) -> int:
     return int(torch.randperm(count, generator=seeded(seed, "epoch", epoch))[within])
 
 
-def _regularise_prompt(job: Job, position: float) -> None:
+def _regularise_prompt(job: Job, step: int, position: float) -> None:
     settings, prompt = job.config.prompt, job.adapted.prompt
-    if not settings.learn:
+    first, end = job.config.window("prompt")
+    if not (settings.learn and first <= step < end):
         return
     if settings.decay:
         rate = next(g["lr"] for g in job.optimizer.param_groups if g["name"] == "prompt")

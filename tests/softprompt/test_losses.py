@@ -176,3 +176,31 @@ def test_kl_of_a_model_to_itself_is_zero() -> None:
     weights = losses.kl_weights(noise_schedule(), torch.tensor([0, 500]))
     assert not losses.kl_to_reference(prediction, prediction, weights).any()
     assert not math.isnan(float(weights.sum()))
+
+
+# ------------------------------------------------------------------------------------------------------------ separation
+
+
+def test_the_hinge_is_that_of_its_formula_and_pushes_apart_only_what_has_come_nearer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(4, 5, 3, generator=generator, dtype=torch.float64)
+    prompt = (start + 0.5 * torch.randn(4, 5, 3, generator=generator, dtype=torch.float64)).requires_grad_()
+    terms, ratios = [], []
+    for a in range(4):
+        for b in range(a + 1, 4):
+            ratios.append(
+                math.dist(prompt[a].flatten(), prompt[b].flatten()) / math.dist(start[a].flatten(), start[b].flatten())
+            )
+            terms.append(max(0.0, 1 - ratios[-1]) ** 2)
+    assert losses.separation_ratios(prompt, start).tolist() == pytest.approx(ratios)
+    hinge = losses.separation_hinge(prompt, start)
+    assert 0 < hinge.item() == pytest.approx(sum(terms) / len(terms))
+    hinge.backward()
+    assert prompt.grad is not None
+    assert float(losses.separation_hinge(prompt.detach() - 0.1 * prompt.grad, start)) < hinge.item()
+
+
+def test_the_hinge_is_zero_at_the_start_and_beyond() -> None:
+    start = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    assert float(losses.separation_hinge(start, start)) == float(losses.separation_hinge(2 * start, start)) == 0
+    assert float(losses.separation_hinge(0.5 * start, start)) == pytest.approx(0.25)

@@ -1,12 +1,13 @@
 """The path between prompts: exact at its waypoints, straight or spherical between them."""
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
 from torch import Tensor
 
-from softprompt.path import point_on_path, slerp
+from softprompt.path import match_tokens, point_on_path, slerp
 
 
 def waypoints(count: int = 3) -> Tensor:
@@ -83,3 +84,41 @@ def test_a_path_of_one_waypoint_has_one_position() -> None:
     assert torch.equal(point_on_path(w, 0.0), w[0])
     with pytest.raises(ValueError, match=r"not on the path \[0, 0\]"):
         point_on_path(w, 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- matching
+
+
+def shuffled_waypoints() -> tuple[Tensor, list[Tensor]]:
+    """W_0 [2, 5, 3], and as W_1 its tokens, moved a little, in another order for each view; and those orders."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(2, 5, 3, generator=generator)
+    orders = [torch.tensor([3, 1, 4, 0, 2]), torch.tensor([0, 2, 1, 4, 3])]
+    other = torch.stack([view[order] for view, order in zip(start, orders, strict=True)])
+    return torch.stack([start, other + 0.01]), orders
+
+
+def test_tokens_are_matched_with_their_nearest_for_each_view() -> None:
+    waypoints, _ = shuffled_waypoints()
+    matched = match_tokens(waypoints, "per_view")
+    assert torch.equal(matched[0], waypoints[0])
+    torch.testing.assert_close(matched[1], waypoints[0] + 0.01)
+    assert torch.equal(match_tokens(waypoints, "none"), waypoints)
+
+
+def test_a_shared_order_is_the_cheapest_single_one() -> None:
+    waypoints, _ = shuffled_waypoints()
+    matched = match_tokens(waypoints, "shared")
+
+    def cost(order: tuple[int, ...]) -> float:
+        return float((waypoints[1][:, list(order)] - waypoints[0]).square().sum())
+
+    cheapest = min(permutations(range(5)), key=cost)
+    assert torch.equal(matched[1], waypoints[1][:, list(cheapest)])
+
+
+def test_each_waypoint_is_matched_with_the_one_before_it() -> None:
+    waypoints, orders = shuffled_waypoints()
+    third = torch.stack([view[order] for view, order in zip(waypoints[1], orders, strict=True)])
+    matched = match_tokens(torch.cat([waypoints, third[None]]), "per_view")
+    torch.testing.assert_close(matched[2], matched[1])

@@ -22,7 +22,14 @@ from train.loop import training_step
 from train.setup import Job, prepare
 
 Small = Callable[..., Config]
-PROGRESS = {"step": 2, "first": {"loss/validation": 0.5, "step": 0}, "last": {"step": 2}, "best": {"step": 2, "loss": 0.25}}
+PROGRESS = {
+    "step": 2,
+    "first": {"loss/validation": 0.5, "step": 0},
+    "last": {"step": 2},
+    "best": {"step": 2, "loss": 0.25},
+    "pace": {},
+    "warned": {},
+}
 
 
 class Scaler:
@@ -163,6 +170,7 @@ def test_the_series_of_a_checkpoint_are_brought_up_to_date_and_nothing_else(tmp_
     folders = [untrained.save(tmp_path, step=step) for step in (1, 2)]
     before = {f: f.read_bytes() for folder in folders for f in folder.iterdir()}
     new = {
+        **PROGRESS,
         "step": 2,
         "first": PROGRESS["first"],
         "last": {"step": 2, "loss/validation": 0.125},

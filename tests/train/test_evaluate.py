@@ -18,7 +18,7 @@ from softprompt.pipeline import load_pipeline
 from softprompt.sampling import sample_views
 from softprompt.templates import VIEWS
 from train.config import Config
-from train.evaluate import Preview, averaged, preview, preview_series, validation_loss, view_weights
+from train.evaluate import Preview, averaged, preview, preview_series, validation_losses, validation_series, view_weights
 from train.loop import training_step
 from train.setup import Job, prepare
 
@@ -43,39 +43,43 @@ def perturb(job: Job, scale: float = 0.3) -> None:
         parameter.add_(scale * torch.randn(parameter.shape, generator=seeded("perturb", index)))
 
 
+def loss_of(job: Job, position: float) -> float:
+    return float(validation_losses(job, position, job.held_out).mean())
+
+
 # ------------------------------------------------------------------------------------------------------------- validation
 
 
 def test_the_validation_loss_is_the_same_twice_and_between_steps_of_the_global_generator(job: Job) -> None:
-    first = validation_loss(job, 0.5)
+    first = loss_of(job, 0.5)
     torch.rand(1000)
-    assert validation_loss(job, 0.5) == first > 0
+    assert loss_of(job, 0.5) == first > 0
 
 
 def test_the_validation_loss_does_not_depend_on_how_one_trains(make_job: Callable[..., Job]) -> None:
-    expected = validation_loss(make_job(), 0.0)
+    expected = loss_of(make_job(), 0.0)
     batches = make_job(**{"train.batch_size": 3, "train.seed": 5, "train.steps": 9})
     unweighted = make_job(**{"loss.snr_weighting": "none", "loss.condition_drop_rate": 0.33, "data.background": "random"})
-    assert validation_loss(batches, 0.0) == pytest.approx(expected, rel=1e-5)
-    assert validation_loss(unweighted, 0.0) == expected
+    assert loss_of(batches, 0.0) == pytest.approx(expected, rel=1e-5)
+    assert loss_of(unweighted, 0.0) == expected
 
 
 def test_the_validation_loss_changes_with_the_model_and_where_the_prompt_stands(job: Job) -> None:
-    start = validation_loss(job, 0.0)
-    assert abs(validation_loss(job, 1.0) / start - 1) > 1e-3
+    start = loss_of(job, 0.0)
+    assert abs(loss_of(job, 1.0) / start - 1) > 1e-3
     for group in ("lora", "prompt"):
-        before = validation_loss(job, 0.0)
+        before = loss_of(job, 0.0)
         with torch.no_grad():
             for index, parameter in enumerate(job.adapted.trainable()[group].values()):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=seeded(group, index)))
-        assert abs(validation_loss(job, 0.0) / before - 1) > 1e-3, group
+        assert abs(loss_of(job, 0.0) / before - 1) > 1e-3, group
 
 
 def test_the_validation_loss_is_the_mean_over_objects_and_timesteps(make_job: Callable[..., Job]) -> None:
     both = make_job(**{"train.batch_size": 3})
     target_of: list[Tensor] = []
     both.adapted.forward = lambda noisy, given, timesteps, *_: target_of.append(timesteps) or torch.zeros_like(noisy)  # type: ignore[method-assign]
-    loss = validation_loss(both, 0.0)
+    loss = loss_of(both, 0.0)
     assert torch.cat(target_of).tolist() == [250, 750, 250, 750]
     assert 0.3 < loss < 3, "v has about unit variance, so a prediction of zero is wrong by about 1"
 
@@ -84,7 +88,7 @@ def test_evaluating_does_not_change_the_run(job: Job) -> None:
     before = [p.detach().clone() for p in parameters(job)]
     state = torch.random.get_rng_state()
     with averaged(job, None):
-        validation_loss(job, 0.0)
+        loss_of(job, 0.0)
         preview(job, job.adapted.prompt(0.0), None)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(job), strict=True))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -100,7 +104,26 @@ def test_view_weights_leave_out_the_reference_s_own_view_alone(make_job: Callabl
         assert weights is None
     else:
         assert weights is not None and weights.tolist() == [[0, 1, 1, 1, 1, 1]] * 3
-        assert validation_loss(job, 0.0) != pytest.approx(validation_loss(make_job(), 0.0), rel=1e-3)
+        assert loss_of(job, 0.0) == loss_of(make_job(), 0.0), "validation looks at every view, whatever trains"
+
+
+def test_the_same_view_is_given_in_validation_however_it_is_drawn_in_training(make_job: Callable[..., Job]) -> None:
+    fixed, drawn = (loss_of(make_job(**{"data.reference_view": r}), 0.0) for r in ("0", "random"))
+    assert fixed == drawn
+    assert loss_of(make_job(**{"data.reference_view": "[3,0]"}), 0.0) != fixed, "the first of a list"
+
+
+def test_the_loss_of_each_view_is_logged_under_its_own_name(make_job: Callable[..., Job]) -> None:
+    job = make_job(**{"data.reference_view": "4", "data.original": "micro"})
+    series = validation_series(job, 0.0, with_original=True)
+    views = [series[f"loss_view/{name}"] for name in VIEWS]
+    assert sum(views) / 6 == pytest.approx(series["loss/validation"])
+    assert len(set(views)) == 6 and views == validation_losses(job, 0.0, job.held_out).tolist()
+    assert job.original is not None
+    expected = float(validation_losses(job, 0.0, job.original.held_out).mean())
+    assert series["loss/original"] == expected != series["loss/validation"]
+    assert "loss/original" not in validation_series(job, 0.0, with_original=False)
+    assert "loss/original" not in validation_series(make_job(), 0.0, with_original=True), "none is at hand"
 
 
 # ---------------------------------------------------------------------------------------------------------------- average
@@ -113,12 +136,12 @@ def test_the_average_is_in_place_inside_the_block_and_gone_after_it_bit_for_bit(
     perturb(job)
     before = [p.detach().clone() for p in parameters(job)]
     shadow = [p.clone() for p in ema.shadow_params]
-    raw = validation_loss(job, 0.0)
+    raw = loss_of(job, 0.0)
     with averaged(job, ema):
         assert not job.adapted.training
         assert all(torch.equal(p, s) for p, s in zip(parameters(job), shadow, strict=True))
         assert not all(torch.equal(p, b) for p, b in zip(parameters(job), before, strict=True))
-        assert validation_loss(job, 0.0) != raw
+        assert loss_of(job, 0.0) != raw
     assert job.adapted.training
     assert all(torch.equal(p, b) for p, b in zip(parameters(job), before, strict=True))
     with pytest.raises(RuntimeError, match="inside"), averaged(job, ema):

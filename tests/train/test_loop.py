@@ -20,8 +20,9 @@ from train import loop
 from train.checkpoint import list_checkpoints, load_checkpoint
 from train.config import Config
 from train.loop import Run, train
+from train.pacing import Pace, position_of
 from train.setup import Job, prepare
-from train.step import object_at, position_of, training_step
+from train.step import object_at, training_step
 from train.stop import StopSignal
 
 
@@ -184,7 +185,7 @@ def test_a_frozen_prompt_stays_on_its_path(small, tmp_path):
     assert torch.equal(prompt(run.position), prompt.waypoints[1])
     positions = [line["curriculum/position"] for line in series(tmp_path / "run") if "curriculum/position" in line]
     assert positions == [0, 1, 1, 1]
-    assert position_of(config, 1) == 0 and position_of(config, 2) == 1
+    assert [position_of(config, Pace.start(config), step) for step in (1, 2)] == [0, 1]
 
 
 def test_the_prompt_alone_trains_where_the_lora_has_rank_0(small, tmp_path):
@@ -197,7 +198,7 @@ def test_the_norm_band_holds_after_every_step(small):
     job = prepare(small("--prompt.norm_band=0.01", "--prompt.learning_rate=1.0"))
     for step in range(2):
         training_step(job, step)
-    prompt, position = job.adapted.prompt, position_of(job.config, 1)
+    prompt, position = job.adapted.prompt, position_of(job.config, Pace.start(job.config), 1)
     path = point_on_path(prompt.waypoints, position)
     assert position > 0 and not torch.equal(path, prompt.start)
     share = prompt(position).norm(dim=-1) / path.norm(dim=-1)
@@ -266,18 +267,18 @@ def test_a_scaler_that_leaves_out_every_step_ends_the_run(small, tmp_path, monke
 def test_a_step_is_in_a_checkpoint_before_it_is_evaluated(small, tmp_path, monkeypatch):
     config = small("--train.steps=6", "--curriculum.at=[0, 1]")
     whole = run_to_end(config, tmp_path / "whole")
-    evaluate = loop.validation_loss
+    evaluate = loop.validation_series
 
-    def fails_at_step_4(job: Job, position: float) -> float:
-        if position == position_of(config, 4):
+    def fails_at_step_4(job: Job, position: float, **options: bool) -> dict[str, float]:
+        if position == position_of(config, Pace.start(config), 4):
             raise torch.OutOfMemoryError("no memory")
-        return evaluate(job, position)
+        return evaluate(job, position, **options)
 
-    monkeypatch.setattr(loop, "validation_loss", fails_at_step_4)
+    monkeypatch.setattr(loop, "validation_series", fails_at_step_4)
     with pytest.raises(torch.OutOfMemoryError):
         run_to_end(config, tmp_path / "parts")
     assert list_checkpoints(tmp_path / "parts")[-1].name == "step-000004"
-    monkeypatch.setattr(loop, "validation_loss", evaluate)
+    monkeypatch.setattr(loop, "validation_series", evaluate)
     resumed = run_to_end(config, tmp_path / "parts", resume=True)
     assert series(tmp_path / "parts") == series(tmp_path / "whole")
     assert resumed.best == whole.best

@@ -1,0 +1,229 @@
+"""The report: whole, self-contained, and it says what was measured, what was not, and nothing else."""
+
+import base64
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from train.compare_pictures import curves_figure, look, mean_curve, strips
+from train.compare_plan import Comparison, make_plan
+from train.compare_report import write_report
+from train.compare_results import Curve, read_run, summarise
+from train.compare_tables import headline, number
+
+VIEWS = ("front", "front_right", "right", "back", "left", "front_left")
+NASTY = '<script>alert("x")</script>'
+SIZE = 8
+
+
+def write_tiles(folder, step, objects=2):
+    """As a run leaves them; each tile's colour says its object, row and column."""
+    image = Image.new("RGB", ((len(VIEWS) + 1) * SIZE, 3 * objects * SIZE))
+    for row in range(3 * objects):
+        for column in range(len(VIEWS) + 1):
+            tile = Image.new("RGB", (SIZE, SIZE), (80 * (row // 3), 60 * (row % 3), 30 * column))
+            image.paste(tile, (column * SIZE, row * SIZE))
+    folder.mkdir(parents=True)
+    image.save(folder / f"tiles-step-{step:06d}.png")
+
+
+def write_run(run, factor=1.0, *, original=True, tiles=True):
+    """A finished run of two hundred steps."""
+    steps = run.config.train.steps
+    points = []
+    for i in range(5):
+        point = {"step": i * steps // 4, "loss/validation": factor * (0.2 - 0.03 * i) + run.seed / 500}
+        points.append(point | ({"loss/original": 0.02 + 0.01 * factor * i + run.seed / 1000} if original else {}))
+    if original:
+        points[0]["loss/original_pretrained"] = 0.02 + run.seed / 1000
+    points[-1] |= {"views/psnr": 20 / factor, "views/ssim": 0.8, "views/copy_score": None}
+    points[-1] |= {f"views_psnr/{name}": 20 - i for i, name in enumerate(VIEWS)}
+    points[-1] |= {f"views_ssim/{name}": 0.9 - i / 10 for i, name in enumerate(VIEWS)}
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    if tiles:
+        write_tiles(run.folder / "previews", steps)
+
+
+@pytest.fixture
+def report(tmp_path):
+    """`report(variants, seeds, **of_runs)` writes runs and the report of them. Returns: its text."""
+
+    def write(variants=("base", "better"), seeds=(0, 1, 2), leave_out=(), failures=None, **of_runs):
+        comparison = Comparison(
+            options={"train.steps": 200, "prompt.subject": NASTY},
+            seeds=list(seeds),
+            baseline="base",
+            variants={name: {"prompt.learning_rate": 0.1 + i / 10} for i, name in enumerate(variants)},
+        )
+        plan = make_plan(comparison, tmp_path / "out")
+        results = []
+        for run in plan.runs():
+            if run.label in leave_out:
+                continue
+            write_run(run, 0.9 if run.variant == "better" else 1.0, **of_runs)
+            results.append(read_run(run.folder, variant=run.variant, seed=run.seed, steps=200))
+        plan.root.mkdir(exist_ok=True)
+        write_report(plan, results, failures=failures or {}, command="python -m train.compare --config c.yaml --output out")
+        return (plan.root / "report.html").read_text()
+
+    return write
+
+
+def section(page, name):
+    return page.split(f'id="{name}"')[1].split("</section>")[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- content
+
+
+def test_report_says_it_in_order(report):
+    page = report()
+    order = ["<h1>", 'id="compared"', 'class="headline"', "Loss on held-out objects", "own domain", 'id="results"']
+    order += ['id="views"', 'id="pictures"', 'id="missing"', 'id="again"', 'id="caveats"']
+    places = [page.index(part) for part in order]
+    assert places == sorted(places)
+    assert "better: held-out loss lower by" in page and "about one would be told apart from the baseline by chance" in page
+    assert "python -m train.compare --config c.yaml --output out" in section(page, "again")
+    assert "None: every run is finished." in section(page, "missing")
+    assert "front left" in section(page, "views")  # the worst view
+
+
+def test_text_from_the_configuration_is_escaped(report):
+    page = report()
+    assert NASTY not in page and "&lt;script&gt;alert(" in page
+
+
+def test_what_was_not_measured_is_said(report):
+    page = report(original=False, tiles=False)
+    assert "Not measured: no run had objects of the pretrained model" in page
+    assert "No pictures of base, better" in section(page, "pictures") and "<img" not in page
+    assert "<td>–</td>" in section(page, "results") and ">nan" not in page and ">0<" not in section(page, "results")
+
+
+def test_missing_and_failed_runs_are_named(report):
+    page = report(leave_out=("better-seed-1", "better-seed-2"), failures={"better-seed-2": "error: out of memory"})
+    missing = section(page, "missing")
+    assert "better, seed 1: not finished" in missing and "better, seed 2: failed: error: out of memory" in missing
+    assert "too few seeds to say" in page
+
+
+def test_report_of_nothing_yet(report):
+    page = report(seeds=(0,), leave_out=("base-seed-0", "better-seed-0"))
+    assert "0 of 2 runs are finished" in page and "No run is finished yet." in page and "no finished run" in page
+
+
+def test_tables_of_numbers_hold_every_run(report, tmp_path):
+    report()
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["variant"], r["seed"]) for r in rows][:3] == [("base", "0"), ("better", "0"), ("base", "1")]
+    assert float(rows[0]["loss/validation"]) == pytest.approx(0.08) and rows[0]["seconds_per_step"] == ""
+    with (tmp_path / "out" / "summary.csv").open() as file:
+        better = list(csv.DictReader(file))[1]
+    assert float(better["loss_change_low"]) < float(better["loss_change"]) < float(better["loss_change_high"]) < 0
+    assert float(better["forgetting_ratio"]) == pytest.approx(0.9) and better["worst_view"] == "front_left"
+
+
+def test_numbers_as_words():
+    assert number(float("nan")) == "–" and number(float("inf")) == "not reached" and number(0.12345) == "0.123"
+    assert "nothing to compare" in headline([summarise("base", [], "base")], "base")
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_strips_are_cut_where_the_tiles_are(report, tmp_path):
+    report()
+    found = strips(read_run(tmp_path / "out/runs/base/seed-0", variant="base", seed=0, steps=200))
+    assert len(found) == 2 and found[1]["now"].size == (7 * SIZE, SIZE)
+    for b, rows in enumerate(found):
+        for r, name in enumerate(("truth", "pretrained", "now")):
+            assert rows[name].getpixel((3 * SIZE + 1, SIZE - 1)) == (80 * b, 60 * r, 90, 255)
+            assert rows[name].getpixel((0, 0))[3] == (255 if name == "truth" else 0)  # the input once
+
+
+def test_tiles_of_another_shape_are_left_out(report, tmp_path):
+    report()
+    run = tmp_path / "out/runs/base/seed-0"
+    Image.new("RGB", (7 * SIZE, 4 * SIZE)).save(run / "previews" / "tiles-step-000200.png")
+    assert strips(read_run(run, variant="base", seed=0, steps=200)) == []
+
+
+def test_mean_curve_is_over_common_steps():
+    steps, mean, low, high = mean_curve([Curve((0, 10, 20), (1.0, 2.0, 3.0)), Curve((0, 20), (3.0, 7.0))])
+    assert (steps, mean, low, high) == ([0, 20], [2.0, 5.0], [1.0, 3.0], [3.0, 7.0])
+
+
+def test_figures_are_the_same_for_the_same_numbers():
+    curves = {"a": [Curve((0, 10), (1.0, 2.0))], "b": []}
+    drawn = [curves_figure(curves, look(["a", "b"], "a"), ylabel="loss") for _ in range(2)]
+    assert drawn[0] == drawn[1] and "currentColor" in drawn[0]
+    assert curves_figure({"b": []}, look(["b"], "b"), ylabel="loss") == ""
+
+
+def test_many_variants_stay_apart():
+    styles = look([f"v{i}" for i in range(20)], "v0")
+    assert len({(s["color"], s["linestyle"]) for s in styles.values()}) == 20
+
+
+# ------------------------------------------------------------------------------------------------------- self-contained
+
+
+def test_report_needs_nothing_else(report):
+    page = report()
+    assert '<meta name="viewport"' in page and "prefers-color-scheme: dark" in page
+    for target in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert target.startswith(("data:", "#")), target[:80]
+    assert "@import" not in page and "<script" not in page and not re.search(r"url\((?!#)", page)
+    images = re.findall(r"<img ([^>]*)>", page)
+    assert len(images) == 2 * 4  # two objects: truth, pretrained, and two variants
+    for image in images:
+        assert re.search(r'alt="[^"]+"', image)
+        kind, data = re.search(r'src="data:image/(\w+);base64,([^"]+)"', image).groups()
+        with Image.open(io.BytesIO(base64.b64decode(data))) as opened:
+            opened.load()
+            assert kind == "png" and opened.size == (7 * SIZE, SIZE)
+    svgs = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(svgs) == 3
+    for svg in svgs:
+        ElementTree.fromstring(svg)
+    identifiers = re.findall(r'<(?:section|h2|g|figure)[^>]* id="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium, to open the report as a reader does")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_report_opens_in_a_browser_without_an_error(report, tmp_path, width):
+    report()
+    page = tmp_path / "out" / "report.html"
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    shot = tmp_path / "shot.png"
+    argv = ["chromium", *flags, f"--window-size={width},2000", f"--screenshot={shot}", page.as_uri()]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    with Image.open(shot) as opened:
+        assert len(set(opened.convert("L").resize((100, 100)).tobytes())) > 20  # something is drawn
+
+
+def test_page_is_never_wider_than_a_phone(report, tmp_path):
+    """Only tables and pictures scroll, inside their own boxes."""
+    template = (Path(__file__).parents[2] / "train" / "compare_report.html.jinja").read_text()
+    assert template.count("overflow-x: auto") == 2
+    page = report()
+    assert page.count("<table>") == page.count('<div class="box"') - 1 == 4

@@ -1,0 +1,159 @@
+"""Runs of a comparison as processes of their own: some side by side, all told to stop when the comparison is."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from softprompt.files import new_file, remove_partial
+from train.compare_plan import PlannedRun
+from train.config import to_yaml
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    run: PlannedRun
+    code: int | None
+    """Of its process; None where it was not started."""
+    seconds: float
+    error: str = ""
+    """The last error line of its log, where it failed."""
+
+
+class Children:
+    """The processes that run; inside the block SIGINT, SIGTERM and SIGHUP are passed on to them, and no more are started."""
+
+    def __init__(self) -> None:
+        self.stopped_by: int | None = None
+        """The first signal that was received."""
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.RLock()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Children":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None and self.stopped_by is None:  # a defect of ours must not leave them behind
+            self.stopped_by = signal.SIGTERM
+            self._pass_on(signal.SIGTERM)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.stopped_by is None:
+            self.stopped_by = number
+            name = signal.Signals(number).name
+            print(f"\n{name}: no new run starts; those under way save what they have and stop", file=sys.stderr)
+        self._pass_on(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    def _pass_on(self, number: int) -> None:
+        with self._lock:
+            for process in self._running:
+                with suppress(ProcessLookupError):
+                    process.send_signal(number)
+
+    def run(self, command: Sequence[str], *, log: Any, environment: dict[str, str], keep_open: Sequence[int]) -> int | None:
+        """Start a process and wait for it. Returns: its exit code; None where none is to be started any more.
+
+        It gets its signals from here alone, not from the terminal as well. keep_open: file descriptors it shares.
+        """
+        with self._lock:
+            if self.stopped_by is not None:
+                return None
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                pass_fds=keep_open,
+            )
+            self._running.add(process)
+        try:
+            return process.wait()
+        finally:
+            with self._lock:
+                self._running.discard(process)
+
+
+Runner = Callable[[PlannedRun, Children], int | None]
+"""Does one run. Returns: its exit code; None where it was not started."""
+
+
+@dataclass(frozen=True)
+class ProcessRunner:
+    """One process of train.softprompt for each run."""
+
+    jobs: int
+    keep_open: tuple[int, ...] = ()
+
+    def __call__(self, run: PlannedRun, children: Children) -> int | None:
+        command = prepare(run)
+        environment = dict(os.environ)
+        # A thread for each core in each of them would have them wait for each other.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.jobs)))
+        with run.log.open("ab") as log:
+            return children.run(command, log=log, environment=environment, keep_open=self.keep_open)
+
+
+def has_checkpoint(run: PlannedRun) -> bool:
+    """Whether a run can be gone on with."""
+    if not (run.folder / "checkpoints").is_dir():
+        return False
+    from train.checkpoint import list_checkpoints
+
+    return bool(list_checkpoints(run.folder))
+
+
+def prepare(run: PlannedRun) -> list[str]:
+    """The command that does a run or goes on with it; what was killed before its first checkpoint is removed."""
+    program = [sys.executable, "-m", "train.softprompt"]
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    if has_checkpoint(run):
+        remove_partial(run.folder)
+        return [*program, "--resume", str(run.folder)]
+    if run.folder.exists():
+        shutil.rmtree(run.folder)
+    run.log.unlink(missing_ok=True)  # what it says is of a run that is no more
+    with new_file(run.config_file) as partial:
+        partial.write_text(to_yaml(run.config), encoding="utf-8")
+    return [*program, "--config", str(run.config_file), "--output", str(run.folder)]
+
+
+def run_all(runs: Sequence[PlannedRun], *, jobs: int, runner: Runner, children: Children) -> Iterator[Outcome]:
+    """Do the runs in their order, `jobs` side by side. Yields: each as it ends; one that fails does not stop the others."""
+
+    def one(run: PlannedRun) -> Outcome:
+        began = time.monotonic()
+        code = None if children.stopped_by is not None else runner(run, children)
+        error = last_error(run) if code and children.stopped_by is None else ""
+        return Outcome(run, code, time.monotonic() - began, error)
+
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        for future in as_completed([pool.submit(one, run) for run in runs]):
+            yield future.result()
+
+
+def last_error(run: PlannedRun) -> str:
+    """The last line of a run's log that looks like an error, else its last line."""
+    lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines() if run.log.is_file() else []
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ") or "Error: " in line]
+    return ([""] + lines[-1:] + errors[-1:])[-1]
