@@ -41,6 +41,8 @@ class Request:
     report_only: bool
     command: str
     """That makes it again."""
+    name: str = "report"
+    """Of the report's files: that of the comparison's file. Comparisons may share a folder, and with it their runs."""
 
 
 class CompareParser(Parser):
@@ -93,7 +95,8 @@ def read_request(argv: Sequence[str] | None = None) -> Request:
     given = {f.name: getattr(values, f.name) for f in fields(Comparison)}
     given["variants"] = {name: options or {} for name, options in given["variants"].items()}
     command = shlex.join(["python", "-m", "train.compare", *(a for a in argv if a != "--report-only")])
-    return Request(Comparison(**given), Path(namespace.output), namespace.jobs, namespace.report_only, command)
+    name = Path(files[0]).stem if files else "report"
+    return Request(Comparison(**given), Path(namespace.output), namespace.jobs, namespace.report_only, command, name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,7 +142,7 @@ def compare(plan: Plan, request: Request, runner: Runner) -> int:
         for run in missing:
             failures.setdefault(run.label, "ended without its last evaluation and export")
     headline = _write_report(plan, request, failures)
-    print(f"\n{headline}\nreport     {plan.root / 'report.html'}", flush=True)
+    print(f"\n{headline}\nreport     {plan.root / request.name}.html", flush=True)
     if children.stopped_by is not None and missing:
         name = signal.Signals(children.stopped_by).name
         print(f"stopped by {name} with {len(missing)} runs left; go on with\n  {request.command}", flush=True)
@@ -230,7 +233,7 @@ def _write_report(plan: Plan, request: Request, failures: dict[str, str]) -> str
         for run in plan.runs()
         if is_finished(run.folder, plan.steps)
     ]
-    return write_report(plan, results, failures=failures, command=request.command)
+    return write_report(plan, results, failures=failures, command=request.command, name=request.name)
 
 
 if __name__ == "__main__":

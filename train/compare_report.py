@@ -27,8 +27,10 @@ from train.compare_tables import (
 TEMPLATE = "compare_report.html.jinja"
 
 
-def write_report(plan: Plan, results: Sequence[RunResult], *, failures: Mapping[str, str], command: str) -> str:
-    """Write report.html, results.csv and summary.csv, each whole or not at all.
+def write_report(
+    plan: Plan, results: Sequence[RunResult], *, failures: Mapping[str, str], command: str, name: str = "report"
+) -> str:
+    """Write NAME.html, NAME-results.csv and NAME-summary.csv, each whole or not at all.
 
     results: of the finished runs. failures: by VARIANT-seed-S, what was last said. command: that makes it again.
     Returns: the headline.
@@ -51,10 +53,10 @@ def write_report(plan: Plan, results: Sequence[RunResult], *, failures: Mapping[
         "comparison": comparison_yaml(comparison),
         "caveats": CAVEATS,
     }
-    with new_file(plan.root / "report.html") as partial:
+    with new_file(plan.root / f"{name}.html") as partial:
         partial.write_text(render(context), encoding="utf-8")
-    _write_csv(plan.root / "results.csv", result_rows(results))
-    _write_csv(plan.root / "summary.csv", summary_rows(summaries))
+    _write_csv(plan.root / f"{name}-results.csv", result_rows(results))
+    _write_csv(plan.root / f"{name}-summary.csv", summary_rows(summaries))
     return said
 
 

@@ -24,7 +24,7 @@ OTHER_NOTE = (
     "Original loss: on the pretrained model's own domain, at the end. Forgetting: how much higher that is than the untouched "
     "pretrained model's, and how many times the baseline's forgetting that is. PSNR, SSIM: higher is better; under PSNR, the "
     "paired change against the baseline in dB with its 95 % t interval. Copy score: 1, views are copies of the input; 0, as "
-    "different from it as the truth. Separation: 1, views differ from each other as the true ones do; 0, they are all the same. "
+    "different from it as the truth. Separation: 1, views differ from each other as the true ones do; 0, they are the same. "
     "Prompts alike: mean cosine of the views' prompts; 1, they have become one."
 )
 

@@ -75,16 +75,11 @@ class Config:
             "a positive number with curriculum.pacing: kl_budget, which needs the KL measured",
         )
         require(
-            self.kl.on == "new" or self.kl.weight > 0,
-            "kl.weight",
-            self.kl.weight,
-            f"a positive number with kl.on: {self.kl.on}",
-        )
-        require(
-            self.kl.on == "new" or self.data.original is not None or self.data.train == MICRO,
+            self.kl.domain == "new" or self.kl.weight == 0 or self.data.original is not None or self.data.train == MICRO,
             "data.original",
-            None,
-            f"objects of the pretrained model's domain (a list or folder) with kl.on: {self.kl.on}",
+            "null",
+            f"objects of the pretrained model's domain, as a list or folder, with kl.domain: {self.kl.domain}; if there are "
+            f"none, kl.domain: new",
         )
 
     def _check_windows(self) -> None:

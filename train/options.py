@@ -169,7 +169,7 @@ class LoraConfig:
     """Share of its input that is dropped in training."""
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     """Endings of the names of the layers that get one."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """Of the LoRA, per step."""
     weight_decay: float = 0.0
     """AdamW's decay toward zero, of the LoRA only."""
@@ -209,15 +209,16 @@ class LossConfig:
 class KLConfig:
     """The KL term that holds the model near the pretrained one (adapters off and prompt W_0)."""
 
-    weight: float = 0.1
+    weight: float = 0.03
     """Of the term in the loss, or its first value where there is a target; 0 leaves it, and its forward pass, out."""
     target: float | None = None
     """Adapt the weight so that the KL stays near this, in nats per latent element; null: a fixed weight."""
     rate: float = 0.1
     """How fast the weight adapts: by a fifth of this share at most at each measurement."""
-    on: Literal["new", "original", "both"] = "new"
-    """Where it is measured and held: on the training objects, on those of data.original, or on both, half each."""
-    weighting: Literal["posterior", "uniform"] = "posterior"
+    domain: Literal["new", "original", "both"] = "original"
+    """Where it is measured and held: on the training objects, on those of data.original (where forgetting happens), or on
+    both, half each."""
+    weighting: Literal["posterior", "uniform"] = "uniform"
     """`posterior`: the exact Gaussian KL of a reverse step; `uniform`: plain squared difference, as DRaFT+."""
     clip: float = 1.0
     """Largest posterior weight; it is infinite at the last step."""

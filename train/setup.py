@@ -113,7 +113,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
     sources = EncodedObjects(train, pipeline, config.data.background), EncodedObjects(held_out, pipeline, _still(config))
     needed = [*sources]
     if original is not None:
-        needed += [original.held_out] if config.kl.on == "new" else [original.held_out, original.replay]
+        needed += [original.held_out, original.replay] if _replays(config) else [original.held_out]
     for objects in needed:
         objects.fill(progress=accelerator.is_main_process)
     notes += data_notes + original_notes + _advice(config)
@@ -226,7 +226,7 @@ def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list
 
 def _open_original(config: Config, pipeline: Pipeline) -> tuple[OriginalDomain | None, list[str]]:
     """Objects of the pretrained model's domain where there are any, and what to say of them."""
-    path = config.data.original or (MICRO if config.data.train == MICRO and config.model == MICRO else None)
+    path = config.data.original or (MICRO if config.data.train == MICRO else None)
     if path is None:
         return None, []
     source = _open_source(pipeline, path, "heads", FIRST_HELD_OUT, MICRO_TRAIN_OBJECTS + ORIGINAL_HELD_OUT_OBJECTS)
@@ -234,10 +234,14 @@ def _open_original(config: Config, pipeline: Pipeline) -> tuple[OriginalDomain |
     replayed = max(1, len(source) - held)
     parts = Subset(source, range(replayed)), Subset(source, range(len(source) - held, len(source)))
     replay, held_out = (EncodedObjects(part, pipeline, _still(config)) for part in parts)
-    note = f", {replayed} to hold the KL on" if config.kl.on != "new" else ""
-    if len(source) == 1 and config.kl.on != "new":
+    note = f", {replayed} to hold the KL on" if _replays(config) else ""
+    if len(source) == 1 and _replays(config):
         note += "; WARNING: they are one and the same"
     return OriginalDomain(replay, held_out), [f"original   {held} objects to measure on what is forgotten{note}"]
+
+
+def _replays(config: Config) -> bool:
+    return config.kl.weight > 0 and config.kl.domain != "new"
 
 
 def _open_source(pipeline: Pipeline, path: str, domain: str, first: int, count: int) -> Source:

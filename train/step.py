@@ -25,7 +25,7 @@ class StepResult:
 
     denoising: float
     kl: float | None
-    """Nats per latent element, where `kl.on` measures it; None on a step that leaves the term out."""
+    """Nats per latent element, where `kl.domain` measures it; None on a step that leaves the term out."""
     kl_on_original: float | None
     """The same on the pretrained model's own domain alone."""
     kl_sums: Tensor
@@ -46,7 +46,7 @@ def training_step(job: Job, step: int, pace: Pace | None = None) -> StepResult:
     position = position_of(config, pace, step)
     lowest = lowest_timestep_of(config, pace, job.pipeline.scheduler.alphas_cumprod)
     with_kl = config.kl.weight > 0 and step % config.kl.every == 0
-    domains = {"new": ("new",), "original": ("original",), "both": ("new", "original")}[config.kl.on] if with_kl else ()
+    domains = {"new": ("new",), "original": ("original",), "both": ("new", "original")}[config.kl.domain] if with_kl else ()
     share = pace.kl_weight * config.kl.every / max(1, len(domains)) / config.train.accumulation
     torch.manual_seed(seed_of(config.train.seed, "dropout", step, accelerator.process_index))
 
@@ -179,7 +179,7 @@ def _batch(job: Job, step: int, part: int, lowest: int, *, original: bool = Fals
 
 
 def _original(job: Job) -> EncodedObjects:
-    assert job.original is not None, "kl.on is checked against data.original when the configuration is read"
+    assert job.original is not None, "kl.domain is checked against data.original when the configuration is read"
     return job.original.replay
 
 

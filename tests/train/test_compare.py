@@ -271,7 +271,7 @@ def test_report_only_runs_nothing(tmp_path, capsys):
     go(request_for(out), FakeRunner({"plain-seed-1": lambda run: 1}))
     (out / "report.html").unlink()
     assert main(["--config", str(file), "--output", str(out), "--report-only"]) == 0
-    assert "plain, seed 1: not finished" in (out / "report.html").read_text()
+    assert "plain, seed 1: not finished" in (out / "comparison-asked.html").read_text(), "named after the file"
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
@@ -340,9 +340,9 @@ def test_three_variants_and_two_seeds_from_nothing_to_a_report(tmp_path):
 
     said = command(base=["configs/micro.yaml"], variants=variants)
     assert "6 runs of 60 steps: 0 are finished, 6 to do" in said and "6 of 6" in said
-    report = (out / "report.html").read_text()
+    report = (out / "comparison-asked.html").read_text()
     assert "6 of 6 runs are finished" in report and report.count("<svg") == 3
-    assert len((out / "results.csv").read_text().splitlines()) == 7
+    assert len((out / "comparison-asked-results.csv").read_text().splitlines()) == 7
     before = written()
     assert "6 are finished, 0 to do" in command(base=["configs/micro.yaml"], variants=variants)
     assert written() == before

@@ -123,11 +123,11 @@ def test_report_of_nothing_yet(report):
 
 def test_tables_of_numbers_hold_every_run(report, tmp_path):
     report()
-    with (tmp_path / "out" / "results.csv").open() as file:
+    with (tmp_path / "out" / "report-results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(r["variant"], r["seed"]) for r in rows][:3] == [("base", "0"), ("better", "0"), ("base", "1")]
     assert float(rows[0]["loss/validation"]) == pytest.approx(0.08) and rows[0]["seconds_per_step"] == ""
-    with (tmp_path / "out" / "summary.csv").open() as file:
+    with (tmp_path / "out" / "report-summary.csv").open() as file:
         better = list(csv.DictReader(file))[1]
     assert float(better["loss_change_low"]) < float(better["loss_change"]) < float(better["loss_change_high"]) < 0
     assert float(better["forgetting_ratio"]) == pytest.approx(0.9) and better["worst_view"] == "front_left"

@@ -118,7 +118,7 @@ class StopAfter(StopSignal):
             "curriculum.smoothing": 0.5,
         },
         {"timesteps.clusters": 5, "timesteps.patience": 0, "timesteps.smoothing": 0.9},
-        {"kl.target": 1e-5, "kl.rate": 1.0, "kl.on": "both", "data.original": "micro", "prompt.separation": 1.0},
+        {"kl.target": 1e-5, "kl.rate": 1.0, "kl.domain": "both", "data.original": "micro", "prompt.separation": 1.0},
         {"prompt.train_until": 0.5, "lora.train_from": 0.5},
     ],
     ids=["plateau of the training loss", "plateau of the validation", "kl budget", "timesteps", "kl target, replay", "pivotal"],
