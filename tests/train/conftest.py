@@ -17,6 +17,7 @@ SMALL = {
     "train.steps": "4",
     "train.warmup_steps": "0",
     "lora.rank": "2",
+    "kl.domain": "new",
     "monitor.log_every": "1",
     "monitor.validate_every": "2",
     "monitor.validation_timesteps": "1",

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from softprompt.errors import InputError
-from train.compare import Request, compare, comparison_folder, main, read_request
-from train.compare_plan import Comparison, make_plan, read_file
-from train.compare_runner import Children, last_error, prepare
+from train.compare.__main__ import Request, compare, comparison_folder, main, read_request
+from train.compare.plan import Comparison, make_plan, read_file
+from train.compare.runner import Children, last_error, prepare
 from train.config import to_yaml
 
 REPOSITORY = Path(__file__).parents[2]
@@ -158,7 +158,7 @@ def test_seeds_on_the_command_line_win(tmp_path):
 
 def test_help_is_quick_and_loads_nothing_heavy():
     script = (
-        "import sys; from train.compare import main\n"
+        "import sys; from train.compare.__main__ import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'diffusers', 'scipy', 'matplotlib', 'jinja2'} & set(sys.modules)))"

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from train.compare_pictures import curves_figure, look, mean_curve, strips
-from train.compare_plan import Comparison, make_plan
-from train.compare_report import write_report
-from train.compare_results import Curve, read_run, summarise
-from train.compare_tables import headline, number
+from train.compare.pictures import curves_figure, look, mean_curve, strips
+from train.compare.plan import Comparison, make_plan
+from train.compare.report import write_report
+from train.compare.results import Curve, read_run, summarise
+from train.compare.tables import headline, number
 
 VIEWS = ("front", "front_right", "right", "back", "left", "front_left")
 NASTY = '<script>alert("x")</script>'
@@ -223,7 +223,7 @@ def test_report_opens_in_a_browser_without_an_error(report, tmp_path, width):
 
 def test_page_is_never_wider_than_a_phone(report, tmp_path):
     """Only tables and pictures scroll, inside their own boxes."""
-    template = (Path(__file__).parents[2] / "train" / "compare_report.html.jinja").read_text()
+    template = (Path(__file__).parents[2] / "train" / "compare" / "report.html.jinja").read_text()
     assert template.count("overflow-x: auto") == 2
     page = report()
     assert page.count("<table>") == page.count('<div class="box"') - 1 == 4

@@ -8,7 +8,7 @@ from statistics import fmean, median, stdev
 
 import pytest
 
-from train.compare_results import (
+from train.compare.results import (
     Curve,
     Interval,
     first_crossing,

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import train.config
+import train.options
 from softprompt.errors import InputError
 from train.command_line import make_parser, option_kinds, parse
 from train.config import Config, to_yaml
@@ -107,7 +108,8 @@ def test_what_is_written_out_names_every_option() -> None:
 def documented() -> dict[str, str]:
     """The docstring under each field of each dataclass, by Class.field; "" where there is none."""
     found = {}
-    for node in ast.parse(Path(train.config.__file__).read_text(encoding="utf-8")).body:
+    modules = (train.config, train.options)
+    for node in [n for m in modules for n in ast.parse(Path(m.__file__).read_text(encoding="utf-8")).body]:
         if not isinstance(node, ast.ClassDef):
             continue
         for field, after in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
@@ -177,6 +179,44 @@ def test_the_kinds_are_those_of_the_options() -> None:
         ),
         (["--curriculum.position=[-1, 1]"], r"curriculum\.position: is \[-1\.0, 1\.0\]; expected 0 to 1"),
         (["--prompt.waypoints=[facelift]"], r"curriculum\.position: .*expected 0 to 0, since prompt\.waypoints has 1"),
+        (["--prompt.separation=-1"], r"prompt\.separation: is -1\.0"),
+        (
+            ["--prompt.separation=1", "--prompt.learn=false"],
+            r"prompt\.separation: is 1\.0; expected 0 where prompt\.learn is false",
+        ),
+        (["--prompt.train_from=-1"], r"prompt\.train_from: is -1\.0; expected 0 or more"),
+        (
+            ["--lora.train_from=0.5", "--lora.train_until=0.5"],
+            r"lora\.train_until: is 0\.5; expected more than lora\.train_from, 0\.5",
+        ),
+        (
+            ["--prompt.train_until=0.3", "--lora.train_from=0.5"],
+            r"train_from and train_until: is such that nothing trains at step 45",
+        ),
+        (["--lora.train_from=2"], r"lora\.train_from and train_until: is no step of the run"),
+        (["--curriculum.patience=-1"], r"curriculum\.patience: is -1"),
+        (["--curriculum.min_gain=1"], r"curriculum\.min_gain: is 1\.0"),
+        (["--curriculum.smoothing=1"], r"curriculum\.smoothing: is 1\.0"),
+        (
+            ["--curriculum.glide_steps=9", "--curriculum.max_stage_steps=5"],
+            r"curriculum\.max_stage_steps: is 5; .*at least curriculum\.glide",
+        ),
+        (["--curriculum.kl_budget=0"], r"curriculum\.kl_budget: is 0\.0"),
+        (["--curriculum.fastest=0"], r"curriculum\.fastest: is 0\.0"),
+        (["--curriculum.pacing=kl_budget", "--kl.weight=0"], r"kl\.weight: is 0\.0; .*kl_budget, which needs the KL measured"),
+        (["--curriculum.pacing=kl_budget", "--curriculum.position=[1, 0]"], r"curriculum\.position: .*rising values"),
+        (["--timesteps.clusters=0"], r"timesteps\.clusters: is 0"),
+        (["--timesteps.patience=-1"], r"timesteps\.patience: is -1"),
+        (["--timesteps.smoothing=1"], r"timesteps\.smoothing: is 1\.0"),
+        (["--timesteps.max_stage_steps=0"], r"timesteps\.max_stage_steps: is 0"),
+        (["--kl.target=0"], r"kl\.target: is 0\.0"),
+        (["--kl.target=1", "--kl.weight=0"], r"kl\.weight: is 0\.0; expected a positive number where kl\.target is given"),
+        (["--kl.rate=0"], r"kl\.rate: is 0\.0"),
+        (
+            ["--data.train=mice"],
+            r"data\.original: is null; expected objects of the pretrained .* with kl\.domain: original; .*kl\.domain: new",
+        ),
+        (["--data.limit=0"], r"data\.limit: is 0"),
         (["--prompt.learn=false", "--lora.rank=0"], r"lora\.rank: is 0; expected 1 or more .*nothing would train"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -184,6 +224,14 @@ def test_the_kinds_are_those_of_the_options() -> None:
 def test_values_that_cannot_be_are_refused_by_name(options: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse(options)
+
+
+def test_windows_are_steps_of_the_run_in_the_unit_of_the_curriculum() -> None:
+    config = parse(["--prompt.train_until=0.5", "--lora.train_from=0.25"]).config
+    assert (config.window("prompt"), config.window("lora")) == ((0, 75), (38, 150))
+    steps = ["--curriculum.unit=step", "--curriculum.at=[0, 40]", "--prompt.train_until=60", "--lora.train_until=9999"]
+    config = parse(steps).config
+    assert (config.window("prompt"), config.window("lora")) == ((0, 60), (0, 150))
 
 
 def test_alpha_at_1_is_refused_with_fade_alone() -> None:

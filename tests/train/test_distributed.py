@@ -40,7 +40,7 @@ def launch(processes: int, *arguments: str) -> str:
 
 def losses(run: Path) -> dict[str, list[float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    names = ("loss/train", "loss/validation", "loss/kl_to_pretrained")
+    names = ("loss/train", "loss/validation", "loss/original", "loss/kl_to_pretrained", "kl/on_original", "kl_view/back")
     return {name: [line[name] for line in lines if name in line] for name in names}
 
 
@@ -48,7 +48,15 @@ def test_two_processes_train_as_one_with_the_same_total_batch(mice, tmp_path):
     script = tmp_path / "keep_each_prompt.py"
     script.write_text(KEEP_EACH_PROMPT)
     options = [f"--data.train={mice / 'train'}", f"--data.val={mice / 'val'}", "--train.steps=3", "--train.warmup_steps=0"]
-    options += ["--kl.every=1", "--monitor.log_every=1", "--monitor.validate_every=3", "--monitor.preview_objects=1"]
+    options += [
+        "--kl.every=1",
+        "--kl.domain=both",
+        "--data.original=micro",
+        "--prompt.separation=1",
+        "--monitor.log_every=1",
+        "--monitor.validate_every=3",
+        "--monitor.preview_objects=1",
+    ]
     options += ["--monitor.preview_steps=2", "--monitor.validation_timesteps=1", "--train.device=cpu"]
     for processes, batch in ((2, 1), (1, 2)):
         folder = tmp_path / f"{processes}"
@@ -61,11 +69,13 @@ def test_two_processes_train_as_one_with_the_same_total_batch(mice, tmp_path):
     alone, together = losses(tmp_path / "1" / "run"), losses(tmp_path / "2" / "run")
     assert len(alone["loss/train"]) == 3 and len(alone["loss/validation"]) == 2
     for name, values in alone.items():
+        assert values
         assert together[name] == pytest.approx(values, abs=1e-4, rel=1e-3), name
 
 
 def test_the_documented_launch_command_works(mice, tmp_path):
     options = [f"--data.train={mice / 'train'}", f"--data.val={mice / 'val'}", "--train.batch_size=1", "--train.device=cpu"]
+    options += ["--kl.domain=new"]
     said = launch(2, "-m", "train.softprompt", *options, f"--output={tmp_path / 'run'}", "--dry-run")
     assert said.count("dry run: one step forward and back works") == 1, "only the first process speaks"
     assert "150 steps of 2 objects" in said

@@ -18,12 +18,15 @@ from softprompt.micro.world import MicroWorld
 from softprompt.path import point_on_path
 from train import loop
 from train.checkpoint import list_checkpoints, load_checkpoint
+from train.command_line import parse
 from train.config import Config
 from train.loop import Run, train
 from train.pacing import Pace, position_of
 from train.setup import Job, prepare
 from train.step import object_at, training_step
 from train.stop import StopSignal
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -310,3 +313,32 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_reach_the_weights(
         training_step(job, 0)
     for name, tensor in trained(job).items():
         assert torch.equal(tensor, before[name]), name
+
+
+# ---------------------------------------------------------------------------------------------------------- collapse
+
+
+def test_a_sign_of_collapse_is_said_once_and_when_it_is_gone(small, tmp_path, monkeypatch, capsys):
+    found = iter([{"views_alike": "too early"}, {"views_alike": "they collapse"}, {"views_alike": "still"}, {}])
+    monkeypatch.setattr(loop, "collapse_signs", lambda series: next(found))
+    run_to_end(small("--monitor.preview_every=1", "--train.steps=3"), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert said.count("they collapse") == 1 and "too early" not in said and "still" not in said
+    assert "WARNING step 1: views_alike: they collapse" in said and "step 3: views_alike: no longer so" in said
+    watched = [(line["step"], line["watch/views_alike"]) for line in series(tmp_path / "run") if "watch/views_alike" in line]
+    assert watched == [(0, 1), (1, 1), (2, 1), (3, 0)]
+
+
+@pytest.mark.parametrize(("remedy", "caught"), [([], True), (["--data.reference_view=0", "--prompt.learn=true"], False)])
+def test_the_configuration_that_collapses_is_caught_and_its_remedy_is_not(tmp_path, capsys, remedy, caught):
+    options = [
+        f"--config={REPOSITORY / 'configs' / 'collapse.yaml'}",
+        "--train.steps=30",
+        "--monitor.preview_every=30",
+        "--monitor.validate_every=30",
+    ]
+    options += ["--monitor.preview_steps=8", "--monitor.validation_timesteps=1", "--export.pipeline=false", *remedy]
+    run_to_end(parse(options).config, tmp_path / "run")
+    at_end = series(tmp_path / "run")[-1]
+    assert at_end["watch/copies_input"] == float(caught)
+    assert ("WARNING step 30: copies_input" in capsys.readouterr().err) == caught

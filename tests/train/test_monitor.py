@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softprompt.prompt import SoftPrompt
 from softprompt.templates import VIEWS
-from train.monitor import Monitor, is_evaluation, preview_grid, prompt_series, tensorboard_name
+from train.monitor import Monitor, is_evaluation, preview_grid, preview_tiles, prompt_series, tensorboard_name
 
 
 def monitor(folder: Path, resumed: int | None = None, *, active: bool = True, evaluated: bool = False) -> Monitor:
@@ -257,3 +257,36 @@ def test_a_tile_is_its_picture_upright_and_not_blurred() -> None:
     assert np.array_equal(grid[18:146, 92:220], expected)
     clipped = ((picture * 2 - 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)
     assert np.array_equal(grid[18:146, 220:348], clipped)
+
+
+def test_hyper_parameters_of_any_kind_are_written_beside_the_last_numbers(tmp_path: Path) -> None:
+    m = monitor(tmp_path)
+    m.hparams({"lora.rank": 8, "data.val": None, "curriculum.at": [0.0, 0.25], "prompt.learn": True}, {"loss/validation": 0.5})
+    m.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    for expected in (b"lora.rank", b"data.val", b"None", b"[0.0, 0.25]", b"prompt.learn"):
+        assert expected in content
+    experiment = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    assert tensorboard_name("loss/validation").encode() in experiment
+
+
+def test_tiles_are_the_pictures_with_nothing_around_them(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.rand(2, 6, 3, 8, 8, generator=generator) for _ in range(3)]
+    given = torch.rand(2, 3, 8, 8, generator=generator)
+    m = monitor(tmp_path)
+    m.tiles(7, preview_tiles(rows, given))
+    m.close()
+    pixels = np.array(Image.open(tmp_path / "previews" / "tiles-step-000007.png"))
+    assert pixels.shape == (2 * 3 * 8, 7 * 8, 3)
+
+    def tile(row: int, column: int) -> Tensor:
+        return torch.from_numpy(pixels[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]).permute(2, 0, 1) / 255
+
+    for b in range(2):
+        for r in range(3):
+            assert torch.allclose(tile(3 * b + r, 0), given[b], atol=1 / 255)
+            for v in range(6):
+                assert torch.allclose(tile(3 * b + r, v + 1), rows[r][b, v], atol=1 / 255)

@@ -293,3 +293,41 @@ def test_a_run_s_name_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / "runs" / name).mkdir(parents=True)
     expected = {"[ab]": "[ab]-005", "*": "*-003", "a.b": "a.b-004", "a": "a-010"}
     assert {name: next_run_folder(name) for name in expected} == {n: Path("runs") / f for n, f in expected.items()}
+
+
+# ------------------------------------------------------------------------------------------------ original domain, limit
+
+
+def test_the_first_objects_are_trained_on_where_a_limit_is_given(mice: Path, small_config: Small) -> None:
+    job = prepare(small_config(mice, **{"data.limit": 3}))
+    assert list(job.train.names) == list(prepare(small_config(mice)).train.names)[:3]
+    assert "data.limit 3" in "\n".join(job.notes)
+    held_out = prepare(small_config(mice, **{"data.limit": 2, "data.val": "null"}))
+    assert len(held_out.train) == 2 and len(held_out.held_out) == 1, "what is held out is the same with and without a limit"
+
+
+def test_a_limit_says_how_many_embedded_mice_there_are(mice: Path, small_config: Small) -> None:
+    world = {"data.train": "micro", "data.val": "micro"}
+    assert [len(prepare(small_config(mice, **world, **{"data.limit": n})).train) for n in ("3", "45")] == [3, 45]
+
+
+def test_the_embedded_world_brings_heads_to_measure_forgetting_on(mice: Path, small_config: Small) -> None:
+    job = prepare(small_config(mice, **{"data.train": "micro", "data.val": "micro", "kl.domain": "original"}))
+    assert job.original is not None and len(job.original.held_out) == 12 and len(job.original.replay) == 40
+    assert all(name.startswith("heads-") for name in [*job.original.held_out.names, *job.original.replay.names])
+    assert not set(job.original.held_out.names) & set(job.original.replay.names)
+    assert prepare(small_config(mice)).original is None
+
+
+def test_original_objects_of_one_s_own_are_split(mice: Path, small_config: Small) -> None:
+    job = prepare(small_config(mice, **{"data.original": mice / "train", "kl.domain": "both"}))
+    assert job.original is not None and len(job.original.held_out) == len(job.original.replay) == 2
+    assert "original   2 objects to measure on what is forgotten, 2 to hold the KL on" in job.notes
+
+
+def test_tokens_are_matched_where_it_is_asked_for(mice: Path, small_config: Small) -> None:
+    plain, matched = (
+        prepare(small_config(mice, **{"prompt.matching": m})).adapted.prompt.waypoints for m in ("none", "per_view")
+    )
+    assert torch.equal(plain[0], matched[0]) and not torch.equal(plain[1], matched[1])
+    assert torch.equal(plain[1].sort(dim=1).values, matched[1].sort(dim=1).values), "the same tokens in another order"

@@ -94,7 +94,13 @@ def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_fo
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_exports_and_says_how_to_go_on(mice, tmp_path, number):
     out = tmp_path / "run"
-    options = [f"--data.train={mice / 'train'}", f"--data.val={mice / 'val'}", f"--output={out}", "--train.steps=500"]
+    options = [
+        f"--data.train={mice / 'train'}",
+        f"--data.val={mice / 'val'}",
+        f"--output={out}",
+        "--train.steps=500",
+        "--kl.domain=new",
+    ]
     with subprocess.Popen(
         command(*options), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -122,7 +128,19 @@ def test_a_signal_saves_exports_and_says_how_to_go_on(mice, tmp_path, number):
 
 def test_a_dry_run_says_what_is_needed_and_writes_nothing(mice, tmp_path, capsys):
     out = tmp_path / "run"
-    assert main([*QUICK, f"--data.train={mice / 'train'}", f"--data.val={mice / 'val'}", f"--output={out}", "--dry-run"]) == 0
+    assert (
+        main(
+            [
+                *QUICK,
+                f"--data.train={mice / 'train'}",
+                f"--data.val={mice / 'val'}",
+                f"--output={out}",
+                "--kl.domain=new",
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     for part in ("prompt: 473,088 parameters", "lora: 154,112 parameters", "s with KL; 150 steps in", "GB at peak", "MB in"):
         assert part in said
@@ -218,7 +236,9 @@ def a_list(*lines: str) -> Callable[[Path], str]:
 def test_bad_data_is_refused(capsys, mice, tmp_path, spoil, message):
     shutil.copytree(mice, tmp_path / "mice")
     out = tmp_path / "run"
-    said = refused(capsys, f"--data.train={spoil(tmp_path / 'mice')}", f"--data.val={mice / 'val'}", f"--output={out}")
+    said = refused(
+        capsys, f"--data.train={spoil(tmp_path / 'mice')}", f"--data.val={mice / 'val'}", "--kl.domain=new", f"--output={out}"
+    )
     assert re.search(message, said), said
     assert not out.exists()
 

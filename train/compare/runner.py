@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from softprompt.files import new_file, remove_partial
-from train.compare_plan import PlannedRun
+from train.compare.plan import PlannedRun
 from train.config import to_yaml
 
 

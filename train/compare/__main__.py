@@ -1,7 +1,7 @@
 """Which training strategy works for your data: `python -m train.compare`. Trains each variant with each seed, and reports.
 
-What runs is in train.compare_plan, how in train.compare_runner, what it means in train.compare_results, and what it looks
-like in train.compare_report.
+What runs is in train.compare.plan, how in train.compare.runner, what it means in train.compare.results, and what it looks
+like in train.compare.report.
 """
 
 import fcntl
@@ -21,9 +21,9 @@ from tqdm import tqdm
 from softprompt.errors import InputError
 from softprompt.files import new_file
 from train.command_line import Parser, suggestion
-from train.compare_plan import Comparison, Plan, PlannedRun, comparison_yaml, differences, make_plan, parse_quietly, read_file
-from train.compare_results import is_finished, read_run
-from train.compare_runner import Children, Outcome, ProcessRunner, Runner, has_checkpoint, run_all
+from train.compare.plan import Comparison, Plan, PlannedRun, comparison_yaml, differences, make_plan, parse_quietly, read_file
+from train.compare.results import is_finished, read_run
+from train.compare.runner import Children, Outcome, ProcessRunner, Runner, has_checkpoint, run_all
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -226,7 +226,7 @@ def _report_if_round_ended(
 
 def _write_report(plan: Plan, request: Request, failures: dict[str, str]) -> str:
     """Read what is finished and write the report. Returns: its headline."""
-    from train.compare_report import write_report
+    from train.compare.report import write_report
 
     results = [
         read_run(run.folder, variant=run.variant, seed=run.seed, steps=plan.steps)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.files import new_file
-from train.compare_pictures import LARGEST_TILE, changes_figure, curves_figure, data_uri, look, strips
-from train.compare_plan import Comparison, Plan, comparison_yaml, flat_options, own_files
-from train.compare_results import RunResult, Summary, summarise
-from train.compare_tables import (
+from train.compare.pictures import LARGEST_TILE, changes_figure, curves_figure, data_uri, look, strips
+from train.compare.plan import Comparison, Plan, comparison_yaml, flat_options, own_files
+from train.compare.results import RunResult, Summary, summarise
+from train.compare.tables import (
     CAVEATS,
     cell,
     headline,
@@ -24,7 +24,7 @@ from train.compare_tables import (
     views_table,
 )
 
-TEMPLATE = "compare_report.html.jinja"
+TEMPLATE = "report.html.jinja"
 
 
 def write_report(
@@ -66,7 +66,7 @@ def render(context: Mapping[str, Any]) -> str:
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("train") / TEMPLATE).read_text(encoding="utf-8"))
+    template = environment.from_string((files("train.compare") / TEMPLATE).read_text(encoding="utf-8"))
     drawn = [{**figure, "svg": Markup(figure["svg"])} for figure in context["figures"]]
     return template.render({**context, "figures": drawn})
 

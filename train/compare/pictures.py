@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from train.compare_results import Curve, RunResult, Summary
+from train.compare.results import Curve, RunResult, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

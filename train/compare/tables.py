@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.compare_results import FEWEST_SEEDS, Interval, RunResult, Spread, Summary
+from train.compare.results import FEWEST_SEEDS, Interval, RunResult, Spread, Summary
 
 DASH = "–"
 CAVEATS = (

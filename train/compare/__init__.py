@@ -1,0 +1,1 @@
+"""`python -m train.compare`: see __main__.py."""
