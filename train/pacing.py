@@ -72,6 +72,23 @@ def lowest_timestep_of(config: Config, pace: Pace, alphas_cumprod: Tensor) -> in
     return lowest_timestep(timestep_edges(alphas_cumprod, settings.clusters, settings.edges), pace.timesteps.number)
 
 
+def unfinished(config: Config, pace: Pace, step: int) -> list[str]:
+    """What a run that ends at `step` has not come to, as sentences; none where all curricula arrived."""
+    found = []
+    position, last = position_of(config, pace, step), config.curriculum.position[-1]
+    if config.curriculum.pacing != "step" and position != last:
+        found.append(
+            f"the prompt came to position {position:.3g} of {last:g}: curriculum.pacing {config.curriculum.pacing} did not move "
+            f"it further in {step} steps"
+        )
+    if (stage := pace.timesteps.number + 1) < config.timesteps.clusters:
+        found.append(
+            f"the timestep curriculum came to stage {stage} of {config.timesteps.clusters}: the less noisy timesteps were "
+            f"never trained; lower timesteps.patience or timesteps.max_stage_steps"
+        )
+    return found
+
+
 def after_step(config: Config, pace: Pace, step: int, *, denoising: float, kl: float | None) -> Pace:
     """Move on after an optimizer step.
 

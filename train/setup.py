@@ -184,7 +184,7 @@ def _advice(config: Config) -> list[str]:
     if config.model != MICRO and config.data.train == MICRO:
         advice.append("WARNING    data.train is the embedded toy world; give --data.train for pictures of your own")
     curriculum = config.curriculum
-    if curriculum.unit == "step" and curriculum.at[-1] > config.train.steps:
+    if curriculum.pacing == "step" and curriculum.unit == "step" and curriculum.at[-1] > config.train.steps:
         advice.append(
             f"WARNING    the curriculum reaches its end at step {curriculum.at[-1]:g}; the run has {config.train.steps} steps "
             f"and stops before"

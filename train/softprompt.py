@@ -238,6 +238,7 @@ def _improvement(run: "Run") -> list[str]:
     """Before and after, of what was evaluated at both ends."""
     from softprompt.embeddings import mean_pairwise_cosine
     from train.evaluate import averaged
+    from train.pacing import unfinished
 
     first, last = run.first or {}, run.last or {}
     lines = []
@@ -251,10 +252,17 @@ def _improvement(run: "Run") -> list[str]:
         if key in first and key in last:
             change = f" ({last[key] / first[key] - 1:+.0%})" if key == "loss/validation" else ""
             lines.append(f"{name}: {first[key]:.4g} at step 0, {last[key]:.4g} at step {last['step']:.0f}{change}")
+    if "loss/original_pretrained" in first and "loss/original" in last:
+        lines.append(
+            f"loss on the pretrained model's own domain: {first['loss/original_pretrained']:.4g} of the untouched model, "
+            f"{last['loss/original']:.4g} at step {last['step']:.0f}"
+        )
     prompt = run.job.adapted.prompt
     with averaged(run.job, run.ema):
         alike = [mean_pairwise_cosine(p) for p in (prompt.start, prompt(run.position))]
     lines.append(f"prompts of the views, mean cosine: {alike[0]:.3g} at step 0, {alike[1]:.3g} at step {run.step}")
+    warnings = [f"{name}: {said}" for name, said in run.warned.items()]
+    lines += [f"WARNING: {said}" for said in warnings + unfinished(run.job.config, run.pace, run.step)]
     if run.best and run.best["step"] == 0 < run.step:
         lines.append("WARNING: on held-out objects no step was better than the pretrained model")
     elif run.best and run.best["step"] < run.step:

@@ -68,7 +68,7 @@ def test_tensorboard_holds_the_same_series_pictures_and_text(tmp_path: Path) -> 
         assert stored.tobytes() == picture.tobytes() and stored.size == (20, 10)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"01_loss/train", "07_prompt_cosine_to_waypoint_1/front"}
+    assert set(events.Tags()["scalars"]) == {"01_loss/train", "09_prompt_cosine_to_waypoint_1/front"}
     (image,) = events.Images("held_out")
     assert (image.step, image.width, image.height) == (3, 20, 10)
     assert any("config" in tag for tag in events.Tags()["tensors"])
@@ -170,12 +170,14 @@ def test_prompt_series_are_the_slow_ones() -> None:
         return float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b)))
 
     pairs = [cosine(e[a], e[b]) for a in range(6) for b in range(a)]
+    apart = [float(np.linalg.norm(e[a] - e[b]) / np.linalg.norm(w[0, a] - w[0, b])) for a in range(6) for b in range(a)]
     expected = {
         "prompt_norm/mean": sum(norms) / len(norms),
         "prompt_norm/min": min(norms),
         "prompt_norm/max": max(norms),
         "prompt_views_alike/mean_cosine": sum(pairs) / len(pairs),
         "prompt_views_alike/closest_pair": max(pairs),
+        "prompt_views_alike/closest_ratio": min(apart),
         "prompt_views_alike/front_right_front_left": cosine(e[VIEWS.index("front_right")], e[VIEWS.index("front_left")]),
     }
     for v, name in enumerate(VIEWS):

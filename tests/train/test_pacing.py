@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from softprompt.curriculum import Stage
 from train.checkpoint import load_checkpoint
 from train.config import Config
 from train.loop import train
-from train.pacing import Pace, after_step, after_validation, lowest_timestep_of, position_of
+from train.pacing import Pace, after_step, after_validation, lowest_timestep_of, position_of, unfinished
 from train.setup import prepare
 from train.stop import StopSignal
 
@@ -92,6 +93,16 @@ def test_the_state_comes_back_from_json_as_it_was(config: Callable[..., Config])
     pace = after_validation(asked, after_step(asked, Pace.start(asked), 1, denoising=0.1, kl=0.3), 1, 0.123456789012345)
     assert pace != Pace.start(asked)
     assert Pace.from_json(json.loads(json.dumps(pace.to_json()))) == pace
+
+
+def test_what_a_curriculum_has_not_come_to_is_said(config: Callable[..., Config]) -> None:
+    plateau, steps = config(**STAGES), config(**{"timesteps.clusters": 4})
+    assert "came to position 0 of 2: curriculum.pacing plateau" in unfinished(plateau, Pace.start(plateau), 4)[0]
+    assert "came to stage 1 of 4: the less noisy timesteps were never trained" in unfinished(steps, Pace.start(steps), 4)[0]
+    arrived = Pace(kl_weight=1.0, stage=Stage(number=2), timesteps=Stage(number=3))
+    assert (
+        unfinished(plateau, arrived, 4) == unfinished(steps, arrived, 4) == unfinished(config(), Pace.start(config()), 4) == []
+    )
 
 
 class StopAfter(StopSignal):

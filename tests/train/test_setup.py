@@ -215,7 +215,7 @@ def test_an_unknown_lora_target_is_refused(mice: Path, small_config: Small) -> N
 # ---------------------------------------------------------------------------------------------------------------- advice
 
 
-TUNED_FOR_MICRO = {"train.steps": 150, "lora.learning_rate": 0.001, "prompt.learning_rate": 0.1}
+TUNED_FOR_MICRO = {"train.steps": 150, "lora.learning_rate": 0.003, "prompt.learning_rate": 0.1}
 OF_ONE_S_OWN = {"train.steps": 20, "lora.learning_rate": 1e-4, "prompt.learning_rate": 0.01}
 
 

@@ -79,7 +79,7 @@ def test_the_kl_on_the_original_domain_holds_the_model_there(make_job: Callable[
         found = [training_step(job, step).kl_on_original for step in range(12)]
         return sum(kl for kl in found[-4:] if kl is not None)
 
-    assert 0 < kl_at_the_end(100.0) < 0.6 * kl_at_the_end(1e-9)
+    assert 0 < kl_at_the_end(100.0) < 0.8 * kl_at_the_end(1e-9)
 
 
 def test_the_weight_is_the_one_that_was_adapted(make_job: Callable[..., Job]) -> None:
