@@ -78,7 +78,7 @@ def unfinished(config: Config, pace: Pace, step: int) -> list[str]:
     position, last = position_of(config, pace, step), config.curriculum.position[-1]
     if config.curriculum.pacing != "step" and position != last:
         found.append(
-            f"the prompt came to position {position:.3g} of {last:g}: curriculum.pacing {config.curriculum.pacing} did not move "
+            f"the prompt came to position {position:.3g} of {last:g}: pacing {config.curriculum.pacing} did not move "
             f"it further in {step} steps"
         )
     if (stage := pace.timesteps.number + 1) < config.timesteps.clusters:

@@ -97,7 +97,7 @@ def test_the_state_comes_back_from_json_as_it_was(config: Callable[..., Config])
 
 def test_what_a_curriculum_has_not_come_to_is_said(config: Callable[..., Config]) -> None:
     plateau, steps = config(**STAGES), config(**{"timesteps.clusters": 4})
-    assert "came to position 0 of 2: curriculum.pacing plateau" in unfinished(plateau, Pace.start(plateau), 4)[0]
+    assert "came to position 0 of 2: pacing plateau" in unfinished(plateau, Pace.start(plateau), 4)[0]
     assert "came to stage 1 of 4: the less noisy timesteps were never trained" in unfinished(steps, Pace.start(steps), 4)[0]
     arrived = Pace(kl_weight=1.0, stage=Stage(number=2), timesteps=Stage(number=3))
     assert (
