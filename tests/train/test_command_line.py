@@ -93,32 +93,57 @@ OTHER_VALUES: dict[str, object] = {
     "prompt.waypoints": ["facelift", "hybrid"],
     "prompt.subject": "rat",
     "prompt.angle": "from below",
+    "prompt.matching": "shared",
     "prompt.interpolation": "slerp",
     "prompt.carry": "fade",
     "prompt.learn": False,
     "prompt.learning_rate": 0.25,
     "prompt.decay": 0.5,
     "prompt.norm_band": 0.125,
+    "prompt.separation": 0.5,
+    "prompt.train_from": 0.25,
+    "prompt.train_until": 0.5,
+    "curriculum.pacing": "plateau",
     "curriculum.unit": "step",
     "curriculum.at": [0.0, 0.5],
     "curriculum.position": [0.0, 0.75],
     "curriculum.easing": "cosine",
+    "curriculum.watch": "train",
+    "curriculum.patience": 5,
+    "curriculum.min_gain": 0.25,
+    "curriculum.smoothing": 0.5,
+    "curriculum.max_stage_steps": 9,
+    "curriculum.glide_steps": 3,
+    "curriculum.kl_budget": 0.5,
+    "curriculum.fastest": 0.25,
+    "timesteps.clusters": 4,
+    "timesteps.edges": "uniform",
+    "timesteps.patience": 5,
+    "timesteps.smoothing": 0.5,
+    "timesteps.max_stage_steps": 9,
     "lora.rank": 3,
     "lora.alpha": 3.0,
     "lora.dropout": 0.5,
     "lora.targets": ["to_q"],
     "lora.learning_rate": 0.25,
     "lora.weight_decay": 0.5,
+    "lora.train_from": 0.25,
+    "lora.train_until": 0.5,
     "loss.snr_weighting": "none",
     "loss.snr_gamma": 3.0,
     "loss.condition_drop_rate": 0.25,
     "loss.own_view": False,
     "kl.weight": 0.5,
-    "kl.weighting": "uniform",
+    "kl.target": 0.5,
+    "kl.rate": 0.5,
+    "kl.domain": "both",
+    "kl.weighting": "posterior",
     "kl.clip": 0.5,
     "kl.every": 2,
     "data.train": "/elsewhere/train",
     "data.val": "/elsewhere/val",
+    "data.limit": 9,
+    "data.original": "/elsewhere/original",
     "data.background": "gray",
     "data.reference_view": 2,
     "train.steps": 44,
@@ -147,15 +172,15 @@ OTHER_VALUES: dict[str, object] = {
 }
 """Of every option, one that is not its default."""
 FREE = {
-    *("model", "data.train", "data.val", "train.steps", "train.device", "train.gradient_checkpointing"),
+    *("model", "data.train", "data.val", "data.original", "train.steps", "train.device", "train.gradient_checkpointing"),
     *(name for name in OTHER_VALUES if name.startswith(("monitor.", "export."))),
 }
 """What may change when a run is resumed."""
 
 
 def a_run(folder: Path) -> Path:
-    """A run whose curriculum ends early enough for every other option to be changed by itself."""
-    yaml_file(folder, to_yaml(parse(["--curriculum.position=[0.0, 0.5]"]).config), "config.yaml")
+    """A run in which every other option can be changed by itself: its curriculum ends early, and it needs no original data."""
+    yaml_file(folder, to_yaml(parse(["--curriculum.position=[0.0, 0.5]", "--kl.domain=new"]).config), "config.yaml")
     return folder
 
 
@@ -194,7 +219,7 @@ def test_what_a_run_s_numbers_depend_on_cannot_change_on_a_resume(
         said = refusal(argv, capsys)
         assert said.startswith(
             f"error: --resume {run}: {name}: is {OTHER_VALUES[name]}; the run has {before}. A resumed run keeps its settings, "
-            f"but for model, data.train, data.val, train.steps"
+            f"but for model, data.train, data.val, data.original, train.steps"
         )
         assert said.endswith("leave the option out, or start a new run\n")
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
