@@ -156,13 +156,17 @@ def timestep_edges(alphas_cumprod: Tensor, clusters: int, edges: Edges) -> list[
     Source: Kim et al. 2403.10348; the log-SNR bounds ours (methods.md, 4).
     """
     count = len(alphas_cumprod)
+    if clusters > count:
+        raise ValueError(f"{clusters} clusters of {count} timesteps: some would be empty")
     if edges == "uniform":
         return [round(i * count / clusters) for i in range(clusters + 1)]
     alphabar = alphas_cumprod.double().cpu()
     log_snr = (alphabar / (1 - alphabar)).log()
+    if not log_snr.isfinite().all():
+        raise ValueError("a noise schedule that ends in pure noise has no log SNR there; take uniform edges")
     levels = torch.linspace(float(log_snr[0]), float(log_snr[-1]), clusters + 1, dtype=torch.float64)
     first = torch.searchsorted(-log_snr, -levels[:-1] - 1e-9).tolist()  # the first timestep at or below each level
-    return [*first, count]
+    return sorted({*first, count})  # many clusters leave some empty where the noise is low
 
 
 def lowest_timestep(edges: Sequence[int], stage: int) -> int:

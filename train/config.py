@@ -75,7 +75,7 @@ class Config:
             "a positive number with curriculum.pacing: kl_budget, which needs the KL measured",
         )
         require(
-            self.kl.domain == "new" or self.kl.weight == 0 or self.data.original is not None or self.data.train == MICRO,
+            self.kl.domain == "new" or self.kl.weight == 0 or self.data.original_or_micro is not None,
             "data.original",
             "null",
             f"objects of the pretrained model's domain, as a list or folder, with kl.domain: {self.kl.domain}; if there are "
@@ -84,6 +84,17 @@ class Config:
 
     def _check_windows(self) -> None:
         """Each group trains at some step, and at every step one of them does."""
+        for group, settings in (("prompt", self.prompt), ("lora", self.lora)):
+            for name in ("train_from", "train_until"):
+                value = getattr(settings, name)
+                if self.curriculum.unit == "run":
+                    fits, expected = value is None or value <= 1, "a fraction of the run, at most 1 (curriculum.unit: run)"
+                else:
+                    fits, expected = value is None or value == int(value), "a whole number of steps (curriculum.unit: step)"
+                require(fits, f"{group}.{name}", value, expected)
+        if self.curriculum.unit == "step":
+            whole = all(at == int(at) for at in self.curriculum.at)
+            require(whole, "curriculum.at", self.curriculum.at, "whole numbers of steps (curriculum.unit: step)")
         steps = range(self.train.steps)
         active = {
             name: [first <= step < end for step in steps]

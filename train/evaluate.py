@@ -53,18 +53,18 @@ def averaged(job: Job, ema: EMAModel | None) -> Iterator[None]:
 
 
 @torch.no_grad()
-def validation_losses(job: Job, position: float, objects: EncodedObjects) -> Tensor:
+def validation_losses(job: Job, position: float, objects: EncodedObjects, *, reference: int) -> Tensor:
     """Mean squared error of the prediction of each view, at fixed noise and timesteps, unweighted.
 
-    No condition is dropped, every view counts, and the first of `data.reference_view` is given: whatever the training was, the
-    losses of two runs on the same objects can be compared. Each process takes its share of the objects; all get the mean.
+    No condition is dropped and every view counts: whatever the training was, the losses of two runs on the same objects can be
+    compared. Each process takes its share of the objects; all get the mean.
+    reference: the view that is given.
     Returns: [V], float64, on the CPU.
     """
     config, accelerator = job.config, job.accelerator
     schedule_length, views = len(job.pipeline.scheduler.alphas_cumprod), job.pipeline.num_views
     count = config.monitor.validation_timesteps
     timesteps = [int((k + 0.5) / count * schedule_length) for k in range(count)]
-    references = config.data.references(views)[:1]
     total = torch.zeros(views, dtype=torch.float64, device=accelerator.device)
     looks = [(i, t) for i in range(len(objects)) for t in timesteps]
     mine = looks[accelerator.process_index :: accelerator.num_processes]
@@ -78,7 +78,7 @@ def validation_losses(job: Job, position: float, objects: EncodedObjects) -> Ten
                     generator,
                     encoded=encoded[-1],
                     num_timesteps=schedule_length,
-                    references=references,
+                    references=[reference],
                     timestep=timestep,
                 )
             )
@@ -93,12 +93,19 @@ def validation_losses(job: Job, position: float, objects: EncodedObjects) -> Ten
 
 def validation_series(job: Job, position: float, *, with_original: bool) -> dict[str, float]:
     """The loss on held-out objects and of each of their views; where asked for, on the pretrained model's own domain too."""
-    losses = validation_losses(job, position, job.held_out)
+    losses = validation_losses(job, position, job.held_out, reference=job.config.data.first_reference)
     series = {"loss/validation": float(losses.mean())}
     if with_original and job.original is not None:
-        series["loss/original"] = float(validation_losses(job, position, job.original.held_out).mean())
+        series["loss/original"] = original_loss(job, position)
     names = view_names(job.pipeline.num_views)
     return series | {f"loss_view/{name}": float(loss) for name, loss in zip(names, losses, strict=True)}
+
+
+def original_loss(job: Job, position: float) -> float:
+    """The loss on the pretrained model's own domain, under the prompt E(position) that the run would leave with; view 0 is
+    given, as in its pretraining. Job.original must be there."""
+    assert job.original is not None
+    return float(validation_losses(job, position, job.original.held_out, reference=0).mean())
 
 
 def view_weights(job: Job, num_objects: int) -> Tensor | None:
@@ -118,7 +125,7 @@ def preview(job: Job, prompt: Tensor, pretrained: Tensor | None) -> Preview:
     """
     config = job.config
     count = min(config.monitor.preview_objects, len(job.held_out))
-    reference = config.data.references(job.pipeline.num_views)[0]
+    reference = config.data.first_reference
     truth = torch.stack([rotate_views(job.held_out.pictures(i, seeded("preview", i)), reference) for i in range(count)]).to(
         job.pipeline.device
     )

@@ -26,7 +26,7 @@ from softprompt.files import new_file, remove_partial
 from softprompt.templates import view_texts
 from train.checkpoint import restore, save_checkpoint, save_progress
 from train.config import Config, option_values, to_yaml
-from train.evaluate import averaged, preview, preview_series, validation_series
+from train.evaluate import averaged, original_loss, preview, preview_series, validation_series
 from train.export import Exported, export, export_pipeline
 from train.monitor import Monitor, preview_grid, preview_tiles, prompt_series
 from train.options import MICRO
@@ -268,8 +268,7 @@ def _evaluate_if_due(run: Run) -> None:
         series = validation_series(job, run.position, with_original=with_preview)
         if run.step == 0 and "loss/original" in series:
             # Position 0 of a prompt and a LoRA that have not moved is the untouched model, whatever the strategy starts with.
-            untouched = series if run.position == 0 else validation_series(job, 0.0, with_original=True)
-            series["loss/original_pretrained"] = untouched["loss/original"]
+            series["loss/original_pretrained"] = series["loss/original"] if run.position == 0 else original_loss(job, 0.0)
         if with_preview and job.accelerator.is_main_process:
             with torch.no_grad():
                 shown = preview(job, job.adapted.prompt(run.position), run.pretrained_views)

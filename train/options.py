@@ -230,7 +230,7 @@ class KLConfig:
         require(self.clip > 0, "kl.clip", self.clip, "a positive number")
         require(self.target is None or self.target > 0, "kl.target", self.target, "a positive number, or null")
         require(self.target is None or self.weight > 0, "kl.weight", self.weight, "a positive number where kl.target is given")
-        require(self.rate > 0, "kl.rate", self.rate, "a positive number")
+        require(0 < self.rate <= 1, "kl.rate", self.rate, "a share in (0, 1]")
         require(self.every >= 1, "kl.every", self.every, "1 (each step) or more")
 
 
@@ -267,6 +267,29 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "1 or more, or null")
+        given = self.reference_view if isinstance(self.reference_view, list) else [self.reference_view]
+        require(
+            len(given) > 0 and all(view == "random" or int(view) >= 0 for view in given),
+            "data.reference_view",
+            self.reference_view,
+            "a view, counted from 0, a list of views, or random",
+        )
+
+    @property
+    def first_reference(self) -> int:
+        """The view that is given where one alone is: in validation and previews."""
+        chosen = self.reference_view
+        return 0 if chosen == "random" else chosen if isinstance(chosen, int) else chosen[0]
+
+    @property
+    def still_background(self) -> str:
+        """The background of held-out objects: always the same one, so that validation is."""
+        return self.background if self.background in ("white", "black", "gray") else "white"
+
+    @property
+    def original_or_micro(self) -> str | None:
+        """Where objects of the pretrained model's domain come from; None: nowhere."""
+        return self.original or (MICRO if self.train == MICRO else None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,20 @@ def lowest_timestep_of(config: Config, pace: Pace, alphas_cumprod: Tensor) -> in
     return lowest_timestep(timestep_edges(alphas_cumprod, settings.clusters, settings.edges), pace.timesteps.number)
 
 
+def least_steps(config: Config) -> dict[str, int]:
+    """Steps that a curriculum paced by patience takes at least, were nothing ever to improve, by what it moves."""
+    curriculum, timesteps = config.curriculum, config.timesteps
+    found = {}
+    if timesteps.clusters > 1:
+        stage = min(timesteps.patience + 2, timesteps.max_stage_steps or config.train.steps + 1)  # the first value is the best
+        found["timesteps"] = (timesteps.clusters - 1) * stage
+    if curriculum.pacing == "plateau":
+        interval = 1 if curriculum.watch == "train" else config.monitor.validate_every
+        stage = (curriculum.patience + 2) * interval + curriculum.glide_steps
+        found["prompt"] = (len(curriculum.position) - 1) * min(stage, curriculum.max_stage_steps or stage)
+    return found
+
+
 def unfinished(config: Config, pace: Pace, step: int) -> list[str]:
     """What a run that ends at `step` has not come to, as sentences; none where all curricula arrived."""
     found = []

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from softprompt.cache import EncodedObjects
+from softprompt.curriculum import timestep_edges
 from softprompt.data import FolderSource, Source, Subset, open_source
 from softprompt.embeddings import load_waypoints
 from softprompt.errors import InputError
@@ -23,6 +24,7 @@ from softprompt.pipeline import Pipeline, load_pipeline
 from softprompt.prompt import SoftPrompt
 from train.config import Config
 from train.options import MICRO
+from train.pacing import least_steps
 
 MICRO_TRAIN_OBJECTS = 40
 FIRST_HELD_OUT = 10_000
@@ -107,10 +109,13 @@ def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
     if config.train.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     adapted = AdaptedModel(pipeline.unet, prompt).to(accelerator.device).train()
-    model, optimizer = accelerator.prepare(adapted, make_optimizer(config, adapted))
+    model, optimizer = accelerator.prepare(adapted, make_optimizer(config, adapted, scaled=precision == "fp16"))
 
     original, original_notes = _open_original(config, pipeline)
-    sources = EncodedObjects(train, pipeline, config.data.background), EncodedObjects(held_out, pipeline, _still(config))
+    sources = (
+        EncodedObjects(train, pipeline, config.data.background),
+        EncodedObjects(held_out, pipeline, config.data.still_background),
+    )
     needed = [*sources]
     if original is not None:
         needed += [original.held_out, original.replay] if _replays(config) else [original.held_out]
@@ -120,8 +125,8 @@ def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
     return Job(config, accelerator, pipeline, model, adapted, optimizer, *sources, original, notes)
 
 
-def make_optimizer(config: Config, adapted: AdaptedModel) -> torch.optim.Optimizer:
-    """AdamW with one group per trained part, each with its own learning rate."""
+def make_optimizer(config: Config, adapted: AdaptedModel, *, scaled: bool = False) -> torch.optim.Optimizer:
+    """AdamW with one group per trained part, each with its own learning rate. scaled: by fp16's gradient scaler."""
     settings = {
         "prompt": {"lr": config.prompt.learning_rate, "weight_decay": 0.0},  # zero: it would pull toward 0, not the start
         "lora": {"lr": config.lora.learning_rate, "weight_decay": config.lora.weight_decay},
@@ -130,7 +135,8 @@ def make_optimizer(config: Config, adapted: AdaptedModel) -> torch.optim.Optimiz
         {"name": name, "params": list(parameters.values()), **settings[name]}
         for name, parameters in adapted.trainable().items()
     ]
-    return torch.optim.AdamW(groups, fused=next(adapted.parameters()).is_cuda)
+    # A fused step would hide from accelerate that the scaler has left it out.
+    return torch.optim.AdamW(groups, fused=next(adapted.parameters()).is_cuda and not scaled)
 
 
 def _choose_precision(config: Config) -> tuple[str, list[str]]:
@@ -154,6 +160,11 @@ def _choose_precision(config: Config) -> tuple[str, list[str]]:
 def _check_together(config: Config, pipeline: Pipeline) -> None:
     """What only shows when the model is there. Raises: InputError."""
     config.data.references(pipeline.num_views)
+    if config.timesteps.clusters > 1:
+        try:
+            timestep_edges(pipeline.scheduler.alphas_cumprod, config.timesteps.clusters, config.timesteps.edges)
+        except ValueError as error:
+            raise InputError(f"timesteps: {error}") from error
     if config.loss.snr_weighting == "v" and pipeline.scheduler.config["prediction_type"] == "epsilon":
         raise InputError(
             f"loss.snr_weighting: is v, the min-SNR weight of v-prediction; {pipeline.folder} predicts epsilon. Use "
@@ -177,24 +188,32 @@ def _advice(config: Config) -> list[str]:
                 f"WARNING    {', '.join(unchanged)}: tuned for the micro model; configs/facelift_mouse.yaml has values for "
                 f"real weights"
             )
-    if config.train.warmup_steps >= config.train.steps:
-        advice.append(
-            f"WARNING    train.warmup_steps {config.train.warmup_steps}: the learning rates do not reach their full value"
-        )
+    for group, trains in (("prompt", config.prompt.learn), ("LoRA", config.lora.rank > 0)):
+        first, end = config.window(group.lower())
+        if trains and config.train.warmup_steps >= end - first:
+            advice.append(
+                f"WARNING    train.warmup_steps {config.train.warmup_steps}: the learning rate of the {group}, which trains "
+                f"for {end - first} steps, does not reach its full value"
+            )
     if config.model != MICRO and config.data.train == MICRO:
         advice.append("WARNING    data.train is the embedded toy world; give --data.train for pictures of your own")
     curriculum = config.curriculum
+    for name, least in least_steps(config).items():
+        if least > config.train.steps:
+            advice.append(
+                f"WARNING    the curriculum of the {name} takes {least} steps or more; the run has {config.train.steps} and "
+                f"ends before it arrives. Lower its patience, or give it a max_stage_steps"
+            )
+    if curriculum.pacing == "plateau" and curriculum.watch == "train" and curriculum.smoothing == 0:
+        advice.append(
+            "WARNING    curriculum.watch train with curriculum.smoothing 0: the loss of one batch is mostly noise; try 0.9"
+        )
     if curriculum.pacing == "step" and curriculum.unit == "step" and curriculum.at[-1] > config.train.steps:
         advice.append(
             f"WARNING    the curriculum reaches its end at step {curriculum.at[-1]:g}; the run has {config.train.steps} steps "
             f"and stops before"
         )
     return advice
-
-
-def _still(config: Config) -> str:
-    """The background of held-out objects: always the same one, so that validation is."""
-    return config.data.background if config.data.background in ("white", "black", "gray") else "white"
 
 
 def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list[str]]:
@@ -218,7 +237,12 @@ def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list
     else:
         held_out = train
         note = "; WARNING: the only object is both trained on and validated on, so validation shows no generalisation"
-    if config.data.limit is not None and config.data.limit < len(train):
+    if config.data.limit is not None:
+        if config.data.limit > len(train):
+            raise InputError(
+                f"data.limit: is {config.data.limit}; {config.data.train} has {len(train)} objects to train on. Expected that "
+                f"many or fewer, or null for all"
+            )
         train = Subset(train, range(config.data.limit))
         note += f" (data.limit {config.data.limit})"
     return train, held_out, [f"data       {len(train)} objects to train on, {len(held_out)} held out{note}"]
@@ -226,14 +250,14 @@ def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list
 
 def _open_original(config: Config, pipeline: Pipeline) -> tuple[OriginalDomain | None, list[str]]:
     """Objects of the pretrained model's domain where there are any, and what to say of them."""
-    path = config.data.original or (MICRO if config.data.train == MICRO else None)
+    path = config.data.original_or_micro
     if path is None:
         return None, []
     source = _open_source(pipeline, path, "heads", FIRST_HELD_OUT, MICRO_TRAIN_OBJECTS + ORIGINAL_HELD_OUT_OBJECTS)
     held = min(ORIGINAL_HELD_OUT_OBJECTS, max(1, len(source) // 2))
     replayed = max(1, len(source) - held)
     parts = Subset(source, range(replayed)), Subset(source, range(len(source) - held, len(source)))
-    replay, held_out = (EncodedObjects(part, pipeline, _still(config)) for part in parts)
+    replay, held_out = (EncodedObjects(part, pipeline, config.data.still_background) for part in parts)
     note = f", {replayed} to hold the KL on" if _replays(config) else ""
     if len(source) == 1 and _replays(config):
         note += "; WARNING: they are one and the same"

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from softprompt.errors import InputError
+from softprompt.templates import TEMPLATES, view_texts
 from train.command_line import option_kinds, parse, suggestion
 from train.config import Config, option_values
 
@@ -24,7 +25,9 @@ SAME_FOR_ALL = (
     "train.steps",
     "data.val",
     "data.original",
+    "monitor.validate_every",
     "monitor.validation_timesteps",
+    "monitor.preview_every",
     "monitor.preview_objects",
     "monitor.preview_steps",
     "monitor.guidance_scale",
@@ -158,10 +161,26 @@ def read_file(path: str) -> dict[str, Any]:
             raise InputError(f"{path}: has no {name}; expected {known[-2]} (a name) and {known[-1]} (by name)")
     if not isinstance(content["variants"], dict):
         raise InputError(f"{path}: variants: is {content['variants']}; expected options by variant, e.g. {{learned: {{}}}}")
+    _check_kinds(path, content)
     for name, options in content["variants"].items():
         if not isinstance(name, str) or not isinstance(options, dict | None):
             raise InputError(f"{path}: variants: {name}: is {options}; expected a name as text, and options such as {{}}")
+        files = (options or {}).get("config", [])
+        if not isinstance(files, str) and not (isinstance(files, list) and all(isinstance(file, str) for file in files)):
+            raise InputError(f"{path}: variants: {name}: config: is {files}; expected a file, or a list of files")
     return content
+
+
+def _check_kinds(path: str, content: Mapping[str, Any]) -> None:
+    """What the parser says badly. Raises: InputError."""
+    lists = {"base": (str, "a list of files, e.g. [configs/micro.yaml]"), "seeds": (int, "a list of numbers, e.g. [0, 1, 2]")}
+    for name, (kind, expected) in lists.items():
+        value = content.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+            raise InputError(f"{path}: {name}: is {'empty' if value is None else value}; expected {expected}")
+    options = content.get("options", {})
+    if not isinstance(options, dict):
+        raise InputError(f"{path}: options: is {'empty' if options is None else options}; expected options by name, or {{}}")
 
 
 class _NoTwins(yaml.SafeLoader):
@@ -183,7 +202,10 @@ def flat_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping) and name in _groups():
-            flat |= flat_options({f"{name}.{inner}": v for inner, v in value.items()}, where)
+            nested = flat_options({f"{name}.{inner}": v for inner, v in value.items()}, where)
+            if twice := [inner for inner in nested if inner in options or inner in flat]:
+                raise InputError(f"{where}: {twice[0]} is there twice, dotted and under {name}; expected it once")
+            flat |= nested
         elif name in SET_BY_COMPARISON:
             raise InputError(f"{where}: {name} is set by the comparison itself (seeds, --output); leave it out")
         elif name in NOT_IN_OPTIONS:
@@ -235,11 +257,13 @@ def evaluation_of(config: Config) -> dict[str, Any]:
     found = {name: values[name] for name in SAME_FOR_ALL}
     if values["data.val"] is None:
         found["data.train"] = values["data.train"]  # whose last objects are held out
-    still = values["data.background"] if values["data.background"] in ("white", "black", "gray") else "white"
-    first = values["data.reference_view"]
+    pretrained = config.prompt.waypoints[0]
+    if "{" in str(TEMPLATES.get(pretrained, pretrained)):
+        pretrained = view_texts(pretrained, subject=config.prompt.subject, angle=config.prompt.angle)[0]
     return found | {
-        "data.background (of held-out objects)": still,
-        "data.reference_view (the first)": first[0] if isinstance(first, list) else 0 if first == "random" else first,
+        "data.background (of held-out objects)": config.data.still_background,
+        "data.reference_view (the first)": config.data.first_reference,
+        "prompt.waypoints (the first: what the untouched model is)": pretrained,
     }
 
 

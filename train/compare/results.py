@@ -110,7 +110,7 @@ class Summary:
     reach: Reach
     forgotten: Spread
     forgotten_ratio: Interval
-    """Mean over the baseline's mean."""
+    """Over the baseline's."""
     series: Mapping[str, Spread]
     """Other series at the end, by their names in metrics.jsonl."""
     psnr_change: Interval
@@ -287,6 +287,16 @@ def ratio_of_means(values: Sequence[float], baseline: Sequence[float]) -> Interv
     return Interval(value, float(bounds.low), float(bounds.high))
 
 
+def paired_ratio(values: Sequence[float], baseline: Sequence[float]) -> Interval:
+    """Value over baseline: the mean of the paired log ratios and its t interval where all are positive, as for the loss;
+    otherwise the ratio of the means with its bootstrap interval, which is too narrow with few seeds."""
+    known = [v for side in (values, baseline) for v in side if math.isfinite(v)]
+    if not all(v > 0 for v in known):
+        return ratio_of_means(values, baseline)
+    change = paired_change(values, baseline)
+    return Interval(*(1 + bound for bound in (change.value, change.low, change.high)))
+
+
 def verdict(change: Interval, pairs: int) -> str:
     """What a paired relative difference of the loss lets one say."""
     if pairs < FEWEST_SEEDS or math.isnan(change.low):
@@ -325,7 +335,7 @@ def summarise(variant: str, results: Sequence[RunResult], baseline: str) -> Summ
         verdict="the baseline" if variant == baseline else verdict(change, usable) if own else "no finished run",
         reach=reach([first_crossing(r.validation, b.number("loss/validation")) / b.steps for r, b in pairs]),
         forgotten=spread([r.forgotten for r in own]),
-        forgotten_ratio=ratio_of_means(*_sides([(r.forgotten, b.forgotten) for r, b in pairs])),
+        forgotten_ratio=paired_ratio(*_sides([(r.forgotten, b.forgotten) for r, b in pairs])),
         series={name: spread([r.number(name) for r in own]) for name in names},
         psnr_change=paired_difference(*_sides([(r.number("views/psnr"), b.number("views/psnr")) for r, b in pairs])),
         view_psnr=_mean_views(own, "views_psnr"),

@@ -12,8 +12,10 @@ CAVEATS = (
     "baseline by chance, since the intervals are 95 % ones and are not corrected for how many there are.",
     "Seeds vary the order of data, the noise and the start of what is trained. They do not vary the objects: the intervals say "
     "what another seed would give on these objects, not what other objects would.",
-    "The interval of the loss is a paired t interval of log ratios, which takes them to be roughly normal; the others are "
-    "percentile bootstraps over seeds. With few seeds, bootstraps are too narrow.",
+    "The intervals of the loss and of forgetting are paired t intervals of log ratios, which take them to be roughly normal; "
+    "those of steps are percentile bootstraps over seeds, and too narrow with few seeds.",
+    "Forgetting is measured under the prompt that a variant ends with. Under the pretrained prompt a variant that trains the "
+    "prompt alone has forgotten nothing, and one that starts under another prompt is worse on the original domain from step 0.",
     "The held-out loss is measured at fixed noise and timesteps, without dropped conditions. A lower loss is not always a "
     "better picture: read it next to PSNR, SSIM and the pictures, which few objects and one noise per seed stand behind.",
     "PSNR and SSIM compare with the one true view; a plausible view that is not that one scores low.",
@@ -22,10 +24,10 @@ CAVEATS = (
 )
 OTHER_NOTE = (
     "Original loss: on the pretrained model's own domain, at the end. Forgetting: how much higher that is than the untouched "
-    "pretrained model's, and how many times the baseline's forgetting that is. PSNR, SSIM: higher is better; under PSNR, the "
-    "paired change against the baseline in dB with its 95 % t interval. Copy score: 1, views are copies of the input; 0, as "
-    "different from it as the truth. Separation: 1, views differ from each other as the true ones do; 0, they are the same. "
-    "Prompts alike: mean cosine of the views' prompts; 1, they have become one."
+    "pretrained model's, under the variant's own prompt, and how many times the baseline's that is. PSNR, SSIM: higher is "
+    "better; under PSNR, the paired change against the baseline in dB with its 95 % t interval. Copy score: 1, views are copies "
+    "of the input; 0, as different from it as the truth. Separation: 1, views differ from each other as the true ones do; 0, "
+    "they are the same. Prompts alike: mean cosine of the views' prompts; 1, they have become one."
 )
 
 
