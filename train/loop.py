@@ -302,7 +302,7 @@ def _watch(run: Run, series: Mapping[str, float]) -> dict[str, float]:
     """
     prompt = run.job.adapted.prompt
     with torch.no_grad():
-        signs = collapse_signs({**series, **prompt_series(prompt, prompt(run.position))})
+        signs = collapse_signs({**series, **prompt_series(prompt, prompt(run.position))}, run.first or {})
     if run.step > 0:
         for name in signs.keys() - run.warned.keys():
             tqdm.write(f"WARNING step {run.step}: {name}: {signs[name]}", file=sys.stderr)

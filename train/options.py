@@ -257,12 +257,8 @@ class DataConfig:
         """The views that may be given. Raises: InputError when one is not among the model's."""
         chosen = self.reference_view
         views = list(range(num_views)) if chosen == "random" else [chosen] if isinstance(chosen, int) else list(chosen)
-        require(
-            bool(views) and all(isinstance(v, int) and 0 <= v < num_views for v in views),
-            "data.reference_view",
-            chosen,
-            f"views from 0 to {num_views - 1}",
-        )
+        expected = f"views from 0 to {num_views - 1}"
+        require(all(isinstance(v, int) and v < num_views for v in views), "data.reference_view", chosen, expected)
         return [int(v) for v in views]
 
     def __post_init__(self) -> None:

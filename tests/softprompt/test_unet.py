@@ -327,3 +327,24 @@ def test_pickled_weights_are_read_too(unet_folder: Path) -> None:
     pickle_weights(unet_folder, expected)
     found = load_unet(unet_folder).state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_a_shared_prompt_gives_what_a_prompt_for_each_picture_gives(tiny_folder: Path) -> None:
+    unet = load_unet(tiny_folder / "unet")
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randn(6, 77, 1024, generator=generator)
+    order = torch.tensor([0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 0, 1])
+    sample, labels = torch.randn(12, 8, 8, 8, generator=generator), torch.randn(12, 64, generator=generator)
+    outputs, gradients = [], []
+    for shared in (True, False):
+        learned = prompt.clone().requires_grad_()
+        options = {"cross_attention_kwargs": {"prompt_of": order}} if shared else {}
+        out = unet(
+            sample, 300, encoder_hidden_states=learned if shared else learned[order], class_labels=labels, **options
+        ).sample
+        out.square().mean().backward()
+        assert learned.grad is not None
+        outputs.append(out.detach())
+        gradients.append(learned.grad)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -324,7 +325,7 @@ def test_the_last_error_of_a_log_is_found(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- acceptance
 
 
-def test_three_variants_and_two_seeds_from_nothing_to_a_report(tmp_path):
+def test_three_variants_and_two_seeds_from_nothing_to_a_report(tmp_path, request):
     variants = VARIANTS | {"faster": {"prompt.learning_rate": 0.3}}
     out = tmp_path / "out"
 
@@ -342,6 +343,9 @@ def test_three_variants_and_two_seeds_from_nothing_to_a_report(tmp_path):
     assert "6 runs of 60 steps: 0 are finished, 6 to do" in said and "6 of 6" in said
     report = (out / "comparison-asked.html").read_text()
     assert "6 of 6 runs are finished" in report and report.count("<svg") == 3
+    if shutil.which("chromium") is not None:
+        seen = request.getfixturevalue("open_in_browser")(out / "comparison-asked.html", 1280)
+        assert seen == {"pictures": 5, "drawn": 5, "figures": 3, "overflow": 0}, "truth, pretrained, three variants"
     assert len((out / "comparison-asked-results.csv").read_text().splitlines()) == 7
     before = written()
     assert "6 are finished, 0 to do" in command(base=["configs/micro.yaml"], variants=variants)
@@ -350,3 +354,47 @@ def test_three_variants_and_two_seeds_from_nothing_to_a_report(tmp_path):
     said = command(base=["configs/micro.yaml"], variants=more, seeds=[0])
     assert "4 runs of 60 steps: 3 are finished, 1 to do" in said and "fixed seed 0: loss" in said
     assert before.items() <= written().items()
+
+
+# ------------------------------------------------------------------------------------------------------- shipped files
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in sorted((REPOSITORY / "configs" / "compare").glob("*.yaml")) if not f.stem.startswith("micro_")], ids=str
+)
+def test_every_shipped_comparison_can_be_run(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    request = read_request(["--config", str(file), "--output", str(tmp_path)])
+    plan = make_plan(request.comparison, tmp_path)
+    assert request.name == file.stem and not plan.warnings
+    assert len(plan.runs()) == len(request.comparison.variants) * len(request.comparison.seeds)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"base": "configs/micro.yaml"}, r"base: is configs/micro\.yaml; expected a list of files"),
+        ({"base": None}, r"base: is empty; expected a list of files"),
+        ({"options": None}, r"options: is empty; expected options by name"),
+        ({"seeds": 5}, r"seeds: is 5; expected a list of numbers"),
+        ({"variants": {"plain": {"config": 3}}}, r"plain: config: is 3; expected a file"),
+    ],
+)
+def test_what_is_of_the_wrong_kind_is_named(tmp_path, changed, said):
+    with pytest.raises(InputError, match=said):
+        read_file(str(write_comparison(tmp_path, **changed)))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prompt.learn": True, "prompt": {"learn": False}}, r"prompt\.learn is there twice, dotted and under prompt"),
+        ({"data.reference_view": []}, r"variant learned: .*data\.reference_view: is \[\]"),
+        ({"prompt.waypoints": ["realistic", "facelift"]}, r"prompt\.waypoints \(the first: what the untouched model is\)"),
+        ({"monitor.validate_every": 7}, r"monitor\.validate_every is 7 in learned"),
+    ],
+)
+def test_variants_that_would_be_measured_otherwise_are_refused(tmp_path, options, said):
+    comparison = Comparison(baseline="plain", variants={"plain": {}, "learned": options}, options=dict(QUICK))
+    with pytest.raises(InputError, match=said):
+        make_plan(comparison, tmp_path)

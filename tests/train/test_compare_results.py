@@ -12,15 +12,17 @@ from train.compare.results import (
     Curve,
     Interval,
     first_crossing,
+    in_words,
     is_finished,
+    outcome_of,
     paired_change,
     paired_difference,
+    paired_ratio,
     ratio_of_means,
     reach,
     read_run,
     spread,
     summarise,
-    verdict,
 )
 
 T_975 = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645}
@@ -119,15 +121,26 @@ def test_pairs_with_an_unknown_are_left_out():
 def test_the_same_numbers_are_inside_the_noise():
     change = paired_change([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
     assert (change.value, change.low, change.high) == (0, 0, 0)
-    assert verdict(change, 3) == "inside the noise"
+    assert outcome_of(change, 3) == "noise"
 
 
 def test_verdicts_in_words():
+    def verdict(change, pairs):
+        return in_words(outcome_of(change, pairs), change)
+
     assert verdict(Interval(-0.12, -0.15, -0.09), 3) == "lower by 12 % (9 to 15)"
     assert verdict(Interval(0.034, 0.021, 0.05), 5) == "higher by 3.4 % (2.1 to 5)"
     assert verdict(Interval(-0.12, -0.25, 0.01), 5) == "inside the noise"
     assert verdict(Interval(-0.5, -0.6, -0.4), 2) == "too few seeds to say"
     assert verdict(Interval(-0.5), 1) == "too few seeds to say"
+
+
+def test_forgetting_ratios_are_those_of_logs_where_all_are_positive():
+    values, baseline = [0.01, 0.02, 0.04], [0.1, 0.1, 0.2]
+    logs = [math.log(v / b) for v, b in zip(values, baseline, strict=True)]
+    found = paired_ratio(values, baseline)
+    assert found.value == pytest.approx(math.exp(sum(logs) / 3)) and found.low < found.value < found.high
+    assert paired_ratio([-0.01, 0.02, 0.04], baseline) == ratio_of_means([-0.01, 0.02, 0.04], baseline)
 
 
 def crossing_by_walking(curve, level):

@@ -117,8 +117,9 @@ def test_the_micro_world_as_png_folders_gives_the_same_losses(small, tmp_path):
 
 def test_accumulated_batches_equal_one_large_batch(small):
     results = []
+    shared = ["--kl.every=1", "--kl.domain=both", "--data.original=micro", "--prompt.separation=1"]
     for options in (["--train.batch_size=4"], ["--train.batch_size=2", "--train.accumulation=2"]):
-        job = prepare(small("--kl.every=1", *options))
+        job = prepare(small(*shared, *options))
         steps = [training_step(job, step) for step in range(3)]
         results.append((steps, trained(job)))
     (large, large_weights), (small, small_weights) = results
@@ -320,7 +321,7 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_reach_the_weights(
 
 def test_a_sign_of_collapse_is_said_once_and_when_it_is_gone(small, tmp_path, monkeypatch, capsys):
     found = iter([{"views_alike": "too early"}, {"views_alike": "they collapse"}, {"views_alike": "still"}, {}])
-    monkeypatch.setattr(loop, "collapse_signs", lambda series: next(found))
+    monkeypatch.setattr(loop, "collapse_signs", lambda series, start: next(found))
     run_to_end(small("--monitor.preview_every=1", "--train.steps=3"), tmp_path / "run")
     said = capsys.readouterr().err
     assert said.count("they collapse") == 1 and "too early" not in said and "still" not in said

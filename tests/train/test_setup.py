@@ -179,7 +179,7 @@ def test_a_picture_cut_short_is_refused_before_the_run(mice: Path, small_config:
 # --------------------------------------------------------------------------------------------------- what does not fit
 
 
-@pytest.mark.parametrize("given", ["6", "[0, -1]"])
+@pytest.mark.parametrize("given", ["6", "[0, 7]"])
 def test_a_reference_view_out_of_range_is_refused(mice: Path, small_config: Small, given: str) -> None:
     with pytest.raises(InputError, match=r"data\.reference_view: is .*; expected views from 0 to 5"):
         prepare(small_config(mice, **{"data.reference_view": given}))
@@ -253,7 +253,7 @@ def test_settings_of_the_micro_model_on_itself_are_not_warned_of(mice: Path, sma
 @pytest.mark.parametrize(("warmup", "warned"), [(3, False), (4, True), (10, True)])
 def test_a_warm_up_as_long_as_the_run_is_warned_of(mice: Path, small_config: Small, warmup: int, warned: bool) -> None:
     said = notes_of(small_config(mice, **{"train.warmup_steps": warmup}))
-    assert (f"train.warmup_steps {warmup}: the learning rates do not reach their full value" in said) == warned
+    assert (f"train.warmup_steps {warmup}: the learning rate of the LoRA, which trains for 4 steps, does not" in said) == warned
 
 
 @pytest.mark.usefixtures("unread")
@@ -331,3 +331,35 @@ def test_tokens_are_matched_where_it_is_asked_for(mice: Path, small_config: Smal
     )
     assert torch.equal(plain[0], matched[0]) and not torch.equal(plain[1], matched[1])
     assert torch.equal(plain[1].sort(dim=1).values, matched[1].sort(dim=1).values), "the same tokens in another order"
+
+
+def test_more_objects_than_there_are_cannot_be_asked_for(mice: Path, small_config: Small) -> None:
+    with pytest.raises(InputError, match=r"data\.limit: is 5; .* has 4 objects to train on"):
+        prepare(small_config(mice, **{"data.limit": 5}))
+
+
+def test_clusters_that_would_be_empty_are_refused(mice: Path, small_config: Small) -> None:
+    with pytest.raises(InputError, match=r"timesteps: 2000 clusters of 1000 timesteps"):
+        prepare(small_config(mice, **{"timesteps.clusters": 2000}))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"timesteps.clusters": 5}, "the curriculum of the timesteps takes 20 steps or more; the run has 4"),
+        ({"curriculum.pacing": "plateau", "monitor.validate_every": 2}, "the curriculum of the prompt takes 8 steps or more"),
+        ({"curriculum.pacing": "plateau", "curriculum.watch": "train"}, "the loss of one batch is mostly noise"),
+        ({"train.warmup_steps": 2, "prompt.train_until": 0.5}, "the learning rate of the prompt, which trains for 2 steps"),
+    ],
+)
+def test_a_curriculum_that_cannot_arrive_is_warned_of(
+    mice: Path, small_config: Small, options: dict[str, object], said: str
+) -> None:
+    assert said in notes_of(small_config(mice, **options))
+    arrives = {
+        "timesteps.max_stage_steps": 1,
+        "curriculum.max_stage_steps": 2,
+        "curriculum.smoothing": 0.9,
+        "train.warmup_steps": 0,
+    }
+    assert said not in notes_of(small_config(mice, **{**options, **arrives}))

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, Literal
 
 FEWEST_SEEDS = 3
 """For an interval to say anything."""
 CONFIDENCE = 0.95
+Outcome = Literal["baseline", "lower", "higher", "noise", "unknown", "absent"]
 RESAMPLES = 9999
 
 
@@ -106,7 +107,10 @@ class Summary:
     """Of the final loss, relative to the baseline on the same seeds: -0.1 is a tenth lower."""
     changes: tuple[float, ...]
     """The same for each paired seed."""
+    outcome: Outcome
+    """What the change lets one say."""
     verdict: str
+    """The same in words."""
     reach: Reach
     forgotten: Spread
     forgotten_ratio: Interval
@@ -297,16 +301,26 @@ def paired_ratio(values: Sequence[float], baseline: Sequence[float]) -> Interval
     return Interval(*(1 + bound for bound in (change.value, change.low, change.high)))
 
 
-def verdict(change: Interval, pairs: int) -> str:
+def outcome_of(change: Interval, pairs: int) -> Outcome:
     """What a paired relative difference of the loss lets one say."""
     if pairs < FEWEST_SEEDS or math.isnan(change.low):
-        return "too few seeds to say"
+        return "unknown"
     if change.low <= 0 <= change.high:
-        return "inside the noise"
+        return "noise"
+    return "lower" if change.value < 0 else "higher"
+
+
+def in_words(outcome: Outcome, change: Interval) -> str:
+    """An outcome for people, e.g. `lower by 12 % (9 to 15)`."""
+    if outcome not in ("lower", "higher"):
+        return {
+            "baseline": "the baseline",
+            "noise": "inside the noise",
+            "unknown": "too few seeds to say",
+            "absent": "no finished run",
+        }[outcome]
     near, far = sorted((abs(change.low), abs(change.high)))
-    return (
-        f"{'lower' if change.value < 0 else 'higher'} by {_percent(abs(change.value))} % ({_percent(near)} to {_percent(far)})"
-    )
+    return f"{outcome} by {_percent(abs(change.value))} % ({_percent(near)} to {_percent(far)})"
 
 
 def _percent(share: float) -> str:
@@ -325,6 +339,7 @@ def summarise(variant: str, results: Sequence[RunResult], baseline: str) -> Summ
     change = paired_change(*_sides(losses))
     names = dict.fromkeys(name for r in own for name in r.final)
     usable = sum(math.isfinite(v) and math.isfinite(b) for v, b in losses)
+    outcome: Outcome = "baseline" if variant == baseline else outcome_of(change, usable) if own else "absent"
     return Summary(
         variant=variant,
         seeds=tuple(r.seed for r in own),
@@ -332,7 +347,8 @@ def summarise(variant: str, results: Sequence[RunResult], baseline: str) -> Summ
         loss=spread([r.number("loss/validation") for r in own]),
         change=change,
         changes=tuple(v / b - 1 if b > 0 else math.nan for v, b in losses),
-        verdict="the baseline" if variant == baseline else verdict(change, usable) if own else "no finished run",
+        outcome=outcome,
+        verdict=in_words(outcome, change),
         reach=reach([first_crossing(r.validation, b.number("loss/validation")) / b.steps for r, b in pairs]),
         forgotten=spread([r.forgotten for r in own]),
         forgotten_ratio=paired_ratio(*_sides([(r.forgotten, b.forgotten) for r, b in pairs])),

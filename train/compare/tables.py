@@ -25,8 +25,8 @@ CAVEATS = (
 OTHER_NOTE = (
     "Original loss: on the pretrained model's own domain, at the end. Forgetting: how much higher that is than the untouched "
     "pretrained model's, under the variant's own prompt, and how many times the baseline's that is. PSNR, SSIM: higher is "
-    "better; under PSNR, the paired change against the baseline in dB with its 95 % t interval. Copy score: 1, views are copies "
-    "of the input; 0, as different from it as the truth. Separation: 1, views differ from each other as the true ones do; 0, "
+    "better; under PSNR, the paired change against the baseline in dB with its 95 % t interval. Copy score: 1, views copy the "
+    "input; 0, as different from it as the truth. Separation: 1, views differ from each other as the true ones do; 0, "
     "they are the same. Prompts alike: mean cosine of the views' prompts; 1, they have become one."
 )
 
@@ -64,7 +64,7 @@ def loss_table(summaries: Sequence[Summary]) -> dict[str, Any]:
     """Held-out loss, verdict, steps to the baseline's loss, time."""
     rows = []
     for s in summaries:
-        baseline = s.verdict == "the baseline"
+        baseline = s.outcome == "baseline"
         change = cell(DASH) if baseline else cell(percent(s.change.value, signed=True), _bounds(s.change, _signed))
         reached = f"{s.reach.reached} of {s.reach.of} reached it" if s.reach.of else ""
         bounds = _bounds(s.reach.share, percent)
@@ -123,7 +123,7 @@ def _other_cells(s: Summary) -> list[dict[str, str]]:
     return [
         _spread(s.series.get("loss/original")),
         _spread(s.forgotten),
-        cell(DASH) if s.verdict == "the baseline" else ratio,
+        cell(DASH) if s.outcome == "baseline" else ratio,
         _psnr(s),
         _spread(s.series.get("views/psnr_foreground"), 4),
         _spread(s.series.get("views/ssim")),
@@ -136,7 +136,7 @@ def _other_cells(s: Summary) -> list[dict[str, str]]:
 def _psnr(s: Summary) -> dict[str, str]:
     """Mean, and the change against the baseline under it where it is known, else the deviation."""
     plain = _spread(s.series.get("views/psnr"), 4)
-    if s.verdict == "the baseline" or math.isnan(s.psnr_change.low):
+    if s.outcome == "baseline" or math.isnan(s.psnr_change.low):
         return plain
     change = f"{s.psnr_change.value:+.2g} ({_bounds(s.psnr_change, lambda v: f'{v:+.2g}')})"
     return cell(plain["text"], change.replace("-", "−"))
@@ -176,9 +176,9 @@ def headline(summaries: Sequence[Summary], baseline: str) -> str:
     others = [s for s in summaries if s.variant != baseline]
     if not others:
         return f"Only the baseline, {baseline}, is here: there is nothing to compare it with."
-    lower = [s for s in others if s.verdict.startswith("lower")]
-    higher = [s for s in others if s.verdict.startswith("higher")]
-    noise = [s for s in others if s.verdict == "inside the noise"]
+    lower = [s for s in others if s.outcome == "lower"]
+    higher = [s for s in others if s.outcome == "higher"]
+    noise = [s for s in others if s.outcome == "noise"]
     unknown = [s for s in others if s not in [*lower, *higher, *noise]]
     parts = [f"{s.variant}: held-out loss {s.verdict} than {baseline}'s" for s in [*lower, *higher]]
     if noise:
