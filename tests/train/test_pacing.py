@@ -124,17 +124,17 @@ class StopAfter(StopSignal):
             "curriculum/position",
             {**STAGES, "curriculum.watch": "train", "curriculum.glide_steps": 2, "curriculum.min_gain": 0.5},
         ),
-        ("curriculum/position", {**STAGES, "curriculum.min_gain": 0.9, "monitor.validate_every": 1}),
+        ("curriculum/position", {**STAGES, "curriculum.patience": 9, "curriculum.max_stage_steps": 3}),
         (
             "curriculum/position",
             {
                 "curriculum.pacing": "kl_budget",
-                "curriculum.kl_budget": 1e-3,
-                "curriculum.fastest": 0.2,
+                "curriculum.kl_budget": 1.0,
+                "curriculum.fastest": 0.12,
                 "curriculum.smoothing": 0.5,
             },
         ),
-        ("curriculum/lowest_timestep", {"timesteps.clusters": 5, "timesteps.patience": 0, "timesteps.smoothing": 0.9}),
+        ("curriculum/lowest_timestep", {"timesteps.clusters": 5, "timesteps.patience": 0, "timesteps.max_stage_steps": 2}),
         (
             "kl/weight",
             {"kl.target": 1e-5, "kl.rate": 1.0, "kl.domain": "both", "data.original": "micro", "prompt.separation": 1.0},
