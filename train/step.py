@@ -1,6 +1,7 @@
 """One optimizer step: batch, losses, gradients, update."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,63 +42,86 @@ def training_step(job: Job, step: int, pace: Pace | None = None) -> StepResult:
 
     pace: what the curricula have come to; None: nothing yet, as at step 0.
     """
-    config, accelerator = job.config, job.accelerator
-    pace = pace or Pace.start(config)
-    position = position_of(config, pace, step)
-    lowest = lowest_timestep_of(config, pace, job.pipeline.scheduler.alphas_cumprod)
-    with_kl = config.kl.weight > 0 and step % config.kl.every == 0
-    domains = {"new": ("new",), "original": ("original",), "both": ("new", "original")}[config.kl.domain] if with_kl else ()
-    share = pace.kl_weight * config.kl.every / max(1, len(domains)) / config.train.accumulation
-    torch.manual_seed(seed_of(config.train.seed, "dropout", step, accelerator.process_index))
+    accelerator = job.accelerator
+    pace = pace or Pace.start(job.config)
+    position = position_of(job.config, pace, step)
+    torch.manual_seed(seed_of(job.config.train.seed, "dropout", step, accelerator.process_index))
+    measured = _backward(job, step, pace, position)
+    norms = _clip_gradients(job, step)
+    _refuse_what_is_not_finite(job, step, measured, norms)
+    job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    _regularise_prompt(job, step, position)
+    kls = measured.kl_by_domain
+    return StepResult(
+        denoising=measured.denoising,
+        kl=sum(kls.values()) / len(kls) if kls else None,
+        kl_on_original=kls.get("original"),
+        kl_sums=measured.kl_sums,
+        grad_norms=norms,
+        skipped=accelerator.optimizer_step_was_skipped,
+    )
 
-    denoising = 0.0
-    kls: dict[str, list[Tensor]] = {domain: [] for domain in domains}
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of one step's batches."""
+
+    denoising: float
+    kl_by_domain: dict[str, float]
+    kl_sums: Tensor
+
+
+def _backward(job: Job, step: int, pace: Pace, position: float) -> _Measured:
+    """Gradients of a step: of the denoising loss, of the KL where it is due, and of the prompts' separation."""
+    config, accelerator, parts = job.config, job.accelerator, job.config.train.accumulation
+    lowest = lowest_timestep_of(config, pace, job.pipeline.scheduler.alphas_cumprod)
+    due = config.kl.weight > 0 and step % config.kl.every == 0
+    domains = {"new": ("new",), "original": ("original",), "both": ("new", "original")}[config.kl.domain] if due else ()
+    kl_share = pace.kl_weight * config.kl.every / max(1, len(domains)) / parts
+
+    denoising, kls = 0.0, dict.fromkeys(domains, 0.0)
     kl_sums = torch.zeros(2, job.pipeline.num_views + KL_TIMESTEP_GROUPS)
-    for part in range(config.train.accumulation):
-        last = part == config.train.accumulation - 1
+    for part in range(parts):
         if "original" in domains:
             batch = _batch(job, step, part, lowest, original=True)
-            with accelerator.no_sync(job.model):
+            with accelerator.no_sync(job.model):  # processes share out gradients once a step, at its last batch
                 _, kl = losses(job, batch, position, with_kl=True)
-                accelerator.backward(share * kl.mean())
-            kls["original"].append(kl.detach().mean())
+                accelerator.backward(kl_share * kl.mean())
+            kls["original"] += kl.mean().item() / parts
             kl_sums += _kl_sums(job, batch, kl)
         batch = _batch(job, step, part, lowest)
+        last = part == parts - 1
         with torch.enable_grad() if last else accelerator.no_sync(job.model):
             fit, kl = losses(job, batch, position, with_kl="new" in domains)
-            loss = fit / config.train.accumulation
+            loss = fit / parts
             if "new" in domains:
-                loss = loss + share * kl.mean()
-                kls["new"].append(kl.detach().mean())
+                loss = loss + kl_share * kl.mean()
+                kls["new"] += kl.mean().item() / parts
                 kl_sums += _kl_sums(job, batch, kl)
             if config.prompt.separation and last:
                 prompt = job.adapted.prompt
                 loss = loss + config.prompt.separation * separation_hinge(prompt(position), prompt.start)
             accelerator.backward(loss)
-        denoising += fit.item() / config.train.accumulation
+        denoising += fit.item() / parts
 
-    measured = torch.tensor([denoising, *(float(torch.stack(kls[domain]).mean()) for domain in domains)])
-    measured = accelerator.reduce(measured.to(accelerator.device), reduction="mean").cpu()
-    norms = _clip_gradients(job, step)
+    own = torch.tensor([denoising, *kls.values()], device=accelerator.device)
+    means = accelerator.reduce(own, reduction="mean").tolist()
+    return _Measured(means[0], dict(zip(domains, means[1:], strict=True)), kl_sums)
+
+
+def _refuse_what_is_not_finite(job: Job, step: int, measured: _Measured, norms: Mapping[str, float]) -> None:
+    """Raises: RunError before what is not finite reaches the weights."""
     # Under fp16 an infinite gradient is normal: the scaler leaves that step out and lowers its scale.
-    finite = bool(measured.isfinite().all())
-    if not (finite and (accelerator.scaler is not None or math.isfinite(sum(norms.values())))):
-        raise RunError(
-            f"step {step}: not finite: denoising loss {float(measured[0]):.3g}, KL "
-            f"{', '.join(f'{float(kl):.3g}' for kl in measured[1:]) or 'not measured'}, gradient norms {norms}; stopped before "
-            f"it reached the weights, so the checkpoints are sound. Likely a learning rate is too high, or fp16 overflows (try "
-            f"train.precision bf16)"
-        )
-    job.optimizer.step()
-    job.optimizer.zero_grad(set_to_none=True)
-    _regularise_prompt(job, step, position)
-    return StepResult(
-        denoising=float(measured[0]),
-        kl=float(measured[1:].mean()) if domains else None,
-        kl_on_original=float(measured[-1]) if "original" in domains else None,
-        kl_sums=kl_sums,
-        grad_norms=norms,
-        skipped=accelerator.optimizer_step_was_skipped,
+    numbers = [measured.denoising, *measured.kl_by_domain.values()]
+    numbers += norms.values() if job.accelerator.scaler is None else ()
+    if all(math.isfinite(number) for number in numbers):
+        return
+    kl = ", ".join(f"{kl:.3g}" for kl in measured.kl_by_domain.values()) or "not measured"
+    raise RunError(
+        f"step {step}: not finite: denoising loss {measured.denoising:.3g}, KL {kl}, gradient norms {norms}; stopped before it "
+        f"reached the weights, so the checkpoints are sound. Likely a learning rate is too high, or fp16 overflows (try "
+        f"train.precision bf16)"
     )
 
 
