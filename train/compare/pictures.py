@@ -45,10 +45,12 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[list[int], list[float], list[fl
 
 
 def curves_figure(curves: Mapping[str, Sequence[Curve]], styles: Mapping[str, Mapping[str, Any]], *, ylabel: str) -> str:
-    """Mean over seeds of each variant, and the band from the lowest to the highest seed.
+    """Mean over seeds of each variant, and the band from the lowest to the highest seed, on a logarithmic scale.
 
     curves: by variant, one for each seed. Returns: SVG; empty where no variant has a point.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     means = {name: mean_curve([c for c in group if c.steps]) for name, group in curves.items()}
     means = {name: points for name, points in means.items() if points[0]}
     if not means:
@@ -57,6 +59,11 @@ def curves_figure(curves: Mapping[str, Sequence[Curve]], styles: Mapping[str, Ma
     for name, (steps, mean, low, high) in means.items():
         axes.fill_between(steps, low, high, color=styles[name]["color"], alpha=0.18, linewidth=0)
         axes.plot(steps, mean, label=name, linewidth=2, marker="o", markersize=3.5, **styles[name])
+    if min(min(low) for _, _, low, _ in means.values()) > 0:  # else what is not positive would not be drawn
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)
     columns = max(1, min(3, 60 // max((len(name) for name in means), default=1)))
