@@ -10,8 +10,8 @@ ALIKE_PROMPTS = 0.5
 """Two prompts nearer to each other than this share of their distance at the start have collapsed."""
 
 _REMEDY = (
-    "Likely the prompts do not tell the views apart, or the picture given is a random view: try data.reference_view 0, "
-    "prompt.learn true, prompt.separation 1"
+    "Likely the prompts do not tell the views apart, or the picture given is a random view: try data.reference_view 0 and "
+    "prompt.learn true, both together"
 )
 
 SIGNS = ("views_alike", "copies_input", "prompts_alike")

@@ -57,7 +57,7 @@ def _spread(values: Spread | None, digits: int = 3) -> dict[str, str]:
 
 
 def _bounds(interval: Interval, show: Any) -> str:
-    return "" if math.isnan(interval.low) else f"{show(interval.low)} to {show(interval.high)}"
+    return f"{show(interval.low)} to {show(interval.high)}" if math.isfinite(interval.low) else ""
 
 
 def loss_table(summaries: Sequence[Summary]) -> dict[str, Any]:
