@@ -105,7 +105,10 @@ def refused(capsys, *argv):
         ({"variants": {"plain": {}, "b": {"config": "no.yaml"}}}, "variant b: --config no.yaml: no such file"),
         ({"variants": {"plain": {}, "b": {"train.steps": 61}}}, "variant b: train.steps is 61 in b, 60 in plain"),
         ({"variants": {"plain": {}, "b": {"monitor.eta": 0.5}}}, "variant b: monitor.eta is 0.5 in b, 0.0 in plain"),
-        ({"variants": {"plain": {}, "b": {"data.train": "mice"}}}, "variant b: data.train is mice in b, micro in plain"),
+        (
+            {"variants": {"plain": {}, "b": {"data.train": "mice", "kl.domain": "new"}}},
+            "variant b: data.train is mice in b, micro in plain",
+        ),
         ({"variants": {"plain": {}, "b": {"train.seed": 1}}}, "variant b: train.seed is set by the comparison itself"),
         ({"options": {"output": "x"}}, "options: output is set by the comparison itself"),
         ({"options": {"resume": "x"}}, "options: resume is no option of a configuration"),
@@ -345,7 +348,8 @@ def test_three_variants_and_two_seeds_from_nothing_to_a_report(tmp_path, request
     assert "6 of 6 runs are finished" in report and report.count("<svg") == 3
     if shutil.which("chromium") is not None:
         seen = request.getfixturevalue("open_in_browser")(out / "comparison-asked.html", 1280)
-        assert seen == {"pictures": 5, "drawn": 5, "figures": 3, "overflow": 0}, "truth, pretrained, three variants"
+        assert (seen["pictures"], seen["drawn"], seen["figures"]) == (5, 5, 3), "truth, pretrained, three variants"
+        assert seen["overflow"] <= 0
     assert len((out / "comparison-asked-results.csv").read_text().splitlines()) == 7
     before = written()
     assert "6 are finished, 0 to do" in command(base=["configs/micro.yaml"], variants=variants)

@@ -44,7 +44,7 @@ def perturb(job: Job, scale: float = 0.3) -> None:
 
 
 def loss_of(job: Job, position: float) -> float:
-    return float(validation_losses(job, position, job.held_out).mean())
+    return float(validation_losses(job, position, job.held_out, reference=job.config.data.first_reference).mean())
 
 
 # ------------------------------------------------------------------------------------------------------------- validation
@@ -118,9 +118,9 @@ def test_the_loss_of_each_view_is_logged_under_its_own_name(make_job: Callable[.
     series = validation_series(job, 0.0, with_original=True)
     views = [series[f"loss_view/{name}"] for name in VIEWS]
     assert sum(views) / 6 == pytest.approx(series["loss/validation"])
-    assert len(set(views)) == 6 and views == validation_losses(job, 0.0, job.held_out).tolist()
+    assert len(set(views)) == 6 and views == validation_losses(job, 0.0, job.held_out, reference=4).tolist()
     assert job.original is not None
-    expected = float(validation_losses(job, 0.0, job.original.held_out).mean())
+    expected = float(validation_losses(job, 0.0, job.original.held_out, reference=0).mean())
     assert series["loss/original"] == expected != series["loss/validation"]
     assert "loss/original" not in validation_series(job, 0.0, with_original=False)
     assert "loss/original" not in validation_series(make_job(), 0.0, with_original=True), "none is at hand"

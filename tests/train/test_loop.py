@@ -109,7 +109,7 @@ def test_only_the_newest_checkpoints_are_kept(small, tmp_path):
 def test_the_micro_world_as_png_folders_gives_the_same_losses(small, tmp_path):
     size, counts = 64, {"train": (0, 40), "val": (10_000, 24)}
     lists = {name: write_source(MicroWorld("mice", *c, size=size), tmp_path / name) for name, c in counts.items()}
-    options = ["--data.background=three_choices", "--train.steps=3", "--monitor.validate_every=3"]
+    options = ["--data.background=three_choices", "--data.original=micro", "--train.steps=3", "--monitor.validate_every=3"]
     run_to_end(small("--data.train=micro", "--data.val=micro", *options), tmp_path / "world")
     run_to_end(small(f"--data.train={lists['train']}", f"--data.val={lists['val']}", *options), tmp_path / "folders")
     assert series(tmp_path / "folders") == series(tmp_path / "world")

@@ -57,6 +57,7 @@ def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_fo
     options = [
         f"--model={tiny_folder}",
         f"--data.train={facelift / 'sample_000'}",
+        "--kl.domain=new",
         f"--prompt.waypoints=[{facelift / 'clr_embeds.pt'}, realistic]",
         "--train.steps=3",
         f"--output={out}",
