@@ -402,3 +402,9 @@ def test_variants_that_would_be_measured_otherwise_are_refused(tmp_path, options
     comparison = Comparison(baseline="plain", variants={"plain": {}, "learned": options}, options=dict(QUICK))
     with pytest.raises(InputError, match=said):
         make_plan(comparison, tmp_path)
+
+
+def test_an_option_of_the_wrong_kind_is_named(tmp_path, capsys):
+    file = write_comparison(tmp_path)
+    said = refused(capsys, "--config", file, "--output", tmp_path / "out", "--seeds", "5")
+    assert said.strip() == "error: seeds: is 5; expected a list, e.g. '[0, 1, 2]'"

@@ -55,6 +55,13 @@ class CompareParser(Parser):
         if unknown:
             print(f"error: unknown option {unknown.group(1)!r}{suggestion(unknown.group(1), self.names)}", file=sys.stderr)
             raise SystemExit(2)
+        value = re.match(r'Parser key "(seeds|base)": .*?(?:Got|Given) value: ?(.*)$', " ".join(message.split()))
+        if value:
+            expected = (
+                "a list, e.g. '[0, 1, 2]'" if value.group(1) == "seeds" else "a list of files, e.g. '[configs/micro.yaml]'"
+            )
+            print(f"error: {value.group(1)}: is {value.group(2)}; expected {expected}", file=sys.stderr)
+            raise SystemExit(2)
         super().error(message, ex)
 
 
