@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from softprompt.data import write_source
 from softprompt.micro.world import MicroWorld
 from train.command_line import parse
 from train.config import Config
+from train.stop import StopSignal
 
 SMALL = {
     "model": "micro",
@@ -48,6 +50,26 @@ def mice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_source(MicroWorld("mice", 0, 4, size=64), folder / "train")
     write_source(MicroWorld("mice", 10_000, 2, size=64), folder / "val")
     return folder
+
+
+class StopAfter(StopSignal):
+    """Ctrl-C at a chosen step, without a signal."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.looks_left = 2 * step  # before each step and after it
+
+    def agreed(self, accelerator: object) -> bool:
+        self.looks_left -= 1
+        if self.looks_left == 0:
+            self.number = signal.SIGINT
+        return self.number is not None
+
+
+@pytest.fixture
+def stop_after() -> Callable[[int], StopSignal]:
+    """`stop_after(step)`: a stop signal that comes at that step."""
+    return StopAfter
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,28 +49,14 @@ def trained(job: Job) -> dict[str, Tensor]:
     return {name: p.detach().clone() for group in job.adapted.trainable().values() for name, p in group.items()}
 
 
-class StopAfter(StopSignal):
-    """Ctrl-C at a chosen step, without a signal."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.looks_left = 2 * step  # before each step and after it
-
-    def agreed(self, accelerator: object) -> bool:
-        self.looks_left -= 1
-        if self.looks_left == 0:
-            self.number = signal.SIGINT
-        return self.number is not None
-
-
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
 @pytest.mark.parametrize("stop_at", [2, 3])
-def test_a_run_stopped_and_resumed_equals_one_that_was_not(small, tmp_path, stop_at):
+def test_a_run_stopped_and_resumed_equals_one_that_was_not(small, tmp_path, stop_after, stop_at):
     config = small("--train.ema_decay=0.9", "--lora.dropout=0.1", "--kl.every=2", "--train.steps=6")
     whole = run_to_end(config, tmp_path / "whole")
-    stopped = run_to_end(config, tmp_path / "parts", stop=StopAfter(stop_at))
+    stopped = run_to_end(config, tmp_path / "parts", stop=stop_after(stop_at))
     assert stopped.step == stop_at
     resumed = run_to_end(config, tmp_path / "parts", resume=True)
     assert resumed.step == whole.step == 6

@@ -105,18 +105,6 @@ def test_what_a_curriculum_has_not_come_to_is_said(config: Callable[..., Config]
     )
 
 
-class StopAfter(StopSignal):
-    """Ctrl-C after a chosen step, without a signal."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.looks_left = 2 * step  # before each step and after it
-
-    def agreed(self, accelerator: object) -> bool:
-        self.looks_left -= 1
-        return self.looks_left <= 0
-
-
 @pytest.mark.parametrize(
     ("moving", "options"),
     [
@@ -144,7 +132,7 @@ class StopAfter(StopSignal):
     ids=["plateau of the training loss", "plateau of the validation", "kl budget", "timesteps", "kl target, replay", "pivotal"],
 )
 def test_a_run_stopped_in_the_middle_and_resumed_takes_the_same_path(
-    config: Callable[..., Config], tmp_path: Path, moving: str, options: dict[str, Any]
+    config: Callable[..., Config], tmp_path: Path, stop_after: Callable[[int], StopSignal], moving: str, options: dict[str, Any]
 ) -> None:
     asked = config(**{"train.steps": 8, "kl.every": 1, "monitor.validate_every": 4, "monitor.checkpoint_every": 8, **options})
 
@@ -155,7 +143,7 @@ def test_a_run_stopped_in_the_middle_and_resumed_takes_the_same_path(
         return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
 
     whole = run("whole", stop=StopSignal())
-    run("parts", stop=StopAfter(5))
+    run("parts", stop=stop_after(5))
     assert run("parts", stop=StopSignal(), resume=True) == whole
     path = [line[moving] for line in whole if moving in line]
     assert len(set(path[:5])) > 1 and len(set(path[4:])) > 1, "it moves before the stop, and after it"
