@@ -47,6 +47,10 @@ class AdaptedModel(nn.Module):
                 groups["prompt" if name.startswith("prompt.") else "lora"][name] = parameter
         return {group: parameters for group, parameters in groups.items() if parameters}
 
+    def all_trainable(self) -> dict[str, nn.Parameter]:
+        """The same, the groups joined."""
+        return {name: p for group in self.trainable().values() for name, p in group.items()}
+
 
 def predict(
     unet: UNet2DConditionModel,

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from softprompt.errors import InputError
@@ -49,7 +48,7 @@ def save_checkpoint(
     scaler: of fp16's gradients, where there is one.
     """
     state = {
-        "trainable": {name: parameter.detach().cpu() for name, parameter in _flat(adapted).items()},
+        "trainable": {name: parameter.detach().cpu() for name, parameter in adapted.all_trainable().items()},
         "waypoints": adapted.prompt.waypoints.cpu(),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
@@ -108,7 +107,7 @@ def restore(
 
     Raises: InputError when the run is another: other trained parts, ranks or waypoints.
     """
-    parameters = _flat(adapted)
+    parameters = adapted.all_trainable()
     saved = state["trainable"]
     differing = sorted(set(parameters) ^ set(saved)) or [n for n in saved if saved[n].shape != parameters[n].shape]
     if differing:
@@ -131,7 +130,3 @@ def restore(
         ema.to(adapted.prompt.waypoints.device)
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
-
-
-def _flat(adapted: AdaptedModel) -> dict[str, nn.Parameter]:
-    return {name: parameter for group in adapted.trainable().values() for name, parameter in group.items()}

@@ -39,7 +39,7 @@ class Preview:
 @contextmanager
 def averaged(job: Job, ema: EMAModel | None) -> Iterator[None]:
     """Inside the block prompt and LoRA are their moving average, where one is kept; the model is in evaluation mode."""
-    parameters = [p for group in job.adapted.trainable().values() for p in group.values()]
+    parameters = list(job.adapted.all_trainable().values())
     if ema is not None:
         ema.store(parameters)
         ema.copy_to(parameters)

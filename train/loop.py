@@ -103,7 +103,7 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
         result = training_step(job, run.step, run.pace)
         run.schedule.step()
         if run.ema is not None and not result.skipped:
-            run.ema.step(_parameters(job))
+            run.ema.step(job.adapted.all_trainable().values())
         run.step += 1
         _move_on(run, after_step(config, run.pace, run.step, denoising=result.denoising, kl=result.kl))
         window.append(result)
@@ -133,13 +133,13 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
 
 
 def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
-    config = job.config
+    config, decay = job.config, job.config.train.ema_decay
     run = Run(
         job=job,
         folder=folder,
         schedule=make_schedule(config, job.optimizer),
         pace=Pace.start(config),
-        ema=None if config.train.ema_decay is None else EMAModel(_parameters(job), decay=config.train.ema_decay),
+        ema=None if decay is None else EMAModel(job.adapted.all_trainable().values(), decay=decay),
         monitor=Monitor(folder, active=job.accelerator.is_main_process),
     )
     if state is not None:
@@ -181,10 +181,6 @@ def _move_on(run: Run, pace: Pace) -> None:
         if now.number != before.number and run.job.accelerator.is_main_process:
             tqdm.write(f"step {run.step}: {name}: stage {now.number + 1} begins", file=sys.stderr)
     run.pace = pace
-
-
-def _parameters(job: Job) -> list[torch.nn.Parameter]:
-    return [p for group in job.adapted.trainable().values() for p in group.values()]
 
 
 def _due(run: Run, every: int) -> bool:

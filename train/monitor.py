@@ -18,6 +18,7 @@ from softprompt.embeddings import closest_pair, mean_pairwise_cosine, prompt_cos
 from softprompt.files import new_file
 from softprompt.losses import separation_ratios
 from softprompt.prompt import SoftPrompt
+from train.series import FILE, is_evaluation, read_series
 
 GROUPS = (
     "loss",
@@ -64,7 +65,7 @@ class Monitor:
         if not self.active:
             return
         if resumed_step is not None:
-            _drop_after(self.folder / "metrics.jsonl", resumed_step, evaluated=evaluated)
+            _drop_after(self.folder, resumed_step, evaluated=evaluated)
         purge = None if resumed_step is None else resumed_step + 1
         self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
 
@@ -72,7 +73,7 @@ class Monitor:
         """One line of metrics.jsonl and one point in each TensorBoard series."""
         if self.writer is None:
             return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.folder / FILE).open("a", encoding="utf-8") as file:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
             file.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in values.items():
@@ -120,24 +121,14 @@ class Monitor:
             self.writer.close()
 
 
-def is_evaluation(values: Mapping[str, float]) -> bool:
-    """Whether a line of metrics.jsonl is one of validation and previews; the others are of training."""
-    return "loss/validation" in values
-
-
-def _drop_after(path: Path, step: int, *, evaluated: bool) -> None:
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("}\n")]  # a killed run may have left half a line
-    read = [(line, json.loads(line)) for line in whole]
+def _drop_after(run: Path, step: int, *, evaluated: bool) -> None:
     kept = [
-        line
-        for line, values in read
-        if values["step"] < step or (values["step"] == step and (evaluated or not is_evaluation(values)))
+        point
+        for point in read_series(run)
+        if point["step"] < step or (point["step"] == step and (evaluated or not is_evaluation(point)))
     ]
-    with new_file(path) as partial:
-        partial.write_text("".join(kept), encoding="utf-8")
+    with new_file(run / FILE) as partial:
+        partial.write_text("".join(json.dumps(point) + "\n" for point in kept), encoding="utf-8")
 
 
 @torch.no_grad()

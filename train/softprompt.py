@@ -163,7 +163,7 @@ def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None") -> str
 def disk_needed(job: "Job") -> int:
     """Bytes a run leaves on disk, roughly: checkpoints, exports, previews."""
     config = job.config
-    trained = sum(p.numel() for group in job.adapted.trainable().values() for p in group.values())
+    trained = sum(p.numel() for p in job.adapted.all_trainable().values())
     copies = 3 if config.train.ema_decay is None else 4  # the weights, Adam's two moments, the average
     checkpoint = 4 * (trained * copies + job.adapted.prompt.waypoints.numel())
     pipeline = 0

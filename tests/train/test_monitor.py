@@ -13,7 +13,8 @@ from torch import Tensor
 
 from softprompt.prompt import SoftPrompt
 from softprompt.templates import VIEWS
-from train.monitor import Monitor, is_evaluation, preview_grid, preview_tiles, prompt_series, tensorboard_name
+from train.monitor import Monitor, preview_grid, preview_tiles, prompt_series, tensorboard_name
+from train.series import is_evaluation
 
 
 def monitor(folder: Path, resumed: int | None = None, *, active: bool = True, evaluated: bool = False) -> Monitor:

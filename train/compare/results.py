@@ -4,13 +4,14 @@ Every comparison is paired: the same seed is the same order of data and the same
 baseline's run of that seed, and only the differences are averaged.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, Literal
+
+from train.series import is_evaluation, read_series
 
 FEWEST_SEEDS = 3
 """For an interval to say anything."""
@@ -133,23 +134,16 @@ class Summary:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_lines(run: Path) -> list[dict[str, Any]]:
-    """The points in a run's metrics.jsonl; half a line, of a run that was killed, is left out."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
 def is_finished(run: Path, steps: int) -> bool:
     """Whether a run has evaluated its last step and exported its prompt."""
-    evaluated = any(line["step"] == steps and "loss/validation" in line for line in read_lines(run))
+    evaluated = any(line["step"] == steps and is_evaluation(line) for line in read_series(run))
     return evaluated and (run / "export" / "clr_embeds.pt").is_file()
 
 
 def read_run(run: Path, *, variant: str, seed: int, steps: int) -> RunResult:
     """The numbers of a finished run."""
-    lines = read_lines(run)
-    at_end = {name: v for line in lines if line["step"] == steps and "loss/validation" in line for name, v in line.items()}
+    lines = read_series(run)
+    at_end = {name: v for line in lines if line["step"] == steps and is_evaluation(line) for name, v in line.items()}
     alike = _curve(lines, "prompt_views_alike/mean_cosine")
     speeds = [value for value in _curve(lines, "speed/steps_per_second").values if value > 0]
     tiles = run / "previews" / f"tiles-step-{steps:06d}.png"
