@@ -4,8 +4,9 @@ A sample is a folder with one PNG per view, `cam_000.png` the input view: direct
 folder `images` (the mouse layout). Encoding, caching and splitting into training and held-out samples are elsewhere.
 """
 
+import errno
 import os
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,16 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def locations(self) -> Sequence[str]:
+        """Per sample, the absolute path of its folder; empty for samples that are in no files."""
+
+    def check(self, indices: Sequence[int]) -> None:
+        """Look whether these samples are there, with all their pictures, without decoding any. Raises: InputError."""
+
+    def files(self, index: int) -> Sequence[Path]:
+        """The sample's pictures, by view; empty for one that is in no files."""
+
     def load(self, index: int) -> Tensor:
         """Returns: uint8 [V, 4, S, S], straight (not premultiplied) RGBA."""
 
@@ -42,10 +53,14 @@ class Source(Protocol):
 class FolderSource:
     """Samples kept as PNG folders. Made by `open_source`."""
 
+    origin: Path
+    """The list or folder that they were opened from."""
     names: list[str]
     """The samples' folder names, led by their parents' where those alone are not unique ("june/mouse_3")."""
-    folders: list[Path]
-    """Per sample, the folder that holds its pictures: the sample, or its `images`."""
+    locations: list[str]
+    """Absolute paths of the samples' folders. `check` corrects those of a list that are in the other of its two places."""
+    lines: list[tuple[int, str]] | None
+    """The samples' lines in the list, numbered from 1; None for the sub-folders of a folder."""
     size: int
     """Side in pixels of what `load` returns."""
     num_views: int
@@ -53,14 +68,62 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.names)
 
+    def check(self, indices: Sequence[int]) -> None:
+        """Look whether these samples are there, with all their pictures; no picture is decoded.
+
+        Raises: InputError naming the first that is not, and how many are not.
+        """
+        samples = self._listed(indices) if self.lines is not None else self._in_folder(indices)
+        _check_pictures(samples, self.num_views)
+
+    def files(self, index: int) -> list[Path]:
+        """The sample's pictures by view: directly in its folder (FaceLift's layout), or in its `images` (the mouse layout)."""
+        folder = Path(self.locations[index])
+        if not (folder / picture_name(0)).is_file() and (folder / "images" / picture_name(0)).is_file():
+            folder = folder / "images"
+        return [folder / picture_name(view) for view in range(self.num_views)]
+
     def load(self, index: int) -> Tensor:
         """Decode one sample.
 
         Returns: uint8 [V, 4, S, S], straight RGBA.
         Raises: InputError when a picture cannot be decoded or shows nothing.
         """
-        folder = self.folders[index]
-        return torch.stack([load_picture(folder / picture_name(view), self.size) for view in range(self.num_views)])
+        return torch.stack([load_picture(file, self.size) for file in self.files(index)])
+
+    def _in_folder(self, indices: Sequence[int]) -> list["_Sample"]:
+        try:
+            samples = [_look(Path(self.locations[index])) for index in indices]
+        except OSError as error:
+            raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); expected a folder of samples") from error
+        strangers = [sample.folder.name for sample in samples if not sample.has_views]
+        if strangers and len(strangers) == len(self):
+            raise _no_samples(self.origin, len(self))
+        if strangers:
+            raise InputError(
+                f"{self.origin}: {len(strangers)} of {len(self)} sub-folders have no cam_ pictures ({_some(strangers)}); "
+                f"{_EXPECTED_SAMPLES}; likely they are no samples: move them away, or give a list file of the samples wanted"
+            )
+        return samples
+
+    def _listed(self, indices: Sequence[int]) -> list["_Sample"]:
+        assert self.lines is not None
+        samples, missing = [], []
+        for index in indices:
+            number, line = self.lines[index]
+            try:
+                samples.append(_look_up(line, [Path(self.locations[index]), self.origin.parent / line, Path(line)]))
+            except OSError as error:
+                missing.append(f"line {number}: {line!r} ({error.strerror})")
+                continue
+            self.locations[index] = os.path.abspath(samples[-1].folder)
+        if missing:
+            raise InputError(
+                f"{self.origin}: {missing[0]}: no such sample folder, neither in {self.origin.parent.absolute()} (the list's "
+                f"folder) nor in {Path.cwd()} (the working directory); {len(missing)} of {len(self)} samples listed are "
+                "missing; likely the list or the data was moved, or a disk is not mounted"
+            )
+        return samples
 
 
 @dataclass(frozen=True)
@@ -75,8 +138,21 @@ class Subset:
         """Of the chosen samples."""
         return [self.source.names[i] for i in self.indices]
 
+    @property
+    def locations(self) -> list[str]:
+        """Of the chosen samples; empty where they are in no files."""
+        return [self.source.locations[i] for i in self.indices] if self.source.locations else []
+
     def __len__(self) -> int:
         return len(self.indices)
+
+    def check(self, indices: Sequence[int]) -> None:
+        """Raises: what the source does."""
+        self.source.check([self.indices[i] for i in indices])
+
+    def files(self, index: int) -> Sequence[Path]:
+        """As the source has them."""
+        return self.source.files(self.indices[index])
 
     def load(self, index: int) -> Tensor:
         """Returns: uint8 [V, 4, S, S], straight RGBA. Raises: what the source does."""
@@ -201,25 +277,29 @@ def rotate_views(x: Tensor, reference: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------- folders of samples
 
 
-def open_source(path: str | Path, *, size: int, num_views: int = 6) -> FolderSource:
-    """Open samples, checking that every picture is there; no picture is decoded before `load`.
+def open_source(path: str | Path, *, size: int, num_views: int = 6, check: bool = True) -> FolderSource:
+    """Open samples; no picture is decoded before `load`.
 
-    path: a list file (one sample folder a line, relative to the list's folder or else to the working directory; blank lines
-    and lines that start with # are skipped), a sample, or a folder whose sub-folders are all samples (hidden ones aside;
-    taken by name). Views past num_views are left alone.
+    path: a list file (one sample folder a line, relative to the list's folder or else to the working directory: the one that
+    has the first of them is tried first for all; blank lines and lines that start with # are skipped), a sample, or a folder
+    whose sub-folders are all samples (hidden ones aside; taken by name). Views past num_views are left alone.
     size: side S in pixels of what `load` returns.
+    check: look at once whether every picture is there; False leaves that to `FolderSource.check`, so that opening takes no
+    longer for many samples than for a few.
     Raises: InputError when the path, a sample or a picture is missing, or a sample is there twice.
     """
     path = Path(path)
     if path.is_dir():
-        samples = _samples_in_folder(path)
+        lines, locations = None, _samples_in_folder(path)
     elif path.exists():
-        samples = _samples_in_list(path)
+        lines = _read_list(path)
+        locations = _samples_in_list(path, lines)
     else:
         raise InputError(f"{path}: not found; expected a list of samples or a folder; likely a typing mistake in the path")
-    _check_pictures(samples, num_views)
-    names = _unique_names([sample.folder for sample in samples])
-    return FolderSource(names, [sample.pictures_folder for sample in samples], size, num_views)
+    source = FolderSource(path, _unique_names(locations), locations, lines, size, num_views)
+    if check:
+        source.check(range(len(source)))
+    return source
 
 
 def write_source(source: Source, folder: str | Path) -> Path:
@@ -271,28 +351,26 @@ def _look_into(folder: Path, pictures_folder: Path) -> _Sample:
     return _Sample(folder, pictures_folder, pictures, subfolders)
 
 
-def _samples_in_folder(path: Path) -> list[_Sample]:
-    """The folder itself when it is a sample, its sub-folders otherwise."""
+_EXPECTED_SAMPLES = f"expected sub-folders with {picture_name(0)}, {picture_name(1)}, ... (or images/{picture_name(0)}, ...)"
+
+
+def _samples_in_folder(path: Path) -> list[str]:
+    """The folder itself when it is a sample, its sub-folders otherwise, none of which is looked into."""
     try:
-        top = _look(path)
-        if top.has_views:
-            return [top]
         # `_look` may have gone into `images`; the sub-folders wanted are those of the path.
-        samples = [_look(path / name) for name in _look_into(path, path).subfolders]
+        folders = [path] if _look(path).has_views else [path / name for name in _look_into(path, path).subfolders]
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be listed ({error.strerror}); expected a folder of samples") from error
-    expected = f"expected sub-folders with {picture_name(0)}, {picture_name(1)}, ... (or images/{picture_name(0)}, ...)"
-    strangers = [sample.folder.name for sample in samples if not sample.has_views]
-    if len(strangers) == len(samples):
-        found = f"{len(top.pictures)} pictures ({_some(sorted(top.pictures))})" if top.pictures else "no pictures"
-        cause = "pictures named otherwise" if top.pictures else "a level too high or too low, or data not there yet"
-        raise InputError(f"{path}: no samples in {len(samples)} sub-folders, {found}; {expected}; likely {cause}")
-    if strangers:
-        raise InputError(
-            f"{path}: {len(strangers)} of {len(samples)} sub-folders have no cam_ pictures ({_some(strangers)}); {expected}; "
-            "likely they are no samples: move them away, or give a list file of the samples wanted"
-        )
-    return samples
+    if not folders:
+        raise _no_samples(path, 0)
+    return [os.path.abspath(folder) for folder in folders]
+
+
+def _no_samples(path: Path, subfolders: int) -> InputError:
+    pictures = sorted(_look(path).pictures)
+    found = f"{len(pictures)} pictures ({_some(pictures)})" if pictures else "no pictures"
+    cause = "pictures named otherwise" if pictures else "a level too high or too low, or data not there yet"
+    return InputError(f"{path}: no samples in {subfolders} sub-folders, {found}; {_EXPECTED_SAMPLES}; likely {cause}")
 
 
 def _read_list(path: Path) -> list[tuple[int, str]]:
@@ -311,40 +389,30 @@ def _read_list(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
-def _samples_in_list(path: Path) -> list[_Sample]:
-    lines = _read_list(path)
-    samples: list[_Sample] = []
+def _samples_in_list(path: Path, lines: Sequence[tuple[int, str]]) -> list[str]:
+    """Where the samples of a list should be; only the first is looked for."""
+    first = next((line for _, line in lines if not os.path.isabs(line)), None)
+    in_working_directory = first is not None and not (path.parent / first).is_dir() and Path(first).is_dir()
+    base = os.getcwd() if in_working_directory else os.path.abspath(path.parent)
+    # Not resolved: two links to one folder are two samples, as their owner wanted.
+    locations = [os.path.normpath(os.path.join(base, line)) for _, line in lines]
     line_of: dict[str, int] = {}
-    missing: list[str] = []
-    for number, line in lines:
-        try:
-            sample = _look_up(line, path.parent)
-        except OSError as error:
-            missing.append(f"line {number}: {line!r} ({error.strerror})")
-            continue
-        # Not resolved: two links to one folder are two samples, as their owner wanted.
-        first = line_of.setdefault(os.path.abspath(sample.folder), number)
-        if first != number:
+    for (number, line), location in zip(lines, locations, strict=True):
+        first_number = line_of.setdefault(location, number)
+        if first_number != number:
             raise InputError(
-                f"{path}: line {number} names {line!r} again, after line {first}; expected every sample once; likely two "
-                "lists were joined"
+                f"{path}: line {number} names {line!r} again, after line {first_number}; expected every sample once; likely "
+                "two lists were joined"
             )
-        samples.append(sample)
-    if missing:
-        raise InputError(
-            f"{path}: {missing[0]}: no such sample folder, neither in {path.parent.absolute()} (the list's folder) nor in "
-            f"{Path.cwd()} (the working directory); {len(missing)} of {len(lines)} samples listed are missing; likely the "
-            "list or the data was moved, or a disk is not mounted"
-        )
-    return samples
+    return locations
 
 
-def _look_up(line: str, list_folder: Path) -> _Sample:
-    """Raises OSError when the sample is neither in the list's folder nor in the working directory."""
-    try:
-        return _look(list_folder / line)
-    except FileNotFoundError:
-        return _look(Path(line))
+def _look_up(line: str, candidates: Sequence[Path]) -> _Sample:
+    """Look into the first of the folders that there is. Raises OSError when there is none, or it cannot be listed."""
+    for folder in candidates:
+        if folder.exists():
+            return _look(folder)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), line)
 
 
 def _check_pictures(samples: list[_Sample], num_views: int) -> None:
@@ -363,20 +431,18 @@ def _check_pictures(samples: list[_Sample], num_views: int) -> None:
     )
 
 
-def _unique_names(folders: list[Path]) -> list[str]:
+def _unique_names(locations: Sequence[str]) -> list[str]:
     """Folder names, each led by as many parents' as it takes to tell it from the others."""
-    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
-    depths = [1] * len(folders)
+    names = [os.path.basename(location) for location in locations]
+    depth = 1
     while True:
-        names = ["/".join(part[-depth:]) for part, depth in zip(parts, depths, strict=True)]
-        holders: dict[str, list[int]] = defaultdict(list)
-        for index, name in enumerate(names):
-            holders[name].append(index)
-        equal = [index for indices in holders.values() if len(indices) > 1 for index in indices]
-        if not equal:
+        holders = Counter(names)
+        if len(holders) == len(names):
             return names
-        for index in equal:
-            depths[index] += 1
+        depth += 1
+        for index, name in enumerate(names):
+            if holders[name] > 1:
+                names[index] = "/".join(Path(locations[index]).parts[-depth:])
 
 
 def _some(names: list[str], count: int = 4) -> str:

@@ -1,5 +1,6 @@
 """FaceLift's pipeline folder (`pipeckpts`) in and out, as one dataclass of models."""
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,11 @@ class Pipeline:
     def picture_size(self) -> int:
         """S: side of a picture in pixels."""
         return self.latent_shape[-1] * 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Of one picture's latents (mean and deviation) and image embedding, float32."""
+        return 4 * (2 * math.prod(self.latent_shape) + int(self.image_encoder.config.projection_dim))
 
     def to(self, device: torch.device | str) -> "Pipeline":
         """Move every model; returns itself."""

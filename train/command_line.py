@@ -21,6 +21,7 @@ FREE_ON_RESUME = (
     "data.train",
     "data.val",
     "data.original",
+    "data.cache",
     "train.steps",
     "train.device",
     "train.gradient_checkpointing",

@@ -250,6 +250,9 @@ class DataConfig:
     background: Literal["white", "black", "gray", "three_choices", "random"] = "white"
     """Behind the object, the same for its six views: a colour, one of the three, or any (then no picture can be encoded
     ahead, and a step takes several times as long)."""
+    cache: str | None = "cache"
+    """Folder of encoded pictures, for all runs: each is encoded once, by what is in its file; null: in memory, each run anew.
+    The embedded world always is in memory."""
     reference_view: Literal["random"] | int | list[int] = 0
     """Which view is the given picture: a number, a list to pick from, or `random` (any)."""
 

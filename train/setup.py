@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from softprompt.cache import EncodedObjects
+from softprompt.cache import EncodedObjects, PictureCache
 from softprompt.curriculum import timestep_edges
-from softprompt.data import FolderSource, Source, Subset, open_source
+from softprompt.data import Source, Subset, open_source
 from softprompt.embeddings import load_waypoints
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
@@ -111,18 +112,36 @@ def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
     adapted = AdaptedModel(pipeline.unet, prompt).to(accelerator.device).train()
     model, optimizer = accelerator.prepare(adapted, make_optimizer(config, adapted, scaled=precision == "fp16"))
 
-    original, original_notes = _open_original(config, pipeline)
+    cache = None
+    if config.data.cache is not None and (train.locations or held_out.locations):
+        cache = PictureCache(Path(config.data.cache), pipeline)
+    original, original_notes = _open_original(config, pipeline, cache)
     sources = (
-        EncodedObjects(train, pipeline, config.data.background),
-        EncodedObjects(held_out, pipeline, config.data.still_background),
+        EncodedObjects(train, pipeline, config.data.background, cache),
+        EncodedObjects(held_out, pipeline, config.data.still_background, cache),
     )
     needed = [*sources]
     if original is not None:
         needed += [original.held_out, original.replay] if _replays(config) else [original.held_out]
-    for objects in needed:
-        objects.fill(progress=accelerator.is_main_process)
-    notes += data_notes + original_notes + _advice(config)
+    notes += data_notes + original_notes + _encode(needed, accelerator, cache) + _advice(config)
     return Job(config, accelerator, pipeline, model, adapted, optimizer, *sources, original, notes)
+
+
+def _encode(needed: Sequence[EncodedObjects], accelerator: Accelerator, cache: PictureCache | None) -> list[str]:
+    """Encode what is not kept, shared out over the processes. Returns: what to say of it."""
+    share = accelerator.process_index, accelerator.num_processes
+    encoded = sum(objects.fill(progress=accelerator.is_main_process, share=share) for objects in needed)
+    notes = []
+    if cache is not None:
+        accelerator.wait_for_everyone()
+        cache.refresh()
+        notes.append(f"cache      {cache.folder}: {encoded} pictures encoded into it now, the others were there")
+    if any(objects.background == "random" for objects in needed):
+        notes.append(
+            "WARNING    data.background random: no picture can be encoded ahead, so each is at every step, which takes several "
+            "times as long; three_choices can be"
+        )
+    return notes
 
 
 def make_optimizer(config: Config, adapted: AdaptedModel, *, scaled: bool = False) -> torch.optim.Optimizer:
@@ -248,7 +267,7 @@ def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list
     return train, held_out, [f"data       {len(train)} objects to train on, {len(held_out)} held out{note}"]
 
 
-def _open_original(config: Config, pipeline: Pipeline) -> tuple[OriginalDomain | None, list[str]]:
+def _open_original(config: Config, pipeline: Pipeline, cache: PictureCache | None) -> tuple[OriginalDomain | None, list[str]]:
     """Objects of the pretrained model's domain where there are any, and what to say of them."""
     path = config.data.original_or_micro
     if path is None:
@@ -257,7 +276,7 @@ def _open_original(config: Config, pipeline: Pipeline) -> tuple[OriginalDomain |
     held = min(ORIGINAL_HELD_OUT_OBJECTS, max(1, len(source) // 2))
     replayed = max(1, len(source) - held)
     parts = Subset(source, range(replayed)), Subset(source, range(len(source) - held, len(source)))
-    replay, held_out = (EncodedObjects(part, pipeline, config.data.still_background) for part in parts)
+    replay, held_out = (EncodedObjects(part, pipeline, config.data.still_background, cache) for part in parts)
     note = f", {replayed} to hold the KL on" if _replays(config) else ""
     if len(source) == 1 and _replays(config):
         note += "; WARNING: they are one and the same"
@@ -273,12 +292,12 @@ def _open_source(pipeline: Pipeline, path: str, domain: str, first: int, count: 
     size, views = pipeline.picture_size, pipeline.num_views
     if path == MICRO:
         return MicroWorld(domain, first, count, size=size)
-    return open_source(path, size=size, num_views=views)
+    return open_source(path, size=size, num_views=views, check=False)  # EncodedObjects.fill looks at what is new
 
 
-def _identities(source: Source) -> list[str]:
+def _identities(source: Source) -> Sequence[str]:
     """What tells samples apart: where they are on the disk, or their name in the embedded world."""
-    return [str(f.resolve()) for f in source.folders] if isinstance(source, FolderSource) else list(source.names)
+    return source.locations or source.names
 
 
 def quiet_libraries(is_main: bool) -> None:

@@ -5,7 +5,9 @@ pixel is the larger root of one quadratic.
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,6 +66,16 @@ class MicroWorld:
 
     def __len__(self) -> int:
         return len(self._seeds)
+
+    locations: Sequence[str] = ()
+    """Its objects are in no files."""
+
+    def check(self, indices: Sequence[int]) -> None:
+        """They are always there."""
+
+    def files(self, index: int) -> Sequence[Path]:
+        """None."""
+        return ()
 
     def load(self, index: int) -> Tensor:
         """Returns: uint8 [6, 4, S, S], straight RGBA; colour is 0 where alpha is."""

@@ -77,7 +77,8 @@ def small_config() -> Callable[..., Config]:
     """`small_config(mice, **{"train.steps": 2})`: the smallest run, changed by options as the command line takes them."""
 
     def build(mice: Path, **overrides: object) -> Config:
-        options = {"data.train": mice / "train", "data.val": mice / "val", **SMALL, **overrides}
+        folders = {"data.train": mice / "train", "data.val": mice / "val", "data.cache": mice.parent / "cache"}
+        options = {**folders, **SMALL, **overrides}
         return parse([f"--{name}={value}" for name, value in options.items()]).config
 
     return build

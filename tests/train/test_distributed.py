@@ -47,7 +47,13 @@ def losses(run: Path) -> dict[str, list[float]]:
 def test_two_processes_train_as_one_with_the_same_total_batch(mice, tmp_path):
     script = tmp_path / "keep_each_prompt.py"
     script.write_text(KEEP_EACH_PROMPT)
-    options = [f"--data.train={mice / 'train'}", f"--data.val={mice / 'val'}", "--train.steps=3", "--train.warmup_steps=0"]
+    options = [
+        f"--data.train={mice / 'train'}",
+        f"--data.cache={mice.parent / 'cache'}",
+        f"--data.val={mice / 'val'}",
+        "--train.steps=3",
+        "--train.warmup_steps=0",
+    ]
     options += [
         "--kl.every=1",
         "--kl.domain=both",
@@ -74,7 +80,13 @@ def test_two_processes_train_as_one_with_the_same_total_batch(mice, tmp_path):
 
 
 def test_the_documented_launch_command_works(mice, tmp_path):
-    options = [f"--data.train={mice / 'train'}", f"--data.val={mice / 'val'}", "--train.batch_size=1", "--train.device=cpu"]
+    options = [
+        f"--data.train={mice / 'train'}",
+        f"--data.cache={mice.parent / 'cache'}",
+        f"--data.val={mice / 'val'}",
+        "--train.batch_size=1",
+        "--train.device=cpu",
+    ]
     options += ["--kl.domain=new"]
     said = launch(2, "-m", "train.softprompt", *options, f"--output={tmp_path / 'run'}", "--dry-run")
     assert said.count("dry run: one step forward and back works") == 1, "only the first process speaks"

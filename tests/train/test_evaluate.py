@@ -197,7 +197,7 @@ def test_a_preview_of_reference_view_2_begins_with_it(make_job: Callable[..., Jo
     assert torch.equal(shown.truth, truth[:, order]) and torch.equal(shown.pictures, truth[:, 2])
     for b in range(2):
         for slot, view in enumerate(order):
-            with Image.open(job.held_out.source.folders[b] / f"cam_{view:03d}.png") as file:
+            with Image.open(Path(job.held_out.source.locations[b]) / f"cam_{view:03d}.png") as file:
                 alpha = torch.from_numpy(np.array(file)[:, :, 3] / np.float32(255))
             assert torch.equal(shown.masks[b, slot, 0], alpha) and 0 < alpha.mean() < 1
     assert shown.masks.shape == (2, 6, 1, 64, 64)

@@ -57,6 +57,7 @@ def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_fo
     options = [
         f"--model={tiny_folder}",
         f"--data.train={facelift / 'sample_000'}",
+        f"--data.cache={tmp_path / 'cache'}",
         "--kl.domain=new",
         f"--prompt.waypoints=[{facelift / 'clr_embeds.pt'}, realistic]",
         "--train.steps=3",
@@ -97,6 +98,7 @@ def test_a_signal_saves_exports_and_says_how_to_go_on(mice, tmp_path, number):
     out = tmp_path / "run"
     options = [
         f"--data.train={mice / 'train'}",
+        f"--data.cache={mice.parent / 'cache'}",
         f"--data.val={mice / 'val'}",
         f"--output={out}",
         "--train.steps=500",
@@ -134,6 +136,7 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(mice, tmp_path, capsys
             [
                 *QUICK,
                 f"--data.train={mice / 'train'}",
+                f"--data.cache={mice.parent / 'cache'}",
                 f"--data.val={mice / 'val'}",
                 f"--output={out}",
                 "--kl.domain=new",
@@ -238,7 +241,12 @@ def test_bad_data_is_refused(capsys, mice, tmp_path, spoil, message):
     shutil.copytree(mice, tmp_path / "mice")
     out = tmp_path / "run"
     said = refused(
-        capsys, f"--data.train={spoil(tmp_path / 'mice')}", f"--data.val={mice / 'val'}", "--kl.domain=new", f"--output={out}"
+        capsys,
+        f"--data.train={spoil(tmp_path / 'mice')}",
+        f"--data.cache={tmp_path / 'cache'}",
+        f"--data.val={mice / 'val'}",
+        "--kl.domain=new",
+        f"--output={out}",
     )
     assert re.search(message, said), said
     assert not out.exists()
