@@ -107,6 +107,10 @@ class EncodedObjects:
         is kept.
         """
         self.source.check(self._not_kept())
+        with self.pipeline.encoders_on_device():
+            return self._fill(progress, share)
+
+    def _fill(self, progress: bool, share: tuple[int, int]) -> int:
         if self.cache is not None:
             mine = [index for index in self._not_kept() if index % share[1] == share[0]]
             return _fill(self.cache, self.source, self.pipeline, self.background, mine, progress)

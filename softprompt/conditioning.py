@@ -29,12 +29,13 @@ def encode_views(pipeline: Pipeline, pictures: Tensor) -> EncodedViews:
 
     pictures: [V, 3, S, S] in [0, 1], on a background.
     """
-    parts = [_posterior(pipeline, part) for part in pictures.split(pipeline.pictures_at_once)]
-    return EncodedViews(
-        mean=torch.cat([part.mean for part in parts]).float().cpu(),
-        std=torch.cat([part.std for part in parts]).float().cpu(),
-        embeds=image_embeddings(pipeline, pictures).cpu(),
-    )
+    with pipeline.encoders_on_device():
+        parts = [_posterior(pipeline, part) for part in pictures.split(pipeline.pictures_at_once)]
+        return EncodedViews(
+            mean=torch.cat([part.mean for part in parts]).float().cpu(),
+            std=torch.cat([part.std for part in parts]).float().cpu(),
+            embeds=image_embeddings(pipeline, pictures).cpu(),
+        )
 
 
 def _posterior(pipeline: Pipeline, pictures: Tensor) -> DiagonalGaussianDistribution:

@@ -2,8 +2,11 @@
 
 import math
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,6 +30,9 @@ _NEEDED = {
 }
 
 
+_MOVING = Lock()
+
+
 @dataclass
 class Pipeline:
     """What FaceLift needs to turn one picture into six, all frozen and in evaluation mode."""
@@ -47,6 +53,10 @@ class Pipeline:
     """Noise schedule of the latents, and the sampler."""
     folder: Path
     """Where it was loaded from."""
+    encoders_rest: bool = False
+    """Whether VAE and image encoder wait on the CPU while nobody uses them: training has their 3 GB then."""
+    _users: int = field(default=0, init=False, repr=False)
+    """Of the encoders, at present."""
 
     @property
     def device(self) -> torch.device:
@@ -83,6 +93,25 @@ class Pipeline:
     def encoded_bytes(self) -> int:
         """Of one picture's latents (mean and deviation) and image embedding, float32."""
         return 4 * (2 * math.prod(self.latent_shape) + int(self.image_encoder.config.projection_dim))
+
+    @contextmanager
+    def encoders_on_device(self) -> Iterator[None]:
+        """VAE and image encoder are where the UNet is inside the block, for any thread; blocks may be nested."""
+        with _MOVING:
+            self._users += 1
+            self._move_encoders(self.device)
+        try:
+            yield
+        finally:
+            with _MOVING:
+                self._users -= 1
+                if self.encoders_rest and self._users == 0:
+                    self._move_encoders(torch.device("cpu"))
+
+    def _move_encoders(self, device: torch.device) -> None:
+        for model in (self.vae, self.image_encoder):
+            if model.device != device:
+                model.to(device)
 
     def to(self, device: torch.device | str) -> "Pipeline":
         """Move every model; returns itself."""

@@ -31,18 +31,19 @@ def sample_views(
     Returns: [B, V, 3, S, S] in [0, 1], float32, on the UNet's device.
     Source: FaceLift's pipeline_mvdiffusion_unclip.py; its defaults for guidance, steps and eta are those of its inference.py.
     """
-    z = sample_latents(
-        pipeline,
-        prompt,
-        pictures,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        eta=eta,
-        seed=seed,
-        latents=latents,
-        embed_noise=embed_noise,
-    )
-    return decode_latents(pipeline, z)
+    with pipeline.encoders_on_device():
+        z = sample_latents(
+            pipeline,
+            prompt,
+            pictures,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            seed=seed,
+            latents=latents,
+            embed_noise=embed_noise,
+        )
+        return decode_latents(pipeline, z)
 
 
 @torch.no_grad()

@@ -147,12 +147,14 @@ def preview(job: Job, prompt: Tensor, pretrained: Tensor | None) -> Preview:
             ]
         )
 
-    if pretrained is None:
-        with adapters_off(job.pipeline.unet):
-            pretrained = sample(job.adapted.prompt.start)
+    with job.pipeline.encoders_on_device():  # once there and back for all of them
+        if pretrained is None:
+            with adapters_off(job.pipeline.unet):
+                pretrained = sample(job.adapted.prompt.start)
+        now = sample(prompt)
     names = view_names(job.pipeline.num_views)
     masks = torch.stack([rotate_views(job.held_out.masks(i), reference) for i in range(count)]).to(truth)
-    return Preview(truth[:, 0], truth, masks, pretrained, sample(prompt), tuple(names[int(i)] for i in order))
+    return Preview(truth[:, 0], truth, masks, pretrained, now, tuple(names[int(i)] for i in order))
 
 
 def preview_series(shown: Preview) -> dict[str, float]:

@@ -124,6 +124,9 @@ def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
     if original is not None:
         needed += [original.held_out, original.replay] if _replays(config) else [original.held_out]
     notes += data_notes + original_notes + _encode(needed, accelerator, cache) + _advice(config)
+    if all(objects.background != "random" for objects in needed):
+        with pipeline.encoders_on_device():  # they leave the device as the block ends
+            pipeline.encoders_rest = True
     return Job(config, accelerator, pipeline, model, adapted, optimizer, *sources, original, notes)
 
 

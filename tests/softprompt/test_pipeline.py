@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,20 @@ def test_a_full_folder_is_not_written_over(tiny_models: Pipeline, folder: Path) 
         save_pipeline(tiny_models, folder)
     assert files_in(folder) == before
     assert not list(folder.parent.glob(".*partial*"))
+
+
+def test_encoders_that_rest_leave_the_device_after_the_last_use(
+    micro_models: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = replace(micro_models)
+    moves: list[str] = []
+    monkeypatch.setattr(Pipeline, "device", torch.device("cuda"))
+    monkeypatch.setattr(Pipeline, "_move_encoders", lambda self, device: moves.append(device.type))
+    with pipeline.encoders_on_device():
+        pass
+    assert moves == ["cuda"], "they stay unless they are to rest"
+    pipeline.encoders_rest = True
+    moves.clear()
+    with pipeline.encoders_on_device(), pytest.raises(RuntimeError), pipeline.encoders_on_device():
+        raise RuntimeError
+    assert moves == ["cuda", "cuda", "cpu"], "once, when nobody uses them any more"
