@@ -234,7 +234,7 @@ def _kl_series(run: Run, window: list[StepResult]) -> dict[str, float]:
     series = {"loss/kl_to_pretrained": sum(measured) / len(measured), "kl/weight": run.pace.kl_weight}
     if on_original := [r.kl_on_original for r in window if r.kl_on_original is not None]:
         series["kl/on_original"] = sum(on_original) / len(on_original)
-    sums = torch.stack([r.kl_sums for r in window]).sum(dim=0).to(job.accelerator.device)
+    sums = torch.stack([r.kl_sums for r in window]).sum(dim=0)
     totals, counts = job.accelerator.reduce(sums, reduction="sum").tolist()
     length = len(job.pipeline.scheduler.alphas_cumprod)
     bounds = [i * length // KL_TIMESTEP_GROUPS for i in range(KL_TIMESTEP_GROUPS + 1)]

@@ -23,6 +23,7 @@ from softprompt.model import AdaptedModel, add_lora
 from softprompt.path import match_tokens
 from softprompt.pipeline import Pipeline, load_pipeline
 from softprompt.prompt import SoftPrompt
+from train.batches import Batches
 from train.config import Config
 from train.options import MICRO
 from train.pacing import least_steps
@@ -62,6 +63,8 @@ class Job:
     train: EncodedObjects
     held_out: EncodedObjects
     original: OriginalDomain | None
+    batches: Batches
+    """What each step trains on."""
     notes: list[str]
     """What was decided on the user's behalf, to be said."""
 
@@ -127,7 +130,15 @@ def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
     if all(objects.background != "random" for objects in needed):
         with pipeline.encoders_on_device():  # they leave the device as the block ends
             pipeline.encoders_rest = True
-    return Job(config, accelerator, pipeline, model, adapted, optimizer, *sources, original, notes)
+    batches = Batches(
+        config,
+        pipeline,
+        sources[0],
+        None if original is None else original.replay,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    return Job(config, accelerator, pipeline, model, adapted, optimizer, *sources, original, batches, notes)
 
 
 def _encode(needed: Sequence[EncodedObjects], accelerator: Accelerator, cache: PictureCache | None) -> list[str]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softprompt.batch import Batch, draw, make_batch, seed_of, seeded
-from softprompt.cache import EncodedObjects
+from softprompt.batch import Batch, seed_of
 from softprompt.errors import RunError
 from softprompt.losses import denoising_loss, kl_to_reference, kl_weights, separation_hinge, snr, snr_weights
 from softprompt.model import noisy_and_target
+from train.batches import kl_domains
 from train.evaluate import view_weights
 from train.pacing import Pace, lowest_timestep_of, position_of
 from train.setup import Job
@@ -41,6 +41,7 @@ def training_step(job: Job, step: int, pace: Pace | None = None) -> StepResult:
     """Forward, backward and update for step number `step` (counted from 0).
 
     pace: what the curricula have come to; None: nothing yet, as at step 0.
+    Raises: RunError where something is not finite, before it reaches the weights.
     """
     accelerator = job.accelerator
     pace = pace or Pace.start(job.config)
@@ -48,93 +49,96 @@ def training_step(job: Job, step: int, pace: Pace | None = None) -> StepResult:
     torch.manual_seed(seed_of(job.config.train.seed, "dropout", step, accelerator.process_index))
     measured = _backward(job, step, pace, position)
     norms = _clip_gradients(job, step)
-    _refuse_what_is_not_finite(job, step, measured, norms)
+    denoising, kls, grad_norms = _fetch(job, measured, norms)
+    _refuse_what_is_not_finite(job, step, denoising, kls, grad_norms)
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     _regularise_prompt(job, step, position)
-    kls = measured.kl_by_domain
     return StepResult(
-        denoising=measured.denoising,
+        denoising=denoising,
         kl=sum(kls.values()) / len(kls) if kls else None,
         kl_on_original=kls.get("original"),
         kl_sums=measured.kl_sums,
-        grad_norms=norms,
+        grad_norms=grad_norms,
         skipped=accelerator.optimizer_step_was_skipped,
     )
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of one step's batches."""
+    """Of one step's batches on this process, still on the device."""
 
-    denoising: float
-    kl_by_domain: dict[str, float]
+    denoising: Tensor
+    kl_by_domain: dict[str, Tensor]
     kl_sums: Tensor
 
 
 def _backward(job: Job, step: int, pace: Pace, position: float) -> _Measured:
     """Gradients of a step: of the denoising loss, of the KL where it is due, and of the prompts' separation."""
-    config, accelerator, parts = job.config, job.accelerator, job.config.train.accumulation
+    config, accelerator, device = job.config, job.accelerator, job.accelerator.device
     lowest = lowest_timestep_of(config, pace, job.pipeline.scheduler.alphas_cumprod)
-    due = config.kl.weight > 0 and step % config.kl.every == 0
-    domains = {"new": ("new",), "original": ("original",), "both": ("new", "original")}[config.kl.domain] if due else ()
+    wanted = job.batches.of_step(step, lowest)
+    job.batches.make_ahead(wanted + job.batches.of_step(step + 1, lowest))
+    domains, parts = kl_domains(config, step), config.train.accumulation
     kl_share = pace.kl_weight * config.kl.every / max(1, len(domains)) / parts
 
-    denoising, kls = 0.0, dict.fromkeys(domains, 0.0)
-    kl_sums = torch.zeros(2, job.pipeline.num_views + KL_TIMESTEP_GROUPS)
-    for part in range(parts):
-        if "original" in domains:
-            batch = _batch(job, step, part, lowest, original=True)
-            with accelerator.no_sync(job.model):  # processes share out gradients once a step, at its last batch
-                _, kl = losses(job, batch, position, with_kl=True)
-                accelerator.backward(kl_share * kl.mean())
-            kls["original"] += kl.mean().item() / parts
-            kl_sums += _kl_sums(job, batch, kl)
-        batch = _batch(job, step, part, lowest)
-        last = part == parts - 1
+    denoising = torch.zeros((), device=device)
+    kls = {domain: torch.zeros((), device=device) for domain in domains}
+    kl_sums = torch.zeros(2, job.pipeline.num_views + KL_TIMESTEP_GROUPS, device=device)
+    for one in wanted:
+        batch, domain = job.batches.take(one), "original" if one.original else "new"
+        last = one is wanted[-1]
+        # Processes share out gradients once a step, at its last batch.
         with torch.enable_grad() if last else accelerator.no_sync(job.model):
-            fit, kl = losses(job, batch, position, with_kl="new" in domains)
-            loss = fit / parts
-            if "new" in domains:
+            fit, kl = losses(job, batch, position, with_kl=domain in domains)
+            loss = fit.new_zeros(()) if one.original else fit / parts
+            if domain in domains:
                 loss = loss + kl_share * kl.mean()
-                kls["new"] += kl.mean().item() / parts
+                kls[domain] += kl.detach().mean() / parts
                 kl_sums += _kl_sums(job, batch, kl)
             if config.prompt.separation and last:
                 prompt = job.adapted.prompt
                 loss = loss + config.prompt.separation * separation_hinge(prompt(position), prompt.start)
             accelerator.backward(loss)
-        denoising += fit.item() / parts
-
-    own = torch.tensor([denoising, *kls.values()], device=accelerator.device)
-    means = accelerator.reduce(own, reduction="mean").tolist()
-    return _Measured(means[0], dict(zip(domains, means[1:], strict=True)), kl_sums)
+        if not one.original:
+            denoising += fit.detach() / parts
+    return _Measured(denoising, kls, kl_sums)
 
 
-def _refuse_what_is_not_finite(job: Job, step: int, measured: _Measured, norms: Mapping[str, float]) -> None:
-    """Raises: RunError before what is not finite reaches the weights."""
+def _fetch(job: Job, measured: _Measured, norms: Mapping[str, Tensor]) -> tuple[float, dict[str, float], dict[str, float]]:
+    """The numbers of a step from the device, averaged over processes, at once: each fetch waits for all that was begun."""
+    own = torch.stack([measured.denoising, *measured.kl_by_domain.values()])
+    numbers = torch.cat([job.accelerator.reduce(own, reduction="mean"), torch.stack(list(norms.values()))]).tolist()
+    kls = dict(zip(measured.kl_by_domain, numbers[1 : len(own)], strict=True))
+    return numbers[0], kls, dict(zip(norms, numbers[len(own) :], strict=True))
+
+
+def _refuse_what_is_not_finite(
+    job: Job, step: int, denoising: float, kls: Mapping[str, float], norms: Mapping[str, float]
+) -> None:
     # Under fp16 an infinite gradient is normal: the scaler leaves that step out and lowers its scale.
-    numbers = [measured.denoising, *measured.kl_by_domain.values()]
+    numbers = [denoising, *kls.values()]
     numbers += norms.values() if job.accelerator.scaler is None else ()
     if all(math.isfinite(number) for number in numbers):
         return
-    kl = ", ".join(f"{kl:.3g}" for kl in measured.kl_by_domain.values()) or "not measured"
+    kl = ", ".join(f"{kl:.3g}" for kl in kls.values()) or "not measured"
     raise RunError(
-        f"step {step}: not finite: denoising loss {measured.denoising:.3g}, KL {kl}, gradient norms {norms}; stopped before it "
+        f"step {step}: not finite: denoising loss {denoising:.3g}, KL {kl}, gradient norms {norms}; stopped before it "
         f"reached the weights, so the checkpoints are sound. Likely a learning rate is too high, or fp16 overflows (try "
         f"train.precision bf16)"
     )
 
 
-def _clip_gradients(job: Job, step: int) -> dict[str, float]:
+def _clip_gradients(job: Job, step: int) -> dict[str, Tensor]:
     """Clip each group's gradient; drop that of a group that does not train at this step. Returns the norms before."""
     config, norms = job.config, {}
     job.accelerator.unscale_gradients(job.optimizer)
     for name, parameters in job.adapted.trainable().items():
         first, end = config.window(name)
         if first <= step < end:
-            norms[name] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.train.max_grad_norm))
+            norms[name] = torch.nn.utils.clip_grad_norm_(parameters.values(), config.train.max_grad_norm)
             continue
-        norms[name] = 0.0
+        norms[name] = torch.zeros((), device=job.accelerator.device)
         for parameter in parameters.values():
             parameter.grad = None  # a zero gradient would still move it, by Adam's momentum
     return norms
@@ -166,51 +170,11 @@ def losses(job: Job, batch: Batch, position: float, *, with_kl: bool) -> tuple[T
 
 def _kl_sums(job: Job, batch: Batch, kl: Tensor) -> Tensor:
     """[2, V + KL_TIMESTEP_GROUPS]: sums of kl [B, V] by view and by range of timesteps, and how many there were of each."""
-    kl, views = kl.detach().float().cpu(), kl.shape[1]
-    group = batch.timesteps.cpu() * KL_TIMESTEP_GROUPS // len(job.pipeline.scheduler.alphas_cumprod)
-    places = torch.cat([batch.order.cpu().flatten(), views + group.repeat_interleave(views)])
-    values = torch.stack([kl.flatten().repeat(2), torch.ones(len(places))])
-    return torch.zeros(2, views + KL_TIMESTEP_GROUPS).index_add_(1, places, values)
-
-
-def _batch(job: Job, step: int, part: int, lowest: int, *, original: bool = False) -> Batch:
-    """This process's objects of one part of a step, by their position in the global batch.
-
-    lowest: the least noisy timestep. original: of the pretrained model's own domain instead, always given view 0.
-    """
-    config, accelerator = job.config, job.accelerator
-    source = _original(job) if original else job.train
-    key: tuple[int | str, ...] = (config.train.seed, "original", step) if original else (config.train.seed, step)
-    references = [0] if original else config.data.references(job.pipeline.num_views)
-    size, processes = config.train.batch_size, accelerator.num_processes
-    first = (part * processes + accelerator.process_index) * size
-    objects, draws = [], []
-    for position in range(first, first + size):
-        generator = seeded(*key, position)
-        index = object_at(step * size * processes * config.train.accumulation + position, len(source), config.train.seed)
-        objects.append(source.get(index, generator))
-        draws.append(
-            draw(
-                generator,
-                encoded=objects[-1],
-                num_timesteps=len(job.pipeline.scheduler.alphas_cumprod),
-                references=references,
-                drop_rate=config.loss.condition_drop_rate,
-                lowest=lowest,
-            )
-        )
-    return make_batch(job.pipeline, objects, draws)
-
-
-def _original(job: Job) -> EncodedObjects:
-    assert job.original is not None, "kl.domain is checked against data.original when the configuration is read"
-    return job.original.replay
-
-
-def object_at(place: int, count: int, seed: int) -> int:
-    """Which of `count` objects stands at a place of the endless training order: each epoch a new permutation."""
-    epoch, within = divmod(place, count)
-    return int(torch.randperm(count, generator=seeded(seed, "epoch", epoch))[within])
+    kl, views = kl.detach().float(), kl.shape[1]
+    group = batch.timesteps * KL_TIMESTEP_GROUPS // len(job.pipeline.scheduler.alphas_cumprod)
+    places = torch.cat([batch.order.flatten(), views + group.repeat_interleave(views)])
+    values = torch.stack([kl.flatten().repeat(2), torch.ones_like(places, dtype=kl.dtype)])
+    return kl.new_zeros(2, views + KL_TIMESTEP_GROUPS).index_add_(1, places, values)
 
 
 def _regularise_prompt(job: Job, step: int, position: float) -> None:

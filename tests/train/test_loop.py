@@ -16,13 +16,14 @@ from softprompt.errors import RunError
 from softprompt.micro.world import MicroWorld
 from softprompt.path import point_on_path
 from train import loop
+from train.batches import object_at
 from train.checkpoint import list_checkpoints, load_checkpoint
 from train.command_line import parse
 from train.config import Config
 from train.loop import Run, train
 from train.pacing import Pace, position_of
 from train.setup import Job, prepare
-from train.step import object_at, training_step
+from train.step import training_step
 from train.stop import StopSignal
 
 REPOSITORY = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softprompt.losses import separation_ratios
 from train import step as step_module
+from train.batches import Wanted
 from train.config import Config
 from train.pacing import Pace
 from train.setup import Job, prepare
@@ -100,7 +101,7 @@ def test_the_kl_is_split_by_view_and_by_range_of_timesteps(make_job: Callable[..
     job = make_job(**{"data.reference_view": "4", "train.batch_size": 3})
     with torch.no_grad():
         job.adapted.prompt.learned.add_(0.5)
-    batch = step_module._batch(job, 0, 0, lowest=0)
+    batch = job.batches.take(Wanted(0, 0, lowest=0))
     _, kl = losses(job, batch, 0.0, with_kl=True)
     sums, counts = step_module._kl_sums(job, batch, kl)
     expected_sums, expected_counts = [0.0] * (6 + KL_TIMESTEP_GROUPS), [0.0] * (6 + KL_TIMESTEP_GROUPS)
@@ -119,9 +120,9 @@ def test_the_kl_is_split_by_view_and_by_range_of_timesteps(make_job: Callable[..
 def test_only_the_timesteps_of_the_stage_are_drawn(make_job: Callable[..., Job]) -> None:
     job = make_job(**{"train.batch_size": 16})
     for lowest in (0, 900):
-        timesteps = step_module._batch(job, 0, 0, lowest=lowest).timesteps
+        timesteps = job.batches.take(Wanted(0, 0, lowest=lowest)).timesteps
         assert timesteps.min() >= lowest and timesteps.max() < 1000
-    assert step_module._batch(job, 0, 0, lowest=0).timesteps.min() < 900
+    assert job.batches.take(Wanted(0, 0, lowest=0)).timesteps.min() < 900
 
 
 def test_the_hinge_pulls_prompts_apart_that_have_come_too_near(make_job: Callable[..., Job]) -> None:
