@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch._dynamo.config
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from einops import rearrange, repeat
@@ -99,6 +100,16 @@ def add_lora(
         torch.manual_seed(seed)
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
     cast_training_params(unet, dtype=torch.float32)
+
+
+def compile_blocks(unet: UNet2DConditionModel, *, backend: str = "inductor") -> None:
+    """Compile the UNet's transformer blocks, when each is first used. What they compute stays the same.
+
+    A block is compiled once for each of its shapes, with and without adapters, with and without gradients: far more than
+    torch takes for normal before it gives up on a function.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    unet.compile_repeated_blocks(backend=backend)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ FREE_ON_RESUME = (
     "train.steps",
     "train.device",
     "train.gradient_checkpointing",
+    "train.compile",
     "monitor",
     "export",
 )

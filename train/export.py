@@ -4,7 +4,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def export_pipeline(pipeline: Pipeline, folder: Path, *, picture: Tensor, tolera
         expected = _views(fresh, prompt, picture)
         save_pipeline(fresh, new, merge_lora=True)
         fresh.unet.to("cpu")  # room for the next: two float32 UNets beside the trained one are more than a small GPU holds
-        merged = Pipeline(**{**vars(fresh), "unet": load_unet(new / "unet").to(pipeline.device)})
+        merged = replace(fresh, unet=load_unet(new / "unet").to(pipeline.device))
         difference = _difference(_views(merged, prompt, picture), expected)
     try:
         _within(difference, tolerance, "pipeckpts")
@@ -144,7 +144,7 @@ def _fresh(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
         weights = load_file(folder / "lora" / LORA_WEIGHTS)
         set_peft_model_state_dict(unet, {name.removeprefix("unet."): weight for name, weight in weights.items()})
         unet.requires_grad_(False).eval()
-    return Pipeline(**{**vars(pipeline), "unet": unet})
+    return replace(pipeline, unet=unet)
 
 
 def _verify(pipeline: Pipeline, prompt: Tensor, folder: Path, picture: Tensor, tolerance: float) -> tuple[float, float]:

@@ -100,7 +100,17 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
     window: list[StepResult] = []
     since = time.monotonic()
     while run.step < config.train.steps and not stop.agreed(job.accelerator):
-        result = training_step(job, run.step, run.pace)
+        try:
+            result = training_step(job, run.step, run.pace)
+        except torch.OutOfMemoryError:
+            if not _save_memory(job):
+                raise
+            tqdm.write(
+                f"step {run.step}: out of GPU memory; done again with gradient checkpointing, which stays on: a step takes a "
+                f"third longer. train.gradient_checkpointing always begins with it",
+                file=sys.stderr,
+            )
+            continue
         run.schedule.step()
         if run.ema is not None and not result.skipped:
             run.ema.step(job.adapted.all_trainable().values())
@@ -181,6 +191,17 @@ def _move_on(run: Run, pace: Pace) -> None:
         if now.number != before.number and run.job.accelerator.is_main_process:
             tqdm.write(f"step {run.step}: {name}: stage {now.number + 1} begins", file=sys.stderr)
     run.pace = pace
+
+
+def _save_memory(job: Job) -> bool:
+    """Switch gradient checkpointing on where it is left to need. Returns: whether that is a change."""
+    unet, by_need = job.pipeline.unet, job.config.train.gradient_checkpointing == "auto"
+    if not by_need or unet.is_gradient_checkpointing or job.accelerator.num_processes > 1:  # the others would not know
+        return False
+    job.optimizer.zero_grad(set_to_none=True)
+    unet.enable_gradient_checkpointing()
+    torch.cuda.empty_cache()
+    return True
 
 
 def _due(run: Run, every: int) -> bool:

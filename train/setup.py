@@ -19,7 +19,7 @@ from softprompt.embeddings import load_waypoints
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
-from softprompt.model import AdaptedModel, add_lora
+from softprompt.model import AdaptedModel, add_lora, compile_blocks
 from softprompt.path import match_tokens
 from softprompt.pipeline import Pipeline, load_pipeline
 from softprompt.prompt import SoftPrompt
@@ -110,8 +110,10 @@ def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
             targets=config.lora.targets,
             seed=config.train.seed,
         )
-    if config.train.gradient_checkpointing:
+    if config.train.gradient_checkpointing == "always":
         pipeline.unet.enable_gradient_checkpointing()
+    if config.train.compile:
+        compile_blocks(pipeline.unet)
     adapted = AdaptedModel(pipeline.unet, prompt).to(accelerator.device).train()
     model, optimizer = accelerator.prepare(adapted, make_optimizer(config, adapted, scaled=precision == "fp16"))
 

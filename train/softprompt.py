@@ -72,7 +72,7 @@ def _run(request: Request) -> int:
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of GPU memory ({str(error).split('. ')[0]}); what checkpoints there are stay good. Lower train.batch_size "
-            f"and raise train.accumulation by as much, or switch train.gradient_checkpointing on; --dry-run shows the peak, "
+            f"and raise train.accumulation by as much, or set train.gradient_checkpointing: always; --dry-run shows the peak, "
             f"previews included, without a run"
         ) from error
     if main_process:

@@ -143,6 +143,7 @@ OTHER_VALUES: dict[str, object] = {
     "data.train": "/elsewhere/train",
     "data.val": "/elsewhere/val",
     "data.limit": 9,
+    "data.cache": "/elsewhere/cache",
     "data.original": "/elsewhere/original",
     "data.background": "gray",
     "data.reference_view": 2,
@@ -154,7 +155,8 @@ OTHER_VALUES: dict[str, object] = {
     "train.schedule": "linear",
     "train.max_grad_norm": 0.5,
     "train.ema_decay": 0.5,
-    "train.gradient_checkpointing": True,
+    "train.gradient_checkpointing": "always",
+    "train.compile": True,
     "train.device": "cpu",
     "train.precision": "bf16",
     "monitor.log_every": 3,
@@ -173,6 +175,7 @@ OTHER_VALUES: dict[str, object] = {
 """Of every option, one that is not its default."""
 FREE = {
     *("model", "data.train", "data.val", "data.original", "train.steps", "train.device", "train.gradient_checkpointing"),
+    *("data.cache", "train.compile"),
     *(name for name in OTHER_VALUES if name.startswith(("monitor.", "export."))),
 }
 """What may change when a run is resumed."""
@@ -219,7 +222,7 @@ def test_what_a_run_s_numbers_depend_on_cannot_change_on_a_resume(
         said = refusal(argv, capsys)
         assert said.startswith(
             f"error: --resume {run}: {name}: is {OTHER_VALUES[name]}; the run has {before}. A resumed run keeps its settings, "
-            f"but for model, data.train, data.val, data.original, train.steps"
+            f"but for model, data.train, data.val, data.original, data.cache, train.steps"
         )
         assert said.endswith("leave the option out, or start a new run\n")
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]

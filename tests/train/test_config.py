@@ -33,7 +33,7 @@ UNUSUAL = [
     "--data.val=null",
     "--data.reference_view=[0, 2, 5]",
     "--train.ema_decay=0.9999",
-    "--train.gradient_checkpointing=true",
+    "--train.gradient_checkpointing=always",
 ]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from softprompt.data import write_source
 from softprompt.errors import RunError
 from softprompt.micro.world import MicroWorld
+from softprompt.model import AdaptedModel
 from softprompt.path import point_on_path
 from train import loop
 from train.batches import object_at
@@ -118,9 +119,30 @@ def test_accumulated_batches_equal_one_large_batch(small):
 def test_gradient_checkpointing_changes_no_loss(small):
     plain, checkpointed = (
         [training_step(job, step).denoising for step in range(2)]
-        for job in (prepare(small(f"--train.gradient_checkpointing={on}")) for on in ("false", "true"))
+        for job in (prepare(small(f"--train.gradient_checkpointing={on}")) for on in ("never", "always"))
     )
     assert checkpointed == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_with_less(small, tmp_path, monkeypatch, capsys):
+    forward = AdaptedModel.forward
+
+    def needs_checkpointing_at_step_2(self, *inputs):
+        if inputs[-1] > 0.5 and not self.unet.is_gradient_checkpointing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(AdaptedModel, "forward", needs_checkpointing_at_step_2)
+    halfway = ["--curriculum.at=[0, 1]", "--monitor.validate_every=4"]
+    run_to_end(small(*halfway), tmp_path / "short_of_memory")
+    assert capsys.readouterr().err.count("out of GPU memory; done again with gradient checkpointing") == 1
+    monkeypatch.undo()
+    run_to_end(small(*halfway), tmp_path / "enough")
+    for ours, theirs in zip(series(tmp_path / "short_of_memory"), series(tmp_path / "enough"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+    monkeypatch.setattr(AdaptedModel, "forward", needs_checkpointing_at_step_2)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_to_end(small(*halfway, "--train.gradient_checkpointing=never"), tmp_path / "never")
 
 
 def test_runs_on_several_threads_are_equal_bit_for_bit(small):
