@@ -50,19 +50,24 @@ class Parser(ArgumentParser):
 
     reading: str | None = None
     """The YAML file that is being read."""
+    options: type = Config
+    """What its options are the fields of."""
+    also: tuple[str, ...] = ("config", "resume", "dry-run")
+    """Its other options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         del ex
         message = " ".join(message.split())
         unknown = re.search(r"unrecognized arguments: --?([\w.\-]+)|ption '([\w.\-]+)'", message, re.IGNORECASE)
         value = re.match(r'Parser key "([\w.]+)": .*(?:Got|Given) value: ?(.*)$', message)
+        kinds = option_kinds(self.options)
         if unknown:
             key = unknown.group(1) or unknown.group(2)
             group = re.search(r"Group '([\w.]+)'", message)
             wanted = f"{group.group(1)}.{key}" if group and not key.startswith(group.group(1)) else key
-            message = f"unknown option {wanted!r}{suggestion(wanted, [*option_kinds(), 'config', 'resume', 'dry-run'])}"
-        elif value and value.group(1) in option_kinds():
-            message = f"{value.group(1)}: is {value.group(2) or 'empty'}; expected {option_kinds()[value.group(1)]}"
+            message = f"unknown option {wanted!r}{suggestion(wanted, [*kinds, *self.also])}"
+        elif value and value.group(1) in kinds:
+            message = f"{value.group(1)}: is {value.group(2) or 'empty'}; expected {kinds[value.group(1)]}"
         print(f"error: {f'{self.reading}: ' if self.reading else ''}{message}", file=sys.stderr)
         raise SystemExit(2)
 

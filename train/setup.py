@@ -71,7 +71,7 @@ class Job:
 
 def make_accelerator(config: Config) -> Accelerator:
     """Device, precision and processes. Raises: InputError for a device or precision that this machine has not."""
-    precision, _ = _choose_precision(config)
+    precision, _ = choose_precision(config.train.device, config.train.precision)
     accelerator = Accelerator(
         cpu=config.train.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision={"fp32": "no"}.get(precision, precision),
@@ -83,7 +83,8 @@ def make_accelerator(config: Config) -> Accelerator:
 
 def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
     """Load and check everything. Raises: InputError for whatever cannot be used."""
-    precision, notes = _choose_precision(config)
+    precision, said = choose_precision(config.train.device, config.train.precision)
+    notes = [said]
     accelerator = accelerator or make_accelerator(config)
     folder = MICRO_MODEL if config.model == MICRO else Path(config.model)
     pipeline = load_pipeline(folder, dtype=_DTYPES[precision]).to(accelerator.device)
@@ -174,9 +175,12 @@ def make_optimizer(config: Config, adapted: AdaptedModel, *, scaled: bool = Fals
     return torch.optim.AdamW(groups, fused=next(adapted.parameters()).is_cuda and not scaled)
 
 
-def _choose_precision(config: Config) -> tuple[str, list[str]]:
-    wanted, precision = config.train.device, config.train.precision
-    cuda = torch.cuda.is_available()
+def choose_precision(wanted: str, asked: str) -> tuple[str, str]:
+    """What a device (auto, cpu, cuda) and a precision (auto, fp32, bf16, fp16) come to here, and what to say of it.
+
+    Raises: InputError for what this machine has not.
+    """
+    precision, cuda = asked, torch.cuda.is_available()
     if wanted == "cuda" and not cuda:
         raise InputError(
             f"train.device: is cuda; this machine has no CUDA device that torch {torch.__version__} can use. Likely a CPU "
@@ -188,8 +192,8 @@ def _choose_precision(config: Config) -> tuple[str, list[str]]:
     if precision == "auto":
         precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if on_cuda else "fp32"
     device = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
-    chosen = "chosen from the machine" if "auto" in (wanted, config.train.precision) else "as asked for"
-    return precision, [f"device     {device}; {precision} ({chosen}); what trains is fp32"]
+    chosen = "chosen from the machine" if "auto" in (wanted, asked) else "as asked for"
+    return precision, f"device     {device}; {precision} ({chosen}); what trains is fp32"
 
 
 def _check_together(config: Config, pipeline: Pipeline) -> None:

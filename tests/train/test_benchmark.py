@@ -1,0 +1,92 @@
+"""The benchmark counts what is known, measures every way, and says in one line what it cannot do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.benchmark.__main__ import main
+from train.benchmark.count import arms, count_parts
+from train.benchmark.measure import matmul_flops
+from train.benchmark.models import random_pipeline
+
+WAYS = [
+    "FaceLift",
+    "LoRA, encoding live",
+    "LoRA, cached",
+    "ours, no KL",
+    "ours, KL at each",
+    "ours, KL at every",
+    "ours, KL on the",
+]
+
+
+def test_full_size_has_the_operations_and_weights_of_stable_diffusion_2_1() -> None:
+    parts = count_parts("sd21")
+    # Known of the published models: 870 M weights, 5.56, 1.12 and 0.33 TFLOP.
+    assert parts.unet_parameters == pytest.approx(870e6, rel=0.002)
+    assert parts.reference == pytest.approx(5.56e12, rel=0.005)
+    assert parts.vae == pytest.approx(1.12e12, rel=0.005)
+    assert parts.clip == pytest.approx(0.33e12, rel=0.02)
+    found = {arm.name: arm for arm in arms(parts)}
+    assert [name for name in found if not any(name.startswith(way) for way in WAYS)] == [] and len(found) == len(WAYS)
+    facelift, ours = (next(a for n, a in found.items() if n.startswith(w)) for w in ("FaceLift", "ours, KL at each"))
+    assert facelift.flop == pytest.approx(37.7e12, rel=0.005)
+    assert facelift.flop > 2 * ours.flop and facelift.state_bytes > 9 * ours.state_bytes
+    assert ours.activation_bytes is not None and ours.activation_bytes + ours.state_bytes < 10e9
+
+
+@pytest.mark.parametrize(("views", "picture"), [(1, 64), (4, 128)])
+def test_a_random_pipeline_has_the_views_and_the_size_asked_for(views: int, picture: int) -> None:
+    pipeline = random_pipeline("micro", device="meta", views=views, picture=picture)
+    assert (pipeline.num_views, pipeline.picture_size) == (views, picture)
+    assert not any(p.requires_grad for p in pipeline.unet.parameters())
+
+
+def test_every_way_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--repeats=2", "--device=cpu", "--rank=2", f"--output={tmp_path / 'b.json'}"]) == 0
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "b.json").read_text())["ways"]
+    for way, row in zip(WAYS, rows, strict=True):
+        assert row["name"].startswith(way) and row["name"] in said
+        assert len(row["seconds"]) == 2 and all(s > 0 for s in row["seconds"]) and row["objects_per_second"] > 0
+        known = {"batch", "forward", "reference", "backward", "optimizer"}
+        assert set(row["phases"]) <= known and row["phases"]["backward"] > 0
+    by_name = {row["name"]: row for row in rows}
+    none, each, fourth = (by_name[f"ours, {kl}"] for kl in ("no KL", "KL at each step", "KL at every 4th"))
+    assert "reference" not in none["phases"] and each["phases"]["reference"] > 0
+    assert none["flop"] < fourth["flop"] < each["flop"]
+    reference = each["flop"] - none["flop"]
+    assert fourth["flop"] - none["flop"] == pytest.approx(reference / 4, rel=1e-6), "the KL of every fourth step, once a cycle"
+
+
+def test_counting_needs_no_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--count", "--tflops=100"]) == 0
+    said = capsys.readouterr().out
+    assert "nothing was run" in said and "least time" in said and all(way in said for way in WAYS)
+
+
+def test_a_matrix_product_s_speed_is_of_this_planet() -> None:
+    assert 1e8 < matmul_flops(torch.device("cpu"), torch.float32, repeats=2) < 1e15
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--repeats=0", "error: repeats: is 0; expected 1 or more"),
+        ("--tflops=-1", "error: tflops: is -1.0; expected a positive number"),
+        ("--size=sd3", "error: size: is sd3; expected micro or sd21"),
+        ("--batchsize=2", "error: unknown option 'batchsize'; did you mean 'batch_size'?"),
+        ("--device=cuda", "error: train.device: is cuda; this machine has no CUDA device"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if "cuda" in option and torch.cuda.is_available():
+        pytest.skip("there is one here")
+    try:
+        code: object = main([option])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    assert message in capsys.readouterr().err

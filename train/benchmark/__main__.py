@@ -1,0 +1,134 @@
+"""What a training step costs on this machine, and where its time goes: `python -m train.benchmark`.
+
+Times ways of training against each other in one run, each in turn; or counts what they take, where the machine is too small.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from jsonargparse import set_parsing_settings
+
+from softprompt.errors import InputError
+from softprompt.files import new_file
+from train.command_line import Parser
+
+EXIT_BAD_INPUT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured."""
+
+    size: Literal["micro", "sd21"] = "micro"
+    """Of the model, with random weights: the embedded one, or FaceLift's (Stable Diffusion 2.1)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of frozen weights and arithmetic; auto: as in training."""
+    batch_size: int = 1
+    """Objects a step."""
+    rank: int = 16
+    """Of the LoRA."""
+    repeats: int = 5
+    """Rounds of four steps of each way; the median counts."""
+    facelift: bool = True
+    """Also measure FaceLift's own way of training, which takes 16 bytes of memory a weight."""
+    compile: bool = False
+    """torch.compile for the transformer blocks, in all ways but FaceLift's."""
+    tflops: float | None = None
+    """With --count: TFLOP/s of a GPU, for the shortest time that a step can take on it."""
+    output: str | None = None
+    """JSON file of all numbers."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rank", "repeats"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: is {getattr(self, name)}; expected 1 or more")
+        if self.tflops is not None and self.tflops <= 0:
+            raise InputError(f"tflops: is {self.tflops}; expected a positive number")
+
+
+class BenchmarkParser(Parser):
+    """Suggests the options of this command."""
+
+    options = Options
+    also = ("count",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns: the exit code."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = BenchmarkParser(prog="python -m train.benchmark", description=__doc__, allow_abbrev=False)
+    parser.add_class_arguments(Options, None)
+    parser.add_argument("--count", action="store_true", help="Count operations and bytes instead: any size on any machine.")
+    try:
+        given = parser.parse_args(argv).as_dict()
+        count = given.pop("count")
+        options = Options(**given)
+        rows = _count(options) if count else _measure(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    if options.output:
+        with new_file(options.output) as partial:
+            partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        print(f"written    {options.output}")
+    return 0
+
+
+def _count(options: Options) -> dict[str, Any]:
+    from train.benchmark.count import arms, count_parts
+
+    parts = count_parts(options.size, rank=options.rank)
+    print(f"counted    {options.size}, one object of six views, bf16, LoRA rank {options.rank}; nothing was run")
+    floor = f" {'least time':>10}" if options.tflops else ""
+    print(f"\n{'':55s} {'TFLOP':>8} {'state':>9} {'activations':>12}{floor}")
+    found = arms(parts)
+    for arm in found:
+        kept = "little" if arm.activation_bytes is None else f"{arm.activation_bytes / 1e9:.2f} GB"
+        time = f" {arm.flop / options.tflops / 1e9:>7.1f} ms" if options.tflops else ""
+        print(f"{arm.name:55s} {arm.flop / 1e12:8.2f} {arm.state_bytes / 1e9:6.2f} GB {kept:>12}{time}")
+    return {"options": asdict(options), "parts": asdict(parts), "ways": [asdict(arm) for arm in found]}
+
+
+def _measure(options: Options) -> dict[str, Any]:
+    import torch
+    from accelerate import Accelerator
+
+    from train.benchmark.measure import matmul_flops, measure
+    from train.benchmark.steps import Setting, adapting_ways, facelift_way
+    from train.setup import choose_precision, quiet_libraries
+
+    precision, said = choose_precision(options.device, options.precision)
+    accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
+    quiet_libraries(True)
+    device, dtype = accelerator.device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    print(f"{said}; torch {torch.__version__}")
+    setting = Setting(options.size, device, dtype, options.batch_size, rank=options.rank, compiled=options.compile)
+    ways = adapting_ways(setting, accelerator)
+    if options.facelift:
+        ways.insert(0, facelift_way(setting))
+    found = measure(ways, device=device, repeats=options.repeats, progress=sys.stderr.isatty())
+    most = matmul_flops(device, dtype)
+    print(f"a matrix product reaches {most / 1e12:.3g} TFLOP/s\n")
+    print(f"{'':55s} {'ms/step':>8} {'spread':>7} {'objects/s':>9} {'against':>8} {'TFLOP':>8} {'used':>5} {'peak':>8}")
+    for one in found:
+        spread = (max(one.seconds) - min(one.seconds)) / one.typical
+        used, peak = one.flop / one.typical / most, "-" if one.peak_bytes is None else f"{one.peak_bytes / 1e9:.2f} GB"
+        print(
+            f"{one.name:55s} {one.typical * 1e3:8.1f} {spread:7.0%} {options.batch_size / one.typical:9.3g} "
+            f"{found[0].typical / one.typical:7.2f}x {one.flop / 1e12:8.4g} {used:5.0%} {peak:>8}"
+        )
+    names = list(dict.fromkeys(name for one in found for name in one.phases))
+    print(f"\n{'where the time goes, ms':55s} " + " ".join(f"{name:>10}" for name in names))
+    for one in found:
+        print(f"{one.name:55s} " + " ".join(f"{one.phases.get(name, 0) * 1e3:10.1f}" for name in names))
+    rows = [asdict(one) | {"objects_per_second": options.batch_size / one.typical} for one in found]
+    return {"options": asdict(options), "machine": said, "matmul_flops": most, "ways": rows}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

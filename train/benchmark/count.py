@@ -1,0 +1,174 @@
+"""What a step takes, counted and not measured: floating-point operations and bytes, at full size without a GPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from softprompt.model import AdaptedModel, add_lora
+from softprompt.prompt import SoftPrompt
+from train.benchmark.models import random_pipeline
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Operations and bytes of the parts of a step, for one object of V views."""
+
+    forward: float
+    """FLOP of the UNet's forward pass; multiplications and additions each count."""
+    backward_adapted: float
+    """FLOP of its backward pass where prompt and LoRA train."""
+    backward_lora: float
+    """The same where LoRA alone does."""
+    backward_all: float
+    """The same where every weight does."""
+    reference: float
+    """FLOP of the untouched model's forward pass."""
+    vae: float
+    """FLOP of encoding one picture."""
+    clip: float
+    """FLOP of embedding one picture."""
+    activations: int
+    """Bytes kept for the backward pass of prompt and LoRA."""
+    unet_parameters: int
+    trained_parameters: int
+    encoder_parameters: int
+    """Of VAE and image encoder."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a way of training takes for one object."""
+
+    name: str
+    flop: float
+    state_bytes: int
+    """Weights, gradients and Adam's moments."""
+    activation_bytes: int | None
+    """Kept for the backward pass; None where gradient checkpointing keeps little."""
+
+
+def count_parts(size: str, *, views: int = 6, picture: int | None = None, rank: int = 16) -> Parts:
+    """Run each part once on tensors that have shapes and no content. rank: of the LoRA."""
+    dtype = torch.bfloat16
+    pipeline = random_pipeline(size, device="meta", dtype=dtype, views=views, picture=picture)
+    unet_parameters = sum(p.numel() for p in pipeline.unet.parameters())
+    encoder_parameters = sum(p.numel() for m in (pipeline.vae, pipeline.image_encoder) for p in m.parameters())
+    with torch.device("meta"):
+        pixels = torch.empty(1, 3, pipeline.picture_size, pipeline.picture_size)
+        embedded = torch.empty(1, 3, *(2 * [pipeline.image_encoder.config.image_size]))
+        channels, height, width = pipeline.latent_shape
+        latents = torch.empty(1, views, channels, height, width)
+        labels = torch.empty(1, views, pipeline.unet.config["projection_class_embeddings_input_dim"])
+        batch = latents, latents, torch.zeros(1), labels, torch.zeros(1, views, dtype=torch.long)
+        prompt = SoftPrompt(torch.empty(1, views, 77, pipeline.prompt_width))
+    vae = _flop(lambda: pipeline.vae.encode(pixels))
+    clip = _flop(lambda: pipeline.image_encoder(embedded))
+
+    pipeline.unet.requires_grad_(True)
+    everything = AdaptedModel(pipeline.unet, prompt.requires_grad_(False))
+    _, backward_all = _forward_and_backward(everything, batch)
+    pipeline.unet.requires_grad_(False)
+
+    add_lora(pipeline.unet, rank=rank, alpha=float(rank), targets=LORA_TARGETS)
+    adapted = AdaptedModel(pipeline.unet, prompt).to("meta")
+    _, backward_lora = _forward_and_backward(adapted, batch)
+    prompt.requires_grad_(True)
+    activations = _kept(adapted, batch)
+    forward, backward_adapted = _forward_and_backward(adapted, batch)
+    return Parts(
+        forward=forward,
+        backward_adapted=backward_adapted,
+        backward_lora=backward_lora,
+        backward_all=backward_all,
+        reference=_flop(lambda: adapted.reference(*batch)),
+        vae=vae,
+        clip=clip,
+        activations=activations,
+        unet_parameters=unet_parameters,
+        trained_parameters=sum(p.numel() for p in adapted.all_trainable().values()),
+        encoder_parameters=encoder_parameters,
+    )
+
+
+def arms(parts: Parts, *, views: int = 6) -> list[Arm]:
+    """The ways of training, composed of their parts, per object."""
+    p = parts
+    trained, ours = 4 * 4 * p.trained_parameters, 2 * p.unet_parameters  # fp32 weight, gradient, two moments; bf16 weights
+    encoders = 4 * p.encoder_parameters
+    plain = p.forward + p.backward_lora
+    adapted = p.forward + p.backward_adapted
+    return [
+        Arm(
+            "FaceLift: every weight, encoding live, checkpointing",
+            2 * views * p.vae + views * p.clip + 2 * p.forward + p.backward_all,
+            16 * p.unet_parameters + encoders,
+            None,
+        ),
+        Arm("LoRA, encoding live", (views + 1) * p.vae + p.clip + plain, ours + trained + encoders, p.activations),
+        Arm("LoRA, cached", plain, ours + trained, p.activations),
+        Arm("ours, no KL", adapted, ours + trained, p.activations),
+        Arm("ours, KL at each step", adapted + p.reference, ours + trained, p.activations),
+        Arm("ours, KL at every 4th", adapted + p.reference / 4, ours + trained, p.activations),
+        Arm(
+            "ours, KL on the original domain at every 4th",
+            adapted + (adapted + p.reference) / 4,
+            ours + trained,
+            p.activations,
+        ),
+    ]
+
+
+def _flop(run: Callable[[], object]) -> float:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def _forward_and_backward(model: AdaptedModel, batch: tuple[Tensor, ...]) -> tuple[float, float]:
+    with FlopCounterMode(display=False) as counter:
+        out = model(*batch, 0.0)
+        forward = counter.get_total_flops()
+        out.float().square().mean().backward()
+    model.zero_grad(set_to_none=True)
+    return float(forward), float(counter.get_total_flops() - forward)
+
+
+def _kept(model: AdaptedModel, batch: tuple[Tensor, ...]) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once, without parameters; with flash attention."""
+    own = {_storage(p) for p in model.parameters()} | {_storage(b) for b in model.buffers()}
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []  # a storage that is freed would lend its address to the next
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in own:
+            sizes[_storage(tensor)] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+        return tensor
+
+    flash = patch.object(F, "scaled_dot_product_attention", _KeptByFlashAttention.apply)
+    with flash, saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*batch, 0.0)
+    return sum(sizes.values())
+
+
+class _KeptByFlashAttention(torch.autograd.Function):
+    """Keeps what flash attention keeps: its inputs, its output, and one number a query; never the attention weights."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+
+def _storage(tensor: Tensor | nn.Parameter) -> int:
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,151 @@
+"""Pipelines of random weights, at the embedded model's size and at Stable Diffusion 2.1's: nothing is downloaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from softprompt.micro import MICRO_MODEL
+from softprompt.micro.parts import EMBED_WIDTH, LATENT_SIZE, UNET_CONFIG, VAE_CONFIG
+from softprompt.pipeline import Pipeline
+from softprompt.unet import FACELIFT_DEFAULTS, build_unet
+
+
+@dataclass(frozen=True)
+class Size:
+    """The architecture of a pipeline."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    vision: dict[str, Any]
+    """Of the CLIP image encoder."""
+    picture: int
+    """Side in pixels that the image encoder takes."""
+
+
+SIZES = {
+    "micro": Size(
+        unet=UNET_CONFIG,
+        vae=VAE_CONFIG,
+        vision={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "projection_dim": EMBED_WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "patch_size": 8,
+        },
+        picture=64,
+    ),
+    # Stable Diffusion 2.1-unCLIP's: its UNet with 8 input channels (FaceLift's), its VAE, and CLIP ViT-H/14.
+    "sd21": Size(
+        unet=FACELIFT_DEFAULTS
+        | {
+            "sample_size": 64,
+            "in_channels": 8,
+            "out_channels": 4,
+            "block_out_channels": [320, 640, 1280, 1280],
+            "down_block_types": ["CrossAttnDownBlockMV2D"] * 3 + ["DownBlock2D"],
+            "mid_block_type": "UNetMidBlockMV2DCrossAttn",
+            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlockMV2D"] * 3,
+            "layers_per_block": 2,
+            "attention_head_dim": [5, 10, 20, 20],
+            "cross_attention_dim": 1024,
+            "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": 2048,
+            "use_linear_projection": True,
+        },
+        vae={
+            "block_out_channels": [128, 256, 512, 512],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "layers_per_block": 2,
+        },
+        vision={
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "projection_dim": 1024,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+            "hidden_act": "gelu",
+        },
+        picture=224,
+    ),
+}
+DEFAULT_PICTURE = {"micro": 4 * LATENT_SIZE, "sd21": 512}
+"""Side S of the training pictures in pixels."""
+
+
+def random_pipeline(
+    size: str, *, device: torch.device | str, dtype: torch.dtype = torch.float32, views: int = 6, picture: int | None = None
+) -> Pipeline:
+    """A FaceLift pipeline of random weights, frozen.
+
+    size: a key of SIZES. device: `meta` for shapes alone. dtype: of the UNet. views: V. picture: S in pixels, a multiple of
+    what the VAE and the UNet halve; None: the size's own.
+    """
+    parts, side = SIZES[size], picture or DEFAULT_PICTURE[size]
+    factor = 2 ** (len(parts.vae["block_out_channels"]) - 1)
+    vision = CLIPVisionConfig(**parts.vision, image_size=parts.picture)
+    with torch.device(device):
+        pipeline = Pipeline(
+            unet=_cast(build_unet(parts.unet | {"sample_size": side // factor, "num_views": views}), dtype),
+            vae=AutoencoderKL(**parts.vae | {"sample_size": side}),
+            image_encoder=CLIPVisionModelWithProjection(vision),
+            feature_extractor=CLIPImageProcessorPil(
+                size={"shortest_edge": parts.picture}, crop_size={"height": parts.picture, "width": parts.picture}
+            ),
+            image_normalizer=StableUnCLIPImageNormalizer(parts.vision["projection_dim"]),
+            image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+                prediction_type="v_prediction",
+            ),
+            folder=MICRO_MODEL,  # of which nothing is read
+        )
+    for model in (pipeline.unet, pipeline.vae, pipeline.image_encoder, pipeline.image_normalizer):
+        model.requires_grad_(False).eval()
+    return pipeline
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> Any:
+    for parameter in model.parameters():  # diffusers' own `to` would warn
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+class NoisePictures:
+    """A source (see softprompt.data) of opaque random pictures: as dear to encode and train on as any."""
+
+    locations: tuple[str, ...] = ()
+
+    def __init__(self, count: int, views: int, size: int) -> None:
+        self.names = [f"noise-{index:06d}" for index in range(count)]
+        self._shape = (views, 4, size, size)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def check(self, indices: object) -> None:
+        """They are always there."""
+
+    def files(self, index: int) -> tuple[()]:
+        """None."""
+        return ()
+
+    def load(self, index: int) -> Tensor:
+        """Returns: uint8 [V, 4, S, S]."""
+        generator = torch.Generator().manual_seed(index)
+        pixels = torch.randint(256, self._shape, generator=generator, dtype=torch.uint8)
+        pixels[:, 3] = 255
+        return pixels

@@ -1,0 +1,188 @@
+"""The ways of training that are compared: one optimizer step of each, on the same random objects."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from softprompt.batch import draw, make_batch, seeded
+from softprompt.cache import EncodedObjects
+from softprompt.conditioning import EncodedViews, image_embeddings
+from softprompt.data import composite
+from softprompt.losses import denoising_loss, snr, snr_weights
+from softprompt.model import AdaptedModel, add_lora, compile_blocks, noisy_and_target, predict
+from softprompt.pipeline import Pipeline
+from softprompt.prompt import SoftPrompt
+from train.batches import Batches
+from train.benchmark.models import NoisePictures, random_pipeline
+from train.config import Config
+from train.options import KLConfig
+from train.setup import Job, OriginalDomain, make_optimizer
+from train.step import training_step
+
+OBJECTS = 8
+"""Random objects that all ways train on."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all ways of training have in common."""
+
+    size: str
+    """A key of train.benchmark.models.SIZES."""
+    device: torch.device
+    dtype: torch.dtype
+    """Of frozen weights and of the arithmetic."""
+    batch_size: int = 1
+    """Objects a step."""
+    views: int = 6
+    picture: int | None = None
+    """Side in pixels; None: the size's own."""
+    rank: int = 16
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of training."""
+
+    name: str
+    step: Callable[[int], None]
+    """Does optimizer step number i."""
+    phases: dict[str, tuple[Any, str]]
+    """What a step's time goes into: name => an object and its method that does it."""
+
+
+class LiveObjects(EncodedObjects):
+    """Objects whose pictures go through the encoders each time they are asked for; nothing is kept."""
+
+    def __init__(self, source: NoisePictures, pipeline: Pipeline, *, through_vae: int, through_clip: int) -> None:
+        super().__init__(source, pipeline, "random")
+        self.through_vae = through_vae
+        self.through_clip = through_clip
+
+    def get(self, index: int, generator: torch.Generator) -> EncodedViews:
+        """Encode `through_vae` pictures, the views first, then the input again and again; `through_clip` likewise."""
+        pipeline, device = self.pipeline, self.pipeline.device
+        views = composite(self.source.load(index).to(device), torch.ones(3))
+        again = views[:1].expand(self.through_vae - len(views), -1, -1, -1)
+        with torch.no_grad():
+            parts = torch.cat([views, again]).split(pipeline.pictures_at_once)
+            posteriors = [pipeline.vae.encode(part.to(pipeline.vae.dtype) * 2 - 1).latent_dist for part in parts]
+        mean, std = (torch.cat([getattr(p, name) for p in posteriors])[: len(views)].float().cpu() for name in ("mean", "std"))
+        embeds = image_embeddings(pipeline, views[:1].expand(self.through_clip, -1, -1, -1))
+        return EncodedViews(mean, std, embeds[:1].expand(len(views), -1).float().cpu())
+
+
+def adapting_ways(setting: Setting, accelerator: Accelerator) -> list[Way]:
+    """LoRA alone, and prompt and LoRA as `python -m train.softprompt` trains them; one UNet and one LoRA serves them all."""
+    pipeline = _pipeline(setting, setting.dtype)
+    config = Config()
+    config = replace(
+        config,
+        train=replace(config.train, batch_size=setting.batch_size, steps=10**6),
+        lora=replace(config.lora, rank=setting.rank, alpha=float(setting.rank)),
+    )
+    add_lora(pipeline.unet, rank=setting.rank, alpha=float(setting.rank), targets=config.lora.targets)
+    if setting.compiled:
+        compile_blocks(pipeline.unet)
+    source = NoisePictures(OBJECTS, setting.views, pipeline.picture_size)
+    cached = EncodedObjects(source, pipeline, "white")
+    cached.fill(progress=False)
+    live = LiveObjects(source, pipeline, through_vae=setting.views + 1, through_clip=1)
+    prompt = 0.1 * torch.randn(2, setting.views, 77, pipeline.prompt_width, generator=seeded("prompt"))
+
+    def way(name: str, kl: KLConfig, *, learn: bool = True, objects: EncodedObjects = cached) -> Way:
+        settings = replace(config, kl=kl, prompt=replace(config.prompt, learn=learn))
+        adapted = AdaptedModel(pipeline.unet, SoftPrompt(prompt).requires_grad_(learn)).to(setting.device).train()
+        optimizer = accelerator.prepare(make_optimizer(settings, adapted, scaled=setting.dtype == torch.float16))
+        batches = Batches(settings, pipeline, objects, objects, process=0, processes=1)
+        original = OriginalDomain(objects, objects)
+        job = Job(settings, accelerator, pipeline, adapted, adapted, optimizer, objects, objects, original, batches, [])
+        phases = {
+            "batch": (batches, "take"),
+            "forward": (adapted, "forward"),
+            "reference": (adapted, "reference"),
+            "backward": (accelerator, "backward"),
+            "optimizer": (optimizer, "step"),
+        }
+        return Way(name, lambda number: void(training_step(job, number)), phases)
+
+    none = KLConfig(weight=0)
+    return [
+        way("LoRA, encoding live", none, learn=False, objects=live),
+        way("LoRA, cached", none, learn=False),
+        way("ours, no KL", none),
+        way("ours, KL at each step", KLConfig(domain="new", every=1)),
+        way("ours, KL at every 4th", KLConfig(domain="new", every=4)),
+        way("ours, KL on the original domain at every 4th", KLConfig(domain="original", every=4)),
+    ]
+
+
+def facelift_way(setting: Setting) -> Way:
+    """As FaceLift's own trainer: every weight, gradient checkpointing, fp16 autocast on a GPU, twelve pictures through the VAE
+    and six through CLIP at each step, min-SNR as it has it."""
+    pipeline = _pipeline(setting, torch.float32)
+    unet, scheduler = pipeline.unet.requires_grad_(True).train(), pipeline.scheduler
+    unet.enable_gradient_checkpointing()
+    source = NoisePictures(OBJECTS, setting.views, pipeline.picture_size)
+    objects = LiveObjects(source, pipeline, through_vae=2 * setting.views, through_clip=setting.views)
+    prompt = 0.1 * torch.randn(setting.views, 77, pipeline.prompt_width, generator=seeded("prompt")).to(setting.device)
+    on_gpu = setting.device.type == "cuda"
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=on_gpu)
+    scaler = torch.amp.GradScaler(enabled=on_gpu)
+    half = torch.autocast(setting.device.type, torch.float16, enabled=on_gpu)
+
+    class Trainer:
+        """Its phases, to be timed one by one."""
+
+        def batch(self, number: int) -> Any:
+            encoded, draws = [], []
+            for place in range(setting.batch_size):
+                generator = seeded("facelift", number, place)
+                with half:
+                    encoded.append(objects.get((number * setting.batch_size + place) % OBJECTS, generator))
+                draws.append(draw(generator, encoded=encoded[-1], num_timesteps=len(scheduler.alphas_cumprod), drop_rate=0.05))
+            return make_batch(pipeline, encoded, draws)
+
+        def forward(self, batch: Any) -> torch.Tensor:
+            noisy, target = noisy_and_target(scheduler, batch)
+            own = batch.order + setting.views * torch.arange(len(noisy), device=setting.device)[:, None]
+            with half:  # each object is given prompts of its own, as FaceLift's batches hold them
+                prediction = predict(
+                    unet, prompt.repeat(len(noisy), 1, 1), noisy, batch.given, batch.timesteps, batch.labels, own
+                )
+            weights = snr_weights(snr(scheduler.alphas_cumprod, batch.timesteps), "facelift", gamma=5.0)
+            return denoising_loss(prediction, target, weights, None)
+
+        def backward(self, loss: torch.Tensor) -> None:
+            scaler.scale(loss).backward()
+
+        def optimizer(self) -> None:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+    trainer = Trainer()
+
+    def step(number: int) -> None:
+        trainer.backward(trainer.forward(trainer.batch(number)))
+        trainer.optimizer()
+
+    phases = {name: (trainer, name) for name in ("batch", "forward", "backward", "optimizer")}
+    return Way("FaceLift: every weight, encoding live, checkpointing", step, phases)
+
+
+def void(_: object) -> None:
+    """Drop a result."""
+
+
+def _pipeline(setting: Setting, dtype: torch.dtype) -> Pipeline:
+    pipeline = random_pipeline(setting.size, device=setting.device, dtype=dtype, views=setting.views, picture=setting.picture)
+    if setting.device.type == "cuda":
+        pipeline.unet.to(memory_format=torch.channels_last)
+    return pipeline
