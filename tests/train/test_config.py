@@ -2,7 +2,7 @@
 
 import ast
 import re
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +272,13 @@ def test_reference_views_are_those_asked_for(given: str, views: list[int]) -> No
 def test_a_reference_view_the_model_does_not_have_is_refused(given: str) -> None:
     with pytest.raises(InputError, match=r"data\.reference_view: is .*; expected views from 0 to 3"):
         parse([f"--data.reference_view={given}"]).config.data.references(4)
+
+
+@pytest.mark.parametrize(("gigabytes", "at_once"), [(12, 1), (24, 2), (80, 8)])
+def test_a_gpu_s_size_changes_how_a_batch_is_shared_out_and_nothing_else(gigabytes: int, at_once: int) -> None:
+    plain = parse(["--config", str(CONFIGS[0].with_name("facelift_mouse.yaml"))]).config
+    sized = parse(["--config", str(CONFIGS[0].with_name(f"facelift_mouse_{gigabytes}gb.yaml"))]).config
+    assert sized.train.batch_size == at_once
+    assert sized.train.batch_size * sized.train.accumulation == plain.train.batch_size * plain.train.accumulation == 8
+    shared_out = {name: getattr(plain.train, name) for name in ("batch_size", "accumulation", "gradient_checkpointing")}
+    assert replace(sized, train=replace(sized.train, **shared_out)) == plain
