@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from train.benchmark import growth
 from train.benchmark.__main__ import main
 from train.benchmark.count import arms, count_parts
+from train.benchmark.growth import many_objects
 from train.benchmark.measure import matmul_flops
 from train.benchmark.models import random_pipeline
 
@@ -67,6 +70,23 @@ def test_counting_needs_no_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing was run" in said and "least time" in said and all(way in said for way in WAYS)
 
 
+def test_a_cache_of_more_objects_opens_as_fast_and_takes_no_more_memory(tmp_path: Path) -> None:
+    few, many = many_objects([10, 1000], tmp_path, progress=False)
+    assert (few.built, many.built) == (10, 990)
+    assert many.open_seconds < few.open_seconds + 0.2
+    assert many.epoch_memory_bytes < 30e6
+
+
+def test_growth_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    few = {"batch_size": [{"batch_size": 1, "seconds": 0.1}], "views": [{"views": 2, "seconds": 0.1}]}
+    monkeypatch.setattr(growth, "growing_steps", lambda *_, **__: few | {"picture": [{"picture": 64, "seconds": 0.1}]})
+    assert main(["--growth", "--objects=[3, 5]", "--device=cpu", f"--output={tmp_path / 'g.json'}"]) == 0
+    assert [row["objects"] for row in json.loads((tmp_path / "g.json").read_text())["objects"]] == [3, 5]
+    with Image.open(tmp_path / "g.png") as picture:
+        assert picture.width > 500
+    assert "written/s" in capsys.readouterr().out
+
+
 def test_a_matrix_product_s_speed_is_of_this_planet() -> None:
     assert 1e8 < matmul_flops(torch.device("cpu"), torch.float32, repeats=2) < 1e15
 
@@ -75,6 +95,7 @@ def test_a_matrix_product_s_speed_is_of_this_planet() -> None:
     ("option", "message"),
     [
         ("--repeats=0", "error: repeats: is 0; expected 1 or more"),
+        ("--objects=[10, 5]", "error: objects: is [10, 5]; expected rising numbers"),
         ("--tflops=-1", "error: tflops: is -1.0; expected a positive number"),
         ("--size=sd3", "error: size: is sd3; expected micro or sd21"),
         ("--batchsize=2", "error: unknown option 'batchsize'; did you mean 'batch_size'?"),

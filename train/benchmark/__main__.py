@@ -5,15 +5,23 @@ Times ways of training against each other in one run, each in turn; or counts wh
 
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import set_parsing_settings
 
 from softprompt.errors import InputError
 from softprompt.files import new_file
 from train.command_line import Parser
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from train.benchmark.steps import Setting
 
 EXIT_BAD_INPUT = 2
 
@@ -40,13 +48,17 @@ class Options:
     """torch.compile for the transformer blocks, in all ways but FaceLift's."""
     tflops: float | None = None
     """With --count: TFLOP/s of a GPU, for the shortest time that a step can take on it."""
+    objects: list[int] = field(default_factory=lambda: [10, 100, 1000, 10_000, 100_000])
+    """With --growth: numbers of objects in the cache, rising; 100,000 take a quarter of an hour."""
     output: str | None = None
-    """JSON file of all numbers."""
+    """JSON file of all numbers; with --growth also a picture beside it."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "rank", "repeats"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: is {getattr(self, name)}; expected 1 or more")
+        if not self.objects or any(a >= b for a, b in pairwise([0, *self.objects])):
+            raise InputError(f"objects: is {self.objects}; expected rising numbers from 1 up, e.g. '[10, 100, 1000]'")
         if self.tflops is not None and self.tflops <= 0:
             raise InputError(f"tflops: is {self.tflops}; expected a positive number")
 
@@ -55,7 +67,7 @@ class BenchmarkParser(Parser):
     """Suggests the options of this command."""
 
     options = Options
-    also = ("count",)
+    also = ("count", "growth")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,11 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = BenchmarkParser(prog="python -m train.benchmark", description=__doc__, allow_abbrev=False)
     parser.add_class_arguments(Options, None)
     parser.add_argument("--count", action="store_true", help="Count operations and bytes instead: any size on any machine.")
+    parser.add_argument("--growth", action="store_true", help="How cost grows with objects, batch, views and picture size.")
     try:
         given = parser.parse_args(argv).as_dict()
-        count = given.pop("count")
+        count, growth = given.pop("count"), given.pop("growth")
         options = Options(**given)
-        rows = _count(options) if count else _measure(options)
+        rows = _count(options) if count else _growth(options) if growth else _measure(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -94,20 +107,55 @@ def _count(options: Options) -> dict[str, Any]:
     return {"options": asdict(options), "parts": asdict(parts), "ways": [asdict(arm) for arm in found]}
 
 
-def _measure(options: Options) -> dict[str, Any]:
+def _start(options: Options) -> tuple["Setting", "Accelerator", str]:
+    """What all is measured with, and what to say of the machine. Raises: InputError for what this machine has not."""
     import torch
     from accelerate import Accelerator
 
-    from train.benchmark.measure import matmul_flops, measure
-    from train.benchmark.steps import Setting, adapting_ways, facelift_way
+    from train.benchmark.steps import Setting
     from train.setup import choose_precision, quiet_libraries
 
     precision, said = choose_precision(options.device, options.precision)
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
     quiet_libraries(True)
-    device, dtype = accelerator.device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    print(f"{said}; torch {torch.__version__}")
-    setting = Setting(options.size, device, dtype, options.batch_size, rank=options.rank, compiled=options.compile)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    said = f"{said}; torch {torch.__version__}"
+    print(said)
+    setting = Setting(options.size, accelerator.device, dtype, options.batch_size, rank=options.rank, compiled=options.compile)
+    return setting, accelerator, said
+
+
+def _growth(options: Options) -> dict[str, Any]:
+    setting, accelerator, said = _start(options)
+    from train.benchmark.growth import draw, growing_steps, many_objects
+
+    progress = sys.stderr.isatty()
+    with tempfile.TemporaryDirectory(prefix="softprompt-growth-") as folder:
+        objects = many_objects(options.objects, Path(folder), progress=progress)
+    names = ("objects", "written/s", "open s", "MB opened", "MB epoch", "epoch s")
+    print("\ncache of objects with one view of 8x8 pixels\n" + " ".join(f"{name:>10}" for name in names))
+    for one in objects:
+        memory = [b / 1e6 for b in (one.memory_bytes, one.epoch_memory_bytes)]
+        numbers = [one.built / one.build_seconds, one.open_seconds, *memory, one.epoch_seconds]
+        print(f"{one.objects:10d} " + " ".join(f"{number:10.3g}" for number in numbers))
+    steps = growing_steps(setting, accelerator, repeats=options.repeats, progress=progress)
+    for name, group in steps.items():
+        print(f"\n{name:>10} {'ms/step':>10}")
+        for step in group:
+            print(f"{step[name]:10d} {step['seconds'] * 1e3:10.1f}")
+    if options.output:
+        picture = Path(options.output).with_suffix(".png")
+        draw(objects, steps, picture)
+        print(f"drawn      {picture}")
+    return {"options": asdict(options), "machine": said, "objects": [asdict(one) for one in objects], "steps": steps}
+
+
+def _measure(options: Options) -> dict[str, Any]:
+    setting, accelerator, said = _start(options)
+    from train.benchmark.measure import matmul_flops, measure
+    from train.benchmark.steps import adapting_ways, facelift_way
+
+    device, dtype = setting.device, setting.dtype
     ways = adapting_ways(setting, accelerator)
     if options.facelift:
         ways.insert(0, facelift_way(setting))

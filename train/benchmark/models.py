@@ -41,6 +41,33 @@ SIZES = {
         },
         picture=64,
     ),
+    # The smallest there can be: to measure what is done around the models.
+    "tiny": Size(
+        unet=UNET_CONFIG
+        | {
+            "block_out_channels": [8],
+            "down_block_types": ["CrossAttnDownBlockMV2D"],
+            "up_block_types": ["CrossAttnUpBlockMV2D"],
+            "attention_head_dim": [1],
+            "projection_class_embeddings_input_dim": 16,
+        },
+        vae={
+            "block_out_channels": [8],
+            "down_block_types": ["DownEncoderBlock2D"],
+            "up_block_types": ["UpDecoderBlock2D"],
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+        },
+        vision={
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "projection_dim": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "patch_size": 8,
+        },
+        picture=8,
+    ),
     # Stable Diffusion 2.1-unCLIP's: its UNet with 8 input channels (FaceLift's), its VAE, and CLIP ViT-H/14.
     "sd21": Size(
         unet=FACELIFT_DEFAULTS
@@ -77,7 +104,7 @@ SIZES = {
         picture=224,
     ),
 }
-DEFAULT_PICTURE = {"micro": 4 * LATENT_SIZE, "sd21": 512}
+DEFAULT_PICTURE = {"tiny": 8, "micro": 4 * LATENT_SIZE, "sd21": 512}
 """Side S of the training pictures in pixels."""
 
 
