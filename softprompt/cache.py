@@ -113,7 +113,7 @@ class EncodedObjects:
     def _fill(self, progress: bool, share: tuple[int, int]) -> int:
         if self.cache is not None:
             mine = [index for index in self._not_kept() if index % share[1] == share[0]]
-            return _fill(self.cache, self.source, self.pipeline, self.background, mine, progress)
+            return _encode_into(self.cache, self.source, self.pipeline, self.background, mine, progress)
         colours = backgrounds(self.background) or []
         samples = _read_ahead(self.source.load, range(len(self)))
         for index, rgba in enumerate(_bar(samples, len(self), progress)):
@@ -163,7 +163,7 @@ class EncodedObjects:
         return indices
 
 
-def _fill(
+def _encode_into(
     cache: PictureCache, source: Source, pipeline: Pipeline, background: str, indices: Sequence[int], progress: bool
 ) -> int:
     """Encode the pictures of some objects that are not in the cache. Returns: how many."""
@@ -266,8 +266,8 @@ def _refuse_a_full_disk(folder: Path, pictures: int, picture_bytes: int) -> None
     """Before hours of work, not after. Raises: InputError."""
     if not pictures:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    free, wanted = shutil.disk_usage(folder).free, pictures * picture_bytes
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free, wanted = shutil.disk_usage(there).free, pictures * picture_bytes
     if wanted + _SPARE_BYTES > free:
         raise InputError(
             f"data.cache: {folder.absolute()} has {free / 1e9:.1f} GB free; {pictures} pictures to encode take "

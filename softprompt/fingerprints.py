@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from softprompt.errors import InputError
 from softprompt.files import new_file
 from softprompt.shards import KEY, KEY_BYTES, key_of
 
@@ -64,14 +65,23 @@ class Fingerprints:
         return contents
 
     def save(self) -> None:
-        """Keep what is new, beside what other processes have kept meanwhile."""
+        """Keep what is new, beside what other processes have kept meanwhile.
+
+        Raises: InputError where the file cannot be written.
+        """
         self._take_in()
         if not self._unsaved:
             return
         self._table = _joined(_read(self.path, self.count), self._table)
-        with new_file(self.path) as partial:
-            arrays = {name: array.view(np.uint8) if array.dtype == KEY else array for name, array in self._table.items()}
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
+        arrays = {name: array.view(np.uint8) if array.dtype == KEY else array for name, array in self._table.items()}
+        try:
+            with new_file(self.path) as partial:
+                save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({' '.join(str(error).split())}); likely the folder given as data.cache is a "
+                f"file or read-only, or its disk is full; give another, or null to encode into memory"
+            ) from error
         self._unsaved = False
 
     def _take_in(self) -> None:

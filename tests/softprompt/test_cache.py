@@ -290,6 +290,13 @@ def test_too_little_room_is_said_before_anything_is_encoded(
     assert encodings == []
 
 
+def test_a_cache_may_be_removed_while_it_is_open(open_objects: Open) -> None:
+    objects = open_objects()
+    assert objects.cache is not None
+    shutil.rmtree(objects.cache.folder)
+    assert objects.fill(progress=False) == 12
+
+
 def test_random_backgrounds_leave_the_disk_alone(open_objects: Open) -> None:
     objects = open_objects("random")
     assert objects.cache is None and objects.fill(progress=False) == 0
@@ -310,3 +317,9 @@ def test_a_disk_that_gives_back_something_else_is_said(open_objects: Open, monke
     monkeypatch.setattr(shards, "_checksum", lambda row: next(never_twice))
     with pytest.raises(InputError, match=r"read back damaged 3 times; likely the disk is failing"):
         objects.get(0, generator())
+
+
+def test_a_cache_folder_that_is_a_file_is_refused(source: FolderSource, micro_models: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no folder")
+    with pytest.raises(InputError, match=r"notes\.txt/.*: cannot be written .*likely the folder given .* is a file"):
+        PictureCache(tmp_path / "notes.txt", micro_models)
