@@ -1,6 +1,7 @@
 """What tests share: FaceLift's real files where they lie beside the repository, and a pipeline small enough to train."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 SHARED = Path(os.environ.get("SOFTPROMPT_SHARED", Path(__file__).parents[2] / "shared")) / "facelift"
 """FaceLift's prompts, a sample and numbers its own code computed; not part of this repository."""
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it would be ignored, and inherited so
 torch.set_num_threads(1)  # nothing here is large enough to gain from more, and waiting threads slow each other down
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the commands that tests start
 
