@@ -48,12 +48,12 @@ def test_a_random_pipeline_has_the_views_and_the_size_asked_for(views: int, pict
 
 
 def test_every_way_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--repeats=2", "--device=cpu", "--rank=2", f"--output={tmp_path / 'b.json'}"]) == 0
+    assert main(["--repeats=1", "--device=cpu", "--rank=2", f"--output={tmp_path / 'b.json'}"]) == 0
     said = capsys.readouterr().out
     rows = json.loads((tmp_path / "b.json").read_text())["ways"]
     for way, row in zip(WAYS, rows, strict=True):
         assert row["name"].startswith(way) and row["name"] in said
-        assert len(row["seconds"]) == 2 and all(s > 0 for s in row["seconds"]) and row["objects_per_second"] > 0
+        assert len(row["seconds"]) == 1 and all(s > 0 for s in row["seconds"]) and row["objects_per_second"] > 0
         known = {"batch", "forward", "reference", "backward", "optimizer"}
         assert set(row["phases"]) <= known and row["phases"]["backward"] > 0
     by_name = {row["name"]: row for row in rows}
