@@ -106,7 +106,10 @@ class EncodedObjects:
         Raises: InputError naming the first sample that cannot be used, or a disk that is full. What was encoded until then
         is kept.
         """
-        self.source.check(self._not_kept())
+        new = self._not_kept()
+        if not new:
+            return 0
+        self.source.check(new)
         with self.pipeline.encoders_on_device():
             return self._fill(progress, share)
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch._dynamo.config
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from einops import rearrange, repeat
@@ -108,6 +107,8 @@ def compile_blocks(unet: UNet2DConditionModel, *, backend: str = "inductor") -> 
     A block is compiled once for each of its shapes, with and without adapters, with and without gradients: far more than
     torch takes for normal before it gives up on a function.
     """
+    import torch._dynamo.config  # a second or more, which only those who compile should wait for
+
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     unet.compile_repeated_blocks(backend=backend)
 

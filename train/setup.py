@@ -150,9 +150,10 @@ def _encode(needed: Sequence[EncodedObjects], accelerator: Accelerator, cache: P
     encoded = sum(objects.fill(progress=accelerator.is_main_process, share=share) for objects in needed)
     notes = []
     if cache is not None:
+        by_all = int(accelerator.reduce(torch.tensor(encoded, device=accelerator.device), reduction="sum"))
         accelerator.wait_for_everyone()
         cache.refresh()
-        notes.append(f"cache      {cache.folder}: {encoded} pictures encoded into it now, the others were there")
+        notes.append(f"cache      {cache.folder}: {by_all} pictures encoded into it now, the others were there")
     if any(objects.background == "random" for objects in needed):
         notes.append(
             "WARNING    data.background random: no picture can be encoded ahead, so each is at every step, which takes several "

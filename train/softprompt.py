@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
     except KeyboardInterrupt:
-        print("\ninterrupted before training began; nothing was written", file=sys.stderr)
+        print("\ninterrupted before training began; no run was written", file=sys.stderr)
         return 130
 
 
@@ -195,7 +195,7 @@ def _dry_run(job: "Job", folder: Path) -> int:
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     total = seconds * job.config.train.steps
     if job.accelerator.is_main_process:
-        print(f"\ndry run: one step forward and back works; loss {result.denoising:.4g}; nothing was written")
+        print(f"\ndry run: one step forward and back works; loss {result.denoising:.4g}; no run was written")
         for name, group in job.adapted.trainable().items():
             count = sum(p.numel() for p in group.values())
             print(

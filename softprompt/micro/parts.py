@@ -107,16 +107,7 @@ def new_parts(seed: int, scratch: Path) -> MicroParts:
                 size={"shortest_edge": PICTURE_SIZE}, crop_size={"height": PICTURE_SIZE, "width": PICTURE_SIZE}
             ),
             image_normalizer=StableUnCLIPImageNormalizer(EMBED_WIDTH),
-            image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-            scheduler=DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                set_alpha_to_one=False,
-                steps_offset=1,
-                prediction_type="v_prediction",
-            ),
+            **facelift_schedulers(),
             folder=scratch,
         )
         text_encoder = CLIPTextModel(_text_config(num_tokens, tokenizer))
@@ -125,6 +116,22 @@ def new_parts(seed: int, scratch: Path) -> MicroParts:
     for model in parts.models().values():
         model.requires_grad_(False).eval()
     return parts
+
+
+def facelift_schedulers() -> dict[str, Any]:
+    """The noise schedules that FaceLift ships, by the name of their field in a pipeline."""
+    return {
+        "image_noising_scheduler": DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        "scheduler": DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type="v_prediction",
+        ),
+    }
 
 
 def _start_certain(vae: AutoencoderKL) -> None:

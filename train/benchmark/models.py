@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
+from diffusers import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from softprompt.micro import MICRO_MODEL
-from softprompt.micro.parts import EMBED_WIDTH, LATENT_SIZE, UNET_CONFIG, VAE_CONFIG
+from softprompt.micro.parts import EMBED_WIDTH, LATENT_SIZE, UNET_CONFIG, VAE_CONFIG, facelift_schedulers
 from softprompt.pipeline import Pipeline
 from softprompt.unet import FACELIFT_DEFAULTS, build_unet
 
@@ -128,16 +128,7 @@ def random_pipeline(
                 size={"shortest_edge": parts.picture}, crop_size={"height": parts.picture, "width": parts.picture}
             ),
             image_normalizer=StableUnCLIPImageNormalizer(parts.vision["projection_dim"]),
-            image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-            scheduler=DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                set_alpha_to_one=False,
-                steps_offset=1,
-                prediction_type="v_prediction",
-            ),
+            **facelift_schedulers(),
             folder=MICRO_MODEL,  # of which nothing is read
         )
     for model in (pipeline.unet, pipeline.vae, pipeline.image_encoder, pipeline.image_normalizer):
