@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softprompt.errors import InputError
 from softprompt.losses import denoising_loss, kl_to_reference, kl_weights
 from softprompt.micro import MICRO_MODEL
-from softprompt.model import AdaptedModel, adapters_off, add_lora, compile_blocks, predict
+from softprompt.model import AdaptedModel, adapters_off, add_lora, predict
 from softprompt.pipeline import Pipeline
 from softprompt.prompt import SoftPrompt
 from softprompt.unet import load_unet
@@ -235,21 +235,3 @@ def test_an_unknown_lora_target_is_refused(micro: Pipeline, targets: list[str]) 
     with pytest.raises(InputError, match=r"lora\.targets: (no layer of the UNet .*to_moon|is empty)"):
         add_lora(micro.unet, rank=2, alpha=2.0, targets=targets)
     assert not any(".lora_" in name for name, _ in micro.unet.named_parameters())
-
-
-def test_compiled_blocks_compute_the_same_and_are_compiled_once_each(micro: Pipeline) -> None:
-    model = adapted(micro)
-    perturb([p for group in model.trainable().values() for p in group.values()])
-    batch = inputs(micro)
-    plain = model(*batch, 0.5), model.reference(*batch)
-    compile_blocks(micro.unet, backend="aot_eager")  # the same graphs and guards, without a minute of compiling them
-    torch._dynamo.utils.counters.clear()
-    graphs = []
-    for _ in range(3):
-        found = model(*batch, 0.5), model.reference(*batch)
-        found[0].square().mean().backward()
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        for ours, theirs in zip(found, plain, strict=True):
-            assert torch.allclose(ours, theirs, atol=1e-5)
-    assert graphs[0] > 0 and graphs == graphs[:1] * 3, "switching adapters and prompt compiles nothing anew"
-    assert not torch._dynamo.utils.counters["graph_break"]

@@ -72,7 +72,7 @@ def stop_after() -> Callable[[int], StopSignal]:
     return StopAfter
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_config() -> Callable[..., Config]:
     """`small_config(mice, **{"train.steps": 2})`: the smallest run, changed by options as the command line takes them."""
 
