@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from einops import repeat
@@ -49,6 +49,10 @@ class Batch:
     """[B]."""
     order: Tensor
     """[B, V] which view, and so which prompt, is in each slot."""
+
+    def only(self, index: int) -> "Batch":
+        """One of its objects, as a batch of one."""
+        return Batch(**{field.name: getattr(self, field.name)[index : index + 1] for field in fields(self)})
 
 
 def seed_of(*key: int | str) -> int:

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softprompt.conditioning import EncodedViews, encode_views
-from softprompt.data import Source, backgrounds, composite, pick_background
+from softprompt.data import Source, Subset, backgrounds, composite, pick_background
 from softprompt.errors import InputError
 from softprompt.fingerprints import Fingerprints
 from softprompt.pipeline import Pipeline
@@ -96,12 +96,13 @@ class EncodedObjects:
         """Of the samples."""
         return self.source.names
 
-    def fill(self, *, progress: bool, share: tuple[int, int] = (0, 1)) -> int:
+    def fill(self, *, progress: bool, share: tuple[int, int] = (0, 1), bad: dict[int, str] | None = None) -> int:
         """Read every sample that is new now, so that a broken picture stops the run before it starts; encode it where that can
         be kept. What a cache holds already is not looked at before it is used.
 
         progress: show a bar. share: (i, n): encode objects i, i + n, ...; other processes do the rest, and
-        `PictureCache.refresh` then brings it together.
+        `PictureCache.refresh` then brings it together. bad: samples of the share that cannot be used are put in here, index
+        => what is wrong, instead of an error; `leave_out` then takes them away.
         Returns: pictures encoded.
         Raises: InputError naming the first sample that cannot be used, or a disk that is full. What was encoded until then
         is kept.
@@ -109,20 +110,30 @@ class EncodedObjects:
         new = self._not_kept()
         if not new:
             return 0
-        self.source.check(new)
+        if bad is None:
+            self.source.check(new)
         with self.pipeline.encoders_on_device():
-            return self._fill(progress, share)
+            return self._fill(progress, share, bad)
 
-    def _fill(self, progress: bool, share: tuple[int, int]) -> int:
+    def _fill(self, progress: bool, share: tuple[int, int], bad: dict[int, str] | None) -> int:
         if self.cache is not None:
             mine = [index for index in self._not_kept() if index % share[1] == share[0]]
-            return _encode_into(self.cache, self.source, self.pipeline, self.background, mine, progress)
+            return _encode_into(self.cache, self.source, self.pipeline, self.background, mine, progress, bad)
         colours = backgrounds(self.background) or []
-        samples = _read_ahead(self.source.load, range(len(self)))
+        samples = _read_ahead(_forgiving(self.source, self.source.load, bad), range(len(self)))
         for index, rgba in enumerate(_bar(samples, len(self), progress)):
+            if rgba is None:
+                continue
             for colour in colours:
                 self._memory[index, _key(colour)] = encode_views(self.pipeline, composite(rgba, colour))
         return len(self._memory) * self.pipeline.num_views
+
+    def leave_out(self, indices: Collection[int]) -> None:
+        """Go on without some samples; the others keep their order."""
+        kept = [index for index in range(len(self)) if index not in indices]
+        places = {index: place for place, index in enumerate(kept)}
+        self.source = Subset(self.source, kept)
+        self._memory = {(places[i], colour): views for (i, colour), views in self._memory.items() if i in places}
 
     def get(self, index: int, generator: torch.Generator) -> EncodedViews:
         """Object `index` on a background drawn from `generator`.
@@ -167,9 +178,15 @@ class EncodedObjects:
 
 
 def _encode_into(
-    cache: PictureCache, source: Source, pipeline: Pipeline, background: str, indices: Sequence[int], progress: bool
+    cache: PictureCache,
+    source: Source,
+    pipeline: Pipeline,
+    background: str,
+    indices: Sequence[int],
+    progress: bool,
+    bad: dict[int, str] | None,
 ) -> int:
-    """Encode the pictures of some objects that are not in the cache. Returns: how many."""
+    """Encode the pictures of some objects that are not in the cache. bad: as of `EncodedObjects.fill`. Returns: how many."""
     colours = backgrounds(background) or []
     _refuse_a_full_disk(cache.folder, len(indices) * pipeline.num_views * len(colours), pipeline.encoded_bytes)
 
@@ -180,7 +197,10 @@ def _encode_into(
     waiting = [_Waiting(cache.store(colour)) for colour in colours]
     with ThreadPoolExecutor(1) as disk:
         try:
-            for contents, rgba in _bar(_read_ahead(read, indices), len(indices), progress):
+            for found in _bar(_read_ahead(_forgiving(source, read, bad), indices), len(indices), progress):
+                if found is None:
+                    continue
+                contents, rgba = found
                 for colour, rows in zip(colours, waiting, strict=True):
                     if new := rows.new(contents):
                         encoded = encode_views(pipeline, composite(rgba[new], colour))
@@ -249,6 +269,22 @@ def _read_ahead(read: Callable[[int], T], indices: Sequence[int]) -> Iterator[T]
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def _forgiving(source: Source, read: Callable[[int], T], bad: dict[int, str] | None) -> Callable[[int], T | None]:
+    """`read`, which gives None for a sample that cannot be used and notes it in `bad`; where that is None it raises."""
+    if bad is None:
+        return read
+
+    def read_or_note(index: int) -> T | None:
+        try:
+            source.check([index])
+            return read(index)
+        except InputError as error:
+            bad[index] = str(error)
+            return None
+
+    return read_or_note
 
 
 def _contents(cache: PictureCache, source: Source, index: int) -> list[bytes]:

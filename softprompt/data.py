@@ -23,6 +23,8 @@ from softprompt.files import new_folder
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5)}
 LIST_NAME = "samples.txt"
+_MOST_PIXELS = 8192**2
+"""Of a picture as its file has it: a file of a few bytes can claim any number, and decoding takes 16 bytes for each."""
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
@@ -177,6 +179,8 @@ def load_picture(path: str | Path, size: int) -> Tensor:
     """
     try:
         with Image.open(path, formats=["PNG"]) as file:
+            if file.width * file.height > _MOST_PIXELS:
+                raise ValueError(f"it claims {file.width} x {file.height} pixels, {_MOST_PIXELS} at most are read")
             picture = _to_rgba(file)
     except FileNotFoundError as error:
         raise InputError(f"{path}: not found; expected a PNG; likely it was moved or deleted") from error
@@ -289,9 +293,9 @@ def open_source(path: str | Path, *, size: int, num_views: int = 6, check: bool 
     Raises: InputError when the path, a sample or a picture is missing, or a sample is there twice.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         lines, locations = None, _samples_in_folder(path)
-    elif path.exists():
+    elif os.path.exists(path):
         lines = _read_list(path)
         locations = _samples_in_list(path, lines)
     else:
@@ -392,7 +396,7 @@ def _read_list(path: Path) -> list[tuple[int, str]]:
 def _samples_in_list(path: Path, lines: Sequence[tuple[int, str]]) -> list[str]:
     """Where the samples of a list should be; only the first is looked for."""
     first = next((line for _, line in lines if not os.path.isabs(line)), None)
-    in_working_directory = first is not None and not (path.parent / first).is_dir() and Path(first).is_dir()
+    in_working_directory = first is not None and not os.path.isdir(path.parent / first) and os.path.isdir(first)
     base = os.getcwd() if in_working_directory else os.path.abspath(path.parent)
     # Not resolved: two links to one folder are two samples, as their owner wanted.
     locations = [os.path.normpath(os.path.join(base, line)) for _, line in lines]

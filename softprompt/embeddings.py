@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from softprompt.errors import InputError
-from softprompt.files import new_file, write_json
+from softprompt.files import load_pickle, new_file, write_json
 from softprompt.pipeline import load_text_encoder
 from softprompt.templates import TEMPLATES, VIEWS, view_texts
 
@@ -50,13 +50,12 @@ def load_prompt(path: str | Path, *, num_views: int = 6, width: int | None = Non
             content: Any = load_file(path)
             content = next(iter(content.values())) if len(content) == 1 else content
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_pickle(path)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path}: is no plain tensor file (it holds pickled objects other than tensors, or is no torch file at all); "
-            f"expected a bare tensor as torch.save(tensor) writes it"
+            f"{path}: is no plain tensor file ({error}); expected a bare tensor as torch.save(tensor) writes it"
         ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as a prompt file ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(content, Tensor):
         kind = type(content).__name__

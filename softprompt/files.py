@@ -2,8 +2,10 @@
 
 import json
 import os
+import pickle
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +28,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:
         yield partial
-        for file in (partial, *partial.rglob("*")):
+        for file in (*partial.rglob("*"), partial):
             _let_others_read(file)
+            _onto_the_disk(file)
         os.replace(partial, path)
+        _onto_the_disk(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -45,9 +49,19 @@ def new_file(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         _let_others_read(partial)
+        _onto_the_disk(partial)
         os.replace(partial, path)
+        _onto_the_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_folder(path: str | Path) -> None:
+    """Remove a folder so that a kill in the middle leaves none that looks whole."""
+    path = Path(path)
+    doomed = path.with_name(f".{path.name}.partial-removed-{os.getpid()}")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
 
 
 def remove_partial(folder: str | Path) -> None:
@@ -63,6 +77,15 @@ def _let_others_read(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
+def _onto_the_disk(path: Path) -> None:
+    """Wait until a file or a folder's list of names would survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_json(path: str | Path, *, what: str) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -74,11 +97,28 @@ def read_json(path: str | Path, *, what: str) -> dict[str, Any]:
         raise InputError(f"{path}: not found; {what} was expected there")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); {what} was expected there") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a JSON {type(content).__name__}; {what} was expected there")
     return content
+
+
+def load_pickle(path: str | Path) -> Any:
+    """What torch.save wrote, on the CPU; pickled code is never run.
+
+    Raises: UnpicklingError where it holds something else, ValueError where it cannot be read, both in one line.
+    """
+    import torch  # a second, for which those who only read JSON should not wait
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd versions of the format: the error says it
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError("it holds pickled objects other than tensors, or is no torch file at all") from error
+    except Exception as error:  # which one depends on the byte that is wrong
+        raise ValueError(" ".join(f"{type(error).__name__} {error}".split())[:200]) from error
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,10 +74,13 @@ class Fingerprints:
         if not self._unsaved:
             return
         self._table = _joined(_read(self.path, self.count), self._table)
-        arrays = {name: array.view(np.uint8) if array.dtype == KEY else array for name, array in self._table.items()}
+        arrays = {
+            name: np.ascontiguousarray(array.view(np.uint8) if array.dtype == KEY else array)
+            for name, array in self._table.items()
+        }
         try:
             with new_file(self.path) as partial:
-                save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
+                save_file(arrays | {"check": _check(arrays)}, partial)
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"{self.path}: cannot be written ({' '.join(str(error).split())}); likely the folder given as data.cache is a "
@@ -114,6 +118,8 @@ def _empty(count: int) -> dict[str, NDArray[np.generic]]:
 def _read(path: Path, count: int) -> Table:
     try:
         arrays = load_file(path)
+        if not np.array_equal(arrays.pop("check"), _check(arrays)):
+            return _empty(count)
         keys, contents = (np.ascontiguousarray(arrays[name]).view(KEY) for name in ("keys", "contents"))
         table = {"keys": keys, "stats": arrays["stats"], "contents": contents}
         if any(array.shape[1:] != empty.shape[1:] for array, empty in zip(table.values(), _empty(count).values(), strict=True)):
@@ -121,6 +127,15 @@ def _read(path: Path, count: int) -> Table:
     except (OSError, SafetensorError, KeyError, ValueError):
         return _empty(count)  # none yet, or damaged: the files themselves are read again
     return table
+
+
+def _check(arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
+    """16 bytes that stand for all of a table: a content that is another's would give one picture for another."""
+    digest = blake2b(digest_size=16)
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(arrays[name].tobytes())
+    return np.frombuffer(digest.digest(), dtype=np.uint8)
 
 
 def _joined(older: Table, newer: Table) -> Table:

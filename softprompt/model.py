@@ -51,6 +51,13 @@ class AdaptedModel(nn.Module):
         """The same, the groups joined."""
         return {name: p for group in self.trainable().values() for name, p in group.items()}
 
+    @torch.no_grad()
+    def frozen_sums(self) -> dict[str, list[float]]:
+        """Of each tensor that does not train, its sum and its norm: whether one has moved shows in them."""
+        frozen = {n: t for n, t in (*self.named_parameters(), *self.named_buffers()) if not t.requires_grad}
+        sums = [torch.stack([t.sum(dtype=torch.float64), t.norm(dtype=torch.float64)]) for t in frozen.values()]
+        return dict(zip(frozen, torch.stack(sums).tolist(), strict=True))
+
 
 def predict(
     unet: UNet2DConditionModel,

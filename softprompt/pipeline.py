@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
-from safetensors import SafetensorError
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from softprompt.errors import InputError
 from softprompt.files import new_folder, read_json
-from softprompt.unet import load_unet, save_unet
+from softprompt.unet import load_unet, place, save_unet
 
 _NEEDED = {
     "unet": "config.json",
@@ -115,7 +114,8 @@ class Pipeline:
 
     def to(self, device: torch.device | str) -> "Pipeline":
         """Move every model; returns itself."""
-        for model in (self.unet, self.vae, self.image_encoder, self.image_normalizer):
+        place(self.unet, device)
+        for model in (self.vae, self.image_encoder, self.image_normalizer):
             model.to(device)
         return self
 
@@ -134,6 +134,8 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder}: is no FaceLift pipeline folder; missing {', '.join(missing)}")
+    for name in needed:  # a text or number in its place would be taken for a name on a hub, and looked up there
+        read_json(folder / name, what="a part's configuration")
     unet = load_unet(folder / "unet", dtype=dtype)
     if unet.config["class_embed_type"] != "projection":
         raise InputError(
@@ -176,8 +178,9 @@ def _read(cls: Any, folder: Path, **options: Any) -> Any:
     """`cls.from_pretrained` from this disk; whatever is wrong with the files is the user's to know in one line."""
     try:
         return cls.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded as {cls.__name__} ({' '.join(str(error).split())[:300]})") from error
+    except Exception as error:  # which one depends on what is wrong in which file
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{folder}: cannot be loaded as {cls.__name__} ({problem[:300]})") from error
 
 
 def _load(cls: Any, folder: Path) -> Any:

@@ -52,6 +52,14 @@ class SoftPrompt(nn.Module):
         return path + self.share(position) * (self.learned - self.start)
 
     @torch.no_grad()
+    def begin_at(self, effective: Tensor, position: float) -> None:
+        """Set P so that E(position) is `effective`, [V, T, D]. Raises: ValueError where nothing learned is in E(position)."""
+        if self.share(position) == 0:
+            raise ValueError(f"at position {position:g} nothing of P is in E")
+        path = point_on_path(self.waypoints, position, self.interpolation)
+        self.learned.copy_(self.start + (effective.to(path) - path) / self.share(position))
+
+    @torch.no_grad()
     def decay_toward_start(self, rate: float) -> None:
         """P <- P - rate (P - W_0), after an optimizer step; rate is learning rate times decay, as AdamW's.
 

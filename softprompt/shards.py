@@ -111,7 +111,7 @@ class ShardStore:
         names = np.array(keys, dtype=KEY)
         tensors = {name: tensor.contiguous() for name, tensor in rows.items()}
         checks = torch.tensor([_checksum({n: t[i] for n, t in tensors.items()}) for i in range(len(keys))])
-        path = self.folder / f"{blake2b(names.tobytes(), digest_size=16).hexdigest()}.safetensors"
+        path = self.folder / f"{_name_of(names)}.safetensors"
         try:
             with new_file(path) as partial:
                 as_bytes = torch.from_numpy(names.view(np.uint8).reshape(-1, KEY_BYTES))
@@ -174,7 +174,7 @@ class _Shard:
 
 
 def _keys_in(path: Path) -> NDArray[np.bytes_] | None:
-    """Of the rows in a shard; None where it cannot be read."""
+    """Of the rows in a shard; None where it cannot be read, or has other keys than it was written with."""
     try:
         with safe_open(path, framework="np") as file:
             keys = file.get_tensor("keys")
@@ -182,7 +182,13 @@ def _keys_in(path: Path) -> NDArray[np.bytes_] | None:
         return None
     if keys.ndim != 2 or keys.shape[1] != KEY_BYTES or keys.dtype != np.uint8:
         return None
-    return np.ascontiguousarray(keys).view(KEY)[:, 0]
+    names = np.ascontiguousarray(keys).view(KEY)[:, 0]
+    return names if path.stem == _name_of(names) else None
+
+
+def _name_of(keys: NDArray[np.bytes_]) -> str:
+    """What a shard's file is called: the checksums of rows do not cover which key each belongs to, this does."""
+    return blake2b(keys.tobytes(), digest_size=16).hexdigest()
 
 
 def _checksum(row: Mapping[str, Tensor]) -> int:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softprompt.errors import InputError
-from softprompt.files import new_folder, read_json, write_json
+from softprompt.files import load_pickle, new_folder, read_json, write_json
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -144,8 +144,9 @@ def build_unet(config: Mapping[str, Any], *, origin: str = "configuration") -> U
     stock = {k: _rename_blocks(v, "MV2D", "2D") for k, v in config.items() if k in known}
     try:
         unet = UNet2DConditionModel(**stock)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{origin}: no UNet can be built from it ({error})") from error
+    except Exception as error:  # which one depends on the value that is wrong
+        problem = " ".join(f"{type(error).__name__} {error}".split())
+        raise InputError(f"{origin}: no UNet can be built from it ({problem[:400]})") from error
     unet.register_to_config(**extras)
     processor = MultiViewAttnProcessor(extras["num_views"], attention_kind(extras))
     cross = SharedPromptAttnProcessor()
@@ -191,15 +192,27 @@ def load_unet(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> UNet
     return unet.requires_grad_(False).eval()
 
 
+def place(unet: UNet2DConditionModel, device: torch.device | str) -> UNet2DConditionModel:
+    """Move a UNet; on a GPU its weights are kept with channels last, which convolutions there take without a copy.
+
+    What it computes stays the same. Returns: itself.
+    """
+    unet.to(device)
+    if torch.device(device).type == "cuda":
+        unet.to(memory_format=torch.channels_last)
+    return unet
+
+
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     safe, pickled = folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"
     file = safe if safe.is_file() else pickled
     if not file.is_file():
         raise InputError(f"{folder}: neither {safe.name} nor {pickled.name} is there; the UNet's weights are missing")
     try:
-        weights = load_file(file) if file == safe else torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); the file is damaged, cut short, or no weights at all") from error
+        weights = load_file(file) if file == safe else load_pickle(file)
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, KeyError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{file}: cannot be read ({problem}); the file is damaged, cut short, or no weights at all") from error
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise InputError(f"{file}: holds a {type(weights).__name__}; expected the UNet's weights by name")
     return weights

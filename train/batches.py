@@ -57,27 +57,41 @@ class Batches:
     def make_ahead(self, wanted: Sequence[Wanted]) -> None:
         """Begin to make these; drop what was made ahead and not taken."""
         if self._thread is not None:
-            self._ahead = {w: self._ahead.get(w) or self._thread.submit(self._make, w) for w in wanted}
+            self._ahead = {w: self._ahead.get(w) or self._thread.submit(self.make, w) for w in wanted}
 
     def take(self, wanted: Wanted) -> Batch:
         """On the pipeline's device. Raises: InputError when an object's pictures cannot be read any more."""
         made = self._ahead.pop(wanted, None)
-        return self._make(wanted) if made is None else made.result()
+        return self.make(wanted) if made is None else made.result()
 
-    def _make(self, wanted: Wanted) -> Batch:
-        """The process's objects, by their position in the global batch."""
-        config = self._config
-        seed, size, parts = config.train.seed, config.train.batch_size, config.train.accumulation
-        source, references = self._train, config.data.references(self._pipeline.num_views)
-        key: tuple[int | str, ...] = (seed, wanted.step)
-        if wanted.original:
-            assert self._replay is not None, "kl.domain is checked against data.original when the configuration is read"
-            source, references, key = self._replay, [0], (seed, "original", wanted.step)
-        first = (wanted.part * self._processes + self._process) * size
+    def names(self, wanted: Wanted) -> list[str]:
+        """Of the batch's samples, in its order."""
+        source = self._source(wanted)
+        return [source.names[index] for _, index in self._places(wanted, len(source))]
+
+    def _source(self, wanted: Wanted) -> EncodedObjects:
+        if not wanted.original:
+            return self._train
+        assert self._replay is not None, "kl.domain is checked against data.original when the configuration is read"
+        return self._replay
+
+    def _places(self, wanted: Wanted, count: int) -> list[tuple[int, int]]:
+        """(position in the global batch, which of `count` objects) of each of this process's objects."""
+        train = self._config.train
+        first = (wanted.part * self._processes + self._process) * train.batch_size
+        before = wanted.step * train.batch_size * self._processes * train.accumulation
+        return [(p, object_at(before + p, count, train.seed)) for p in range(first, first + train.batch_size)]
+
+    def make(self, wanted: Wanted) -> Batch:
+        """As `take`, without a look at what was made ahead."""
+        config, source = self._config, self._source(wanted)
+        references = [0] if wanted.original else config.data.references(self._pipeline.num_views)
+        key: tuple[int | str, ...] = (
+            (config.train.seed, "original", wanted.step) if wanted.original else (config.train.seed, wanted.step)
+        )
         objects, draws = [], []
-        for position in range(first, first + size):
+        for position, index in self._places(wanted, len(source)):
             generator = seeded(*key, position)
-            index = object_at(wanted.step * size * self._processes * parts + position, len(source), seed)
             objects.append(source.get(index, generator))
             draws.append(
                 draw(

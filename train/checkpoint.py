@@ -1,21 +1,31 @@
-"""Checkpoints: complete or absent, and only what trains, so a few MB each."""
+"""Checkpoints: complete or absent, verified when written and when read, and only what trains, so a few MB each."""
 
+import io
+import json
 import pickle
 import shutil
 from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
-from softprompt.errors import InputError
-from softprompt.files import new_folder, read_json, write_json
+from softprompt.errors import InputError, RunError
+from softprompt.files import load_pickle, new_folder, remove_folder, write_json
 from softprompt.model import AdaptedModel
 
 STATE = "state.pt"
-PROGRESS = "progress.json"
+MANIFEST = "manifest.json"
+"""Of a checkpoint, written last: size and checksum of its state, how far the run was, and a checksum of all that."""
+_STATE = {"trainable", "waypoints", "optimizer", "schedule", "ema", "scaler"}
+_PROGRESS = {"step", "first", "last", "best", "pace", "warned", "worse", "running_loss"}
+
+
+class DamagedError(Exception):
+    """A checkpoint is not what was written."""
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -24,9 +34,13 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. One being written has another name."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdecimal() and (p / STATE).is_file()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    """A run's checkpoints, oldest first. One being written, or removed, has another name."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdecimal() and p.is_dir()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def save_checkpoint(
@@ -34,64 +48,166 @@ def save_checkpoint(
     *,
     adapted: AdaptedModel,
     optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
+    schedule: LambdaLR,
     ema: EMAModel | None,
     scaler: Any | None,
     progress: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write RUN/checkpoints/step-N under a temporary name, rename it, then remove all but the newest `keep`.
+    """Write RUN/checkpoints/step-N, read it back, then remove all but the newest `keep` and that of the best validation.
 
     The order of the data and all random numbers are functions of (seed, step, position in the batch), so the step is their
-    state. progress: {"step", "first", "last", "best", "pace", "warned"}: the step, the series of the first, newest
-    and best validation, what the curricula have come to, and the warnings that stand.
+    state. progress: of `train.run.Run.progress`.
     scaler: of fp16's gradients, where there is one.
+    Raises: RunError where the disk is too full, or gives back something else; the checkpoints before stay.
     """
-    state = {
-        "trainable": {name: parameter.detach().cpu() for name, parameter in adapted.all_trainable().items()},
-        "waypoints": adapted.prompt.waypoints.cpu(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "ema": None if ema is None else ema.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-    }
     target = checkpoint_folder(run, int(progress["step"]))
-    if not (target / STATE).is_file():  # else a finished run that is exported again
-        with new_folder(target) as partial:
-            torch.save(state, partial / STATE)
-            write_json(partial / PROGRESS, progress)
-        for old in list_checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+    if target.is_dir():  # a finished run that is exported again, or one that was resumed from before a damaged checkpoint
+        try:
+            verify(target)
+            return target
+        except DamagedError:
+            remove_folder(target)
+    write_state(target, adapted=adapted, optimizer=optimizer, schedule=schedule, ema=ema, scaler=scaler, progress=progress)
+    best = progress["best"] and checkpoint_folder(run, int(progress["best"]["step"]))
+    for old in list_checkpoints(run)[:-keep]:
+        if old != best:
+            remove_folder(old)
     return target
+
+
+def write_state(
+    target: Path,
+    *,
+    adapted: AdaptedModel,
+    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
+    ema: EMAModel | None,
+    scaler: Any | None,
+    progress: Mapping[str, Any],
+) -> None:
+    """A checkpoint in a folder of any name; see `save_checkpoint`."""
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "trainable": {name: parameter.detach().cpu() for name, parameter in adapted.all_trainable().items()},
+            "waypoints": adapted.prompt.waypoints.cpu(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "ema": None if ema is None else ema.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        },
+        buffer,
+    )
+    content = buffer.getbuffer()
+    _refuse_a_full_disk(target, len(content))
+    with new_folder(target) as partial:
+        (partial / STATE).write_bytes(content)
+        _write_manifest(partial, {"bytes": len(content), "blake2b": _digest(content)}, progress)
+    try:
+        verify(target)
+    except DamagedError as error:
+        raise RunError(f"{target}: was read back damaged ({error}); likely the disk is failing; the others stay") from error
 
 
 def save_progress(run: Path, progress: Mapping[str, Any]) -> None:
     """Bring the series of this step's checkpoint, where there is one, up to date: it is saved before the step is evaluated."""
     folder = checkpoint_folder(run, int(progress["step"]))
-    if folder.is_dir():
-        write_json(folder / PROGRESS, progress)
+    if not folder.is_dir():
+        return
+    try:
+        _write_manifest(folder, _manifest(folder)["state"], progress)
+    except DamagedError as error:
+        raise RunError(f"{folder}: {error}, moments after it was written; likely the disk is failing") from error
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run.
+    """The newest sound checkpoint of a run; `damaged` lists what was wrong with newer ones.
 
-    Raises: InputError when there is none, or it cannot be read.
+    Raises: InputError when there is none.
     """
     checkpoints = list_checkpoints(run)
+    damaged: list[str] = []
+    for folder in reversed(checkpoints):
+        state = _read_if_sound(folder, damaged)
+        if state is not None:
+            return state | {"damaged": damaged}
     if not checkpoints:
         raise InputError(f"{run / 'checkpoints'}: holds no checkpoint to resume from; the run stopped before its first one")
+    raise InputError(f"{run / 'checkpoints'}: holds no sound checkpoint to resume from: {'; '.join(damaged)}")
+
+
+def _read_if_sound(folder: Path, damaged: list[str]) -> dict[str, Any] | None:
     try:
-        state: dict[str, Any] = torch.load(checkpoints[-1] / STATE, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = "it holds something else" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())
-        raise InputError(f"{checkpoints[-1]}: cannot be read ({reason}); move it away to resume from the one before") from error
-    progress = read_json(checkpoints[-1] / PROGRESS, what="the checkpoint's step and series")
-    if missing := {"step", "first", "last", "best", "pace", "warned"} - progress.keys():
+        return read_state(folder)
+    except DamagedError as error:
+        damaged.append(f"{folder}: {error}")
+        return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint whole. Raises: DamagedError; InputError for one of another version."""
+    progress = verify(folder)
+    if missing := _PROGRESS - progress.keys():
         raise InputError(
-            f"{checkpoints[-1] / PROGRESS}: has no {', '.join(sorted(missing))}; likely an older version of softprompt wrote "
-            f"it, and that version can resume it"
+            f"{folder / MANIFEST}: has no {', '.join(sorted(missing))}; likely another version of softprompt wrote it, and "
+            f"that version can resume it"
         )
+    try:
+        state: dict[str, Any] = load_pickle(folder / STATE)
+    except (pickle.UnpicklingError, ValueError) as error:
+        reason = "it holds something else" if isinstance(error, pickle.UnpicklingError) else error
+        raise DamagedError(f"{STATE} cannot be read ({reason})") from error
+    if not isinstance(state, dict) or not state.keys() >= _STATE:
+        raise DamagedError(f"{STATE} cannot be read (it holds something else)")
     return state | progress
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Look whether a checkpoint is what was written. Returns: its progress. Raises: DamagedError."""
+    manifest = _manifest(folder)
+    try:
+        content = (folder / STATE).read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{STATE} cannot be read ({error.strerror})") from error
+    found = {"bytes": len(content), "blake2b": _digest(content)}
+    if found != manifest["state"]:
+        raise DamagedError(f"{STATE} has {found['bytes']} bytes, {manifest['state']['bytes']!r} were written, or others")
+    progress: dict[str, Any] = manifest["progress"]
+    return progress
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Raises: DamagedError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        body = {name: manifest[name] for name in ("state", "progress")}
+        sound = manifest["blake2b"] == _digest(json.dumps(body).encode())
+        sound = sound and body["state"].keys() == {"bytes", "blake2b"} and isinstance(body["progress"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} is missing or cannot be read ({type(error).__name__})") from error
+    if not sound:
+        raise DamagedError(f"{MANIFEST} is not what was written")
+    return body
+
+
+def _write_manifest(folder: Path, state: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+    body = json.loads(json.dumps({"state": state, "progress": progress}))  # as it will be read: NaN, numbers, order
+    write_json(folder / MANIFEST, body | {"blake2b": _digest(json.dumps(body).encode())})
+
+
+def _digest(content: bytes | memoryview) -> str:
+    return blake2b(content, digest_size=16).hexdigest()
+
+
+def _refuse_a_full_disk(target: Path, needed: int) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed + 2**20:
+        raise RunError(
+            f"{target}: not saved: it takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free; the checkpoints before "
+            f"are sound. Make room, and go on with --resume"
+        )
 
 
 def restore(
@@ -99,11 +215,11 @@ def restore(
     *,
     adapted: AdaptedModel,
     optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
+    schedule: LambdaLR,
     ema: EMAModel | None,
     scaler: Any | None,
 ) -> None:
-    """Put a checkpoint's state into a freshly prepared run.
+    """Put a checkpoint's state into a freshly prepared run. Learning rates and decay are the configuration's, not the state's.
 
     Raises: InputError when the run is another: other trained parts, ranks or waypoints.
     """
@@ -123,10 +239,18 @@ def restore(
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
         adapted.prompt.waypoints.copy_(state["waypoints"])
+    asked = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
+    schedule.base_lrs = [rate for rate, _ in asked]
+    for group, (rate, decay) in zip(optimizer.param_groups, asked, strict=True):
+        group["initial_lr"], group["weight_decay"] = rate, decay
+    for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
     if ema is not None:
+        decay = ema.decay
         ema.load_state_dict(state["ema"])
+        ema.decay = decay
         ema.to(adapted.prompt.waypoints.device)
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])

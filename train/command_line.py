@@ -18,11 +18,15 @@ from train.options import MICRO
 
 FREE_ON_RESUME = (
     "model",
+    "init_from",
     "data.train",
     "data.val",
     "data.original",
     "data.cache",
+    "data.on_bad_sample",
+    "data.bad_share",
     "train.steps",
+    "train.max_skipped",
     "train.device",
     "train.gradient_checkpointing",
     "train.compile",
@@ -31,6 +35,10 @@ FREE_ON_RESUME = (
 )
 """Options that may change when a run is resumed: its length, where it runs and what is looked at, and paths, since folders
 move."""
+
+
+_MOST_VALUES, _DEEPEST = 10_000, 20
+"""In a YAML file; the largest comparison has a few hundred values, 4 deep."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class Request:
     resume: Path | None
     """Run folder to go on with."""
     dry_run: bool
+    overridden: tuple[str, ...] = ()
+    """With --resume-override, which settings the resumed run changes, in words."""
 
 
 class Parser(ArgumentParser):
@@ -52,7 +62,7 @@ class Parser(ArgumentParser):
     """The YAML file that is being read."""
     options: type = Config
     """What its options are the fields of."""
-    also: tuple[str, ...] = ("config", "resume", "dry-run")
+    also: tuple[str, ...] = ("config", "resume", "resume-override", "dry-run")
     """Its other options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -122,6 +132,9 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--resume", type=str, default=None, help="Run folder to go on with; its own configuration is taken.")
     parser.add_argument(
+        "--resume-override", action="store_true", help="Let a resumed run change settings that its numbers depend on."
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="Load everything, do one step, say what the run will need, and stop."
     )
     parser.add_class_arguments(Config)
@@ -144,8 +157,14 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     parser.reading = None
     namespace = parser.parse_args(argv)
     config = parser.instantiate(namespace)
-    if resume is not None:
-        _refuse_other_settings(parser.parse_args(argv[:2]), namespace, resume)
+    changed = () if resume is None else _changed(parser.parse_args(argv[:2]), namespace)
+    if changed and not namespace.resume_override:
+        raise InputError(
+            f"--resume {resume}: {'; '.join(changed)}. A resumed run keeps its settings, but for {', '.join(FREE_ON_RESUME)}; "
+            f"leave the option out, start a new run, or change it on purpose with --resume-override"
+        )
+    if resume is None and namespace.resume_override:
+        raise InputError("--resume-override: there is no --resume; it changes settings of a run that is resumed")
     files = tuple(str(c) for c in (namespace.config or []))
     name = MICRO if config.model == MICRO and not files else Path(files[-1]).stem if files else Path(config.model).name
     return Request(
@@ -153,21 +172,17 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         name=name,
         resume=resume,
         dry_run=namespace.dry_run,
+        overridden=changed,
     )
 
 
-def _refuse_other_settings(before: Namespace, now: Namespace, run: Path) -> None:
-    """A resumed run goes on with its settings; what its numbers depend on cannot be changed in the middle."""
-    changed = [
+def _changed(before: Namespace, now: Namespace) -> tuple[str, ...]:
+    """What a resumed run would change of that which its numbers depend on, in words."""
+    return tuple(
         f"{name}: is {now[name]}; the run has {before[name]}"
         for name in option_kinds()
         if now[name] != before[name] and not name.startswith(FREE_ON_RESUME)
-    ]
-    if changed:
-        raise InputError(
-            f"--resume {run}: {'; '.join(changed)}. A resumed run keeps its settings, but for {', '.join(FREE_ON_RESUME)}; "
-            f"leave the option out, or start a new run"
-        )
+    )
 
 
 def _check_file(file: str) -> None:
@@ -175,15 +190,12 @@ def _check_file(file: str) -> None:
     path = Path(file)
     if not path.is_file():
         raise InputError(f"--config {file}: no such file; expected a YAML file, e.g. configs/micro.yaml")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: is no YAML ({' '.join(str(error).split())})") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"{file}: holds no options; expected them by name, as in configs/micro.yaml")
     kinds = option_kinds()
     for key, value in content.items():
-        if key in ("resume", "dry_run", "config"):
+        if key in ("resume", "resume_override", "dry_run", "config"):
             raise InputError(f"{file}: {key} belongs on the command line, not into a file")
         is_group = any(name.startswith(f"{key}.") for name in kinds)
         if is_group and not isinstance(value, dict):
@@ -192,6 +204,39 @@ def _check_file(file: str) -> None:
             kind = kinds.get(f"{key}.{name}" if is_group else key)
             if kind is not None and inner is None and "null" not in kind:
                 raise InputError(f"{file}: {key}.{name}: is null; expected {kind}")
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises: InputError when it is no YAML, holds a name twice, or is far too large or deep."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_CarefulLoader)
+    except Exception as error:  # which one depends on the tag whose value is wrong, e.g. a day that there is not
+        problem = " ".join(f"{'' if isinstance(error, yaml.YAMLError) else type(error).__name__} {error}".split())
+        raise InputError(f"{path}: is no YAML ({problem[:300]})") from error
+
+
+class _CarefulLoader(yaml.SafeLoader):
+    """Refuses a name that is there twice (YAML itself would keep the last and say nothing), and a few lines that stand for
+    millions of values, or for ones inside themselves, by way of aliases."""
+
+    def get_single_node(self) -> Any:
+        document = super().get_single_node()
+        waiting, count = [(document, 0)], 0
+        while waiting:
+            node, depth = waiting.pop()
+            count += 1
+            if count > _MOST_VALUES or depth > _DEEPEST:
+                raise yaml.MarkedYAMLError(None, None, f"more than {_MOST_VALUES} values, or {_DEEPEST} inside each other")
+            inside = node.value if isinstance(node, yaml.CollectionNode) else []
+            waiting += [(part, depth + 1) for parts in inside for part in (parts if isinstance(parts, tuple) else (parts,))]
+        return document
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _shown(value: Any) -> str:

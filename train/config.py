@@ -29,6 +29,9 @@ class Config:
 
     model: str = MICRO
     """FaceLift pipeline folder (pipeckpts), or `micro`."""
+    init_from: str | None = None
+    """Start from what an earlier run exported (RUN/export): its prompt and LoRA, but step 0 and a new optimizer; null: from the
+    pretrained model. To go on with a run, use --resume."""
     output: str | None = None
     """Run folder, new or empty; null takes the next free runs/NAME-NNN."""
     prompt: PromptConfig = field(default_factory=PromptConfig)

@@ -13,7 +13,8 @@ from softprompt.cache import EncodedObjects
 from softprompt.data import rotate_views, view_order
 from softprompt.embeddings import view_names
 from softprompt.metrics import copy_score, psnr_per_view, separation_ratio, ssim_per_view
-from softprompt.model import adapters_off, noisy_and_target
+from softprompt.model import adapters_off, noisy_and_target, predict
+from softprompt.path import point_on_path
 from softprompt.sampling import sample_views
 from train.setup import Job
 
@@ -106,6 +107,40 @@ def original_loss(job: Job, position: float) -> float:
     given, as in its pretraining. Job.original must be there."""
     assert job.original is not None
     return float(validation_losses(job, position, job.original.held_out, reference=0).mean())
+
+
+@torch.no_grad()
+def pretrained_original_loss(job: Job) -> float:
+    """The same of the untouched model, whatever this one has learned or began with."""
+    prompt = job.adapted.prompt
+    learned = prompt.learned.detach().clone()
+    prompt.learned.copy_(prompt.start)
+    try:
+        with adapters_off(job.pipeline.unet):
+            return original_loss(job, 0.0)
+    finally:
+        prompt.learned.copy_(learned)
+
+
+@torch.no_grad()
+def learned_effect(job: Job, position: float) -> float | None:
+    """How much the prediction depends on what the prompt has learned: its root mean square difference to that under the path
+    alone, as a share of itself; on one held-out object, at the middle timestep. None where nothing learned is in E(position).
+    """
+    prompt = job.adapted.prompt
+    if prompt.share(position) == 0:
+        return None
+    generator = seeded("effect")
+    encoded, length = job.held_out.get(0, generator), len(job.pipeline.scheduler.alphas_cumprod)
+    batch = make_batch(job.pipeline, [encoded], [draw(generator, encoded=encoded, num_timesteps=length, timestep=length // 2)])
+    noisy, _ = noisy_and_target(job.pipeline.scheduler, batch)
+    path = point_on_path(prompt.waypoints, position, prompt.interpolation)
+    with job.accelerator.autocast():
+        ours, plain = (
+            predict(job.adapted.unet, one, noisy, batch.given, batch.timesteps, batch.labels, batch.order).float()
+            for one in (prompt(position), path)
+        )
+    return float((ours - plain).square().mean().sqrt() / ours.square().mean().sqrt())
 
 
 def view_weights(job: Job, num_objects: int) -> Tensor | None:

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt.embeddings import load_prompt, save_prompt
 from softprompt.errors import InputError, RunError
 from softprompt.files import new_folder
+from softprompt.model import AdaptedModel
 from softprompt.pipeline import Pipeline, save_pipeline
 from softprompt.sampling import sample_views
-from softprompt.unet import load_unet
+from softprompt.unet import load_unet, place
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 FACELIFT_PROMPT = "mvdiffusion/data/fixed_prompt_embeds_6view/clr_embeds.pt"
@@ -90,7 +92,7 @@ def export_pipeline(pipeline: Pipeline, folder: Path, *, picture: Tensor, tolera
         expected = _views(fresh, prompt, picture)
         save_pipeline(fresh, new, merge_lora=True)
         fresh.unet.to("cpu")  # room for the next: two float32 UNets beside the trained one are more than a small GPU holds
-        merged = replace(fresh, unet=load_unet(new / "unet").to(pipeline.device))
+        merged = replace(fresh, unet=place(load_unet(new / "unet"), pipeline.device))
         difference = _difference(_views(merged, prompt, picture), expected)
     try:
         _within(difference, tolerance, "pipeckpts")
@@ -99,6 +101,45 @@ def export_pipeline(pipeline: Pipeline, folder: Path, *, picture: Tensor, tolera
     new.replace(folder / "pipeckpts")
     shutil.rmtree(folder / "pipeckpts.unverified", ignore_errors=True)
     return difference
+
+
+def start_from(folder: Path, adapted: AdaptedModel, position: float) -> None:
+    """Put an export's prompt and LoRA into a fresh model. position: s at which E is to be that prompt.
+
+    Raises: InputError when the folder is no export, or its LoRA is another kind than the configuration's.
+    """
+    prompt = adapted.prompt
+    exported = [folder / name for name in ("clr_embeds.safetensors", "clr_embeds.pt") if (folder / name).is_file()]
+    if not exported:
+        inside = f"; did you mean {folder / 'export'}?" if (folder / "export").is_dir() else ""
+        raise InputError(f"init_from: {folder} holds no clr_embeds.safetensors or .pt; expected a run's export folder{inside}")
+    views, _, width = prompt.start.shape
+    if prompt.share(position) == 0:
+        raise InputError(f"init_from: with prompt.carry fade nothing learned is in the prompt at position {position:g}")
+    prompt.begin_at(load_prompt(exported[0], num_views=views, width=width), position)
+    file = folder / "lora" / LORA_WEIGHTS
+    has_lora = bool(getattr(adapted.unet, "peft_config", None))
+    if file.is_file() != has_lora:
+        found, asked = ("a LoRA", "0") if file.is_file() else ("no LoRA", "more than 0")
+        raise InputError(f"init_from: {folder} holds {found}; lora.rank is {asked}. Prompt and LoRA belong together")
+    if not has_lora:
+        return
+    try:
+        weights = {name.removeprefix("unet."): weight for name, weight in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{file}: cannot be read ({' '.join(str(error).split())}); expected a LoRA as a run exports it"
+        ) from error
+    ours = get_peft_model_state_dict(adapted.unet)
+    differing = sorted(weights.keys() ^ ours.keys()) or [n for n, w in weights.items() if w.shape != ours[n].shape]
+    if differing:
+        raise InputError(
+            f"init_from: {file} is not this configuration's LoRA ({len(differing)} of its tensors differ, e.g. "
+            f"{differing[0]}); likely lora.rank or lora.targets is another"
+        )
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise InputError(f"init_from: {file} holds NaN or infinite values; it comes from a run that diverged, or is damaged")
+    set_peft_model_state_dict(adapted.unet, weights)
 
 
 @contextmanager
@@ -134,7 +175,7 @@ def _views(pipeline: Pipeline, prompt: Tensor, picture: Tensor) -> Tensor:
 
 def _fresh(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
     """The pretrained pipeline as the disk has it, with the LoRA of an export, beside frozen parts that are shared."""
-    unet = load_unet(pipeline.folder / "unet", dtype=dtype).to(pipeline.device)
+    unet = place(load_unet(pipeline.folder / "unet", dtype=dtype), pipeline.device)
     if (folder / "lora").is_dir():
         unet.load_lora_adapter(folder / "lora", prefix="unet", weight_name=LORA_WEIGHTS, adapter_name="default")
         for name, parameter in unet.named_parameters():

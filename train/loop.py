@@ -7,7 +7,7 @@ whether the run was interrupted before it or not, and however its objects are sh
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from softprompt.batch import seeded
@@ -24,56 +24,32 @@ from softprompt.embeddings import view_names
 from softprompt.errors import RunError
 from softprompt.files import new_file, remove_partial
 from softprompt.templates import view_texts
-from train.checkpoint import restore, save_checkpoint, save_progress
+from train.checkpoint import list_checkpoints, restore, save_checkpoint, save_progress
 from train.config import Config, option_values, to_yaml
-from train.evaluate import averaged, original_loss, preview, preview_series, validation_series
-from train.export import Exported, export, export_pipeline
+from train.evaluate import averaged, learned_effect, pretrained_original_loss, preview, preview_series, validation_series
+from train.export import export, export_pipeline
+from train.incidents import write_incident
 from train.monitor import Monitor, preview_grid, preview_tiles, prompt_series
 from train.options import MICRO
-from train.pacing import Pace, after_step, after_validation, lowest_timestep_of, position_of
+from train.pacing import Pace, after_step, after_validation
+from train.run import Run
 from train.setup import Job
 from train.step import KL_TIMESTEP_GROUPS, StepResult, training_step
 from train.stop import StopSignal
-from train.watch import SIGNS, collapse_signs
+from train.watch import (
+    OF_PREVIEWS,
+    SIGNS,
+    collapse_signs,
+    is_spike,
+    moved_weights,
+    prompt_signs,
+    standing_still,
+    worse_sign,
+)
 
 BASE_LICENCE = "the terms of its weights hold for this file too (FaceLift's: Adobe Research License)"
-MAX_SKIPPED = 20
-"""Steps in a row that fp16's gradient scaler may leave out."""
-
-
-@dataclass
-class Run:
-    """A run and its state: what changes is saved whole in a checkpoint."""
-
-    job: Job
-    folder: Path
-    schedule: LRScheduler
-    ema: EMAModel | None
-    monitor: Monitor
-    pace: Pace
-    """What the curricula have come to."""
-    step: int = 0
-    """Optimizer steps done."""
-    warned: dict[str, str] = field(default_factory=dict)
-    """Signs of collapse that the newest evaluation showed, and what was said of them."""
-    first: dict[str, float] | None = None
-    """Series at step 0: what the pretrained model gives."""
-    last: dict[str, float] | None = None
-    """Series of the newest evaluation."""
-    best: dict[str, float] | None = None
-    """{"step", "loss"} of the lowest validation loss so far."""
-    pretrained_views: Tensor | None = None
-    """The untouched model's previews."""
-    exported: Exported | None = None
-    merged: float | None = None
-    """Views of the exported pipeline folder against UNet and LoRA apart; None where none was written."""
-    skipped_in_a_row: int = 0
-    """Newest steps that fp16's gradient scaler left out."""
-
-    @property
-    def position(self) -> float:
-        """s at the present step."""
-        return position_of(self.job.config, self.pace, self.step)
+SMOOTHING = 0.98
+"""Share of the training loss's running mean that a step leaves in place."""
 
 
 def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: StopSignal) -> Run:
@@ -81,10 +57,14 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
 
     state: a checkpoint to go on from, or None.
     Returns: the run; `run.step` says how far it came.
-    Raises: RunError on a loss or gradient that is not finite, or when an export is not what is in memory.
+    Raises: RunError when numbers are not finite for `train.max_skipped` steps in a row, when weights that are frozen have
+    moved, or when an export is not what is in memory.
     """
     config, main = job.config, job.accelerator.is_main_process
     run = _start(job, folder, state)
+    if main and job.skipped:
+        with new_file(folder / "skipped_samples.txt") as partial:
+            partial.write_text("".join(f"{one}\n" for one in job.skipped), encoding="utf-8")
     if state is None:
         run.monitor.text("config", f"```\n{to_yaml(config)}\n```")
     _evaluate_if_due(run)
@@ -97,7 +77,7 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants a line now and then
     )
-    window: list[StepResult] = []
+    window: list[tuple[StepResult, bool]] = []
     since = time.monotonic()
     while run.step < config.train.steps and not stop.agreed(job.accelerator):
         try:
@@ -111,20 +91,20 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
                 file=sys.stderr,
             )
             continue
+        if result.skipped:
+            _skipped(run, result)
         run.schedule.step()
         if run.ema is not None and not result.skipped:
             run.ema.step(job.adapted.all_trainable().values())
         run.step += 1
-        _move_on(run, after_step(config, run.pace, run.step, denoising=result.denoising, kl=result.kl))
-        window.append(result)
-        _watch_skipped(run, result)
+        window.append(_taken(run, result))
         bar.update()
 
         if _due(run, config.monitor.log_every):
             series = _log(run, window, since)
             bar.set_postfix_str(_postfix(series))
             window, since = [], time.monotonic()
-        if _due(run, config.monitor.checkpoint_every):
+        if stop.save_agreed(job.accelerator) or _due(run, config.monitor.checkpoint_every):
             _checkpoint(run)
         if stop.agreed(job.accelerator) and run.step < config.train.steps:
             break  # whoever stops it does not wait for an evaluation
@@ -153,27 +133,22 @@ def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
         monitor=Monitor(folder, active=job.accelerator.is_main_process),
     )
     if state is not None:
-        restore(
-            state,
-            adapted=job.adapted,
-            optimizer=job.optimizer,
-            schedule=run.schedule,
-            ema=run.ema,
-            scaler=job.accelerator.scaler,
-        )
-        run.step, run.best, run.first, run.last = (state[key] for key in ("step", "best", "first", "last"))
-        run.pace = Pace.from_json(state["pace"])
-        run.warned = state["warned"]
+        restore(state, **run.state())
+        run.go_on_from(state)
+        if config.kl.target is None:
+            run.pace = replace(run.pace, kl_weight=config.kl.weight)  # which --resume-override may have changed
         if job.accelerator.is_main_process:
             remove_partial(folder)
     if job.accelerator.is_main_process:
         with new_file(folder / "config.yaml") as partial:
             partial.write_text(to_yaml(config), encoding="utf-8")
+    run.frozen = job.adapted.frozen_sums()
+    run.remember_weights()
     run.monitor.open(resumed_step=None if state is None else run.step, evaluated=_evaluated(run))
     return run
 
 
-def make_schedule(config: Config, optimizer: torch.optim.Optimizer) -> LRScheduler:
+def make_schedule(config: Config, optimizer: torch.optim.Optimizer) -> LambdaLR:
     """Each group's learning rate: warm-up and decay within the steps in which it trains."""
 
     def factor(group: str) -> Callable[[int], float]:
@@ -208,39 +183,69 @@ def _due(run: Run, every: int) -> bool:
     return run.step % every == 0 or run.step == run.job.config.train.steps
 
 
-def _watch_skipped(run: Run, result: StepResult) -> None:
-    """A scaler that finds its scale leaves out a step now and then; one that leaves out all of them is not training."""
-    run.skipped_in_a_row = run.skipped_in_a_row + 1 if result.skipped else 0
-    if run.skipped_in_a_row >= MAX_SKIPPED:
+def _taken(run: Run, result: StepResult) -> tuple[StepResult, bool]:
+    """Take in what a step gave. Returns: it, and whether its loss was a spike."""
+    if result.not_finite is not None:
+        return result, False
+    spike = is_spike(result.denoising, run.running_loss)
+    before = result.denoising if run.running_loss is None else run.running_loss
+    run.running_loss = SMOOTHING * before + (1 - SMOOTHING) * result.denoising
+    if not result.skipped:
+        run.skipped_in_a_row = 0
+    _move_on(run, after_step(run.job.config, run.pace, run.step, denoising=result.denoising, kl=result.kl))
+    return result, spike
+
+
+def _skipped(run: Run, result: StepResult) -> None:
+    """Say and write down what stopped a step; stop where too many did. An overflow now and then is how fp16 finds its scale.
+
+    Raises: RunError.
+    """
+    run.skipped_in_a_row += 1
+    most, main = run.job.config.train.max_skipped, run.job.accelerator.is_main_process
+    given_up = run.skipped_in_a_row >= most
+    what = result.not_finite or "gradients overflowed in fp16"
+    incident = None
+    if (result.not_finite and run.skipped_in_a_row == 1) or given_up:
+        incident = write_incident(run, run.step, what)
+    if result.not_finite and main:
+        tqdm.write(f"WARNING step {run.step}: not finite: {what}; the step is skipped, the weights stay", file=sys.stderr)
+    if given_up:
+        checkpoints = list_checkpoints(run.folder)
+        sound = f"{checkpoints[-1]} is sound" if checkpoints else "there is no checkpoint yet"
         raise RunError(
-            f"step {run.step}: the gradients were not finite in {MAX_SKIPPED} steps in a row, so nothing trained in them; the "
-            f"checkpoints before are sound. fp16 overflows here: try train.precision bf16 or fp32, or a lower learning rate"
+            f"step {run.step}: not finite in {run.skipped_in_a_row} steps in a row (train.max_skipped), nothing trained in "
+            f"them: {what}. {sound}. Likely a learning rate is too high, or fp16 overflows (try train.precision bf16); see "
+            f"which sample and layer it comes from: python -m train.replay {incident}"
         )
 
 
 # ------------------------------------------------------------------------------------------------- looking and keeping
 
 
-def _log(run: Run, window: list[StepResult], since: float) -> dict[str, float]:
+def _log(run: Run, taken: list[tuple[StepResult, bool]], since: float) -> dict[str, float]:
     """Means over the steps since the last log, over all processes; the prompt as it is now."""
     job, config = run.job, run.job.config
     limit = config.train.max_grad_norm
-    series = {"loss/train": sum(r.denoising for r in window) / len(window)}
+    everything = [result for result, _ in taken]
+    window = [result for result in everything if result.not_finite is None]
+    series = {"gradient/skipped_share": sum(r.skipped for r in everything) / len(everything)}
+    if window:
+        losses = [r.denoising for r in window]
+        series |= {"loss/train": sum(losses) / len(losses), "loss/train_highest": max(losses)}
+    series["loss/spikes_share"] = sum(spike for _, spike in taken) / len(taken)
     series |= _kl_series(run, window)
     for group in job.optimizer.param_groups:
         name = group["name"]
-        norms = [r.grad_norms[name] for r in window]
-        series |= {
-            f"learning_rate/{name}": group["lr"],
-            f"gradient/norm_{name}": sum(norms) / len(norms),
-            f"gradient/clipped_share_{name}": sum(n > limit for n in norms) / len(norms),
-        }
-    series["gradient/skipped_share"] = sum(r.skipped for r in window) / len(window)
+        series[f"learning_rate/{name}"] = group["lr"]
+        if norms := [r.grad_norms[name] for r in window]:
+            series[f"gradient/norm_{name}"] = sum(norms) / len(norms)
+            series[f"gradient/clipped_share_{name}"] = sum(n > limit for n in norms) / len(norms)
     series["curriculum/position"] = run.position
-    series["curriculum/lowest_timestep"] = lowest_timestep_of(config, run.pace, job.pipeline.scheduler.alphas_cumprod)
-    series["speed/steps_per_second"] = len(window) / max(1e-9, time.monotonic() - since)
+    series["curriculum/lowest_timestep"] = run.lowest_timestep
+    series["speed/steps_per_second"] = len(everything) / max(1e-9, time.monotonic() - since)
     with averaged(job, run.ema), torch.no_grad():
-        series |= prompt_series(job.adapted.prompt, job.adapted.prompt(run.position))
+        series |= prompt_series(job.adapted.prompt, run.position)
     run.monitor.scalars(run.step, series)
     return series
 
@@ -266,7 +271,7 @@ def _kl_series(run: Run, window: list[StepResult]) -> dict[str, float]:
 
 def _postfix(series: Mapping[str, float]) -> str:
     shown = {
-        "loss": series["loss/train"],
+        "loss": series.get("loss/train"),
         "KL": series.get("loss/kl_to_pretrained"),
         "s": series["curriculum/position"],
         "lr prompt": series.get("learning_rate/prompt"),
@@ -284,8 +289,8 @@ def _evaluate_if_due(run: Run) -> None:
     with averaged(job, run.ema):
         series = validation_series(job, run.position, with_original=with_preview)
         if run.step == 0 and "loss/original" in series:
-            # Position 0 of a prompt and a LoRA that have not moved is the untouched model, whatever the strategy starts with.
-            series["loss/original_pretrained"] = series["loss/original"] if run.position == 0 else original_loss(job, 0.0)
+            untouched = run.position == 0 and job.config.init_from is None
+            series["loss/original_pretrained"] = series["loss/original"] if untouched else pretrained_original_loss(job)
         if with_preview and job.accelerator.is_main_process:
             with torch.no_grad():
                 shown = preview(job, job.adapted.prompt(run.position), run.pretrained_views)
@@ -294,7 +299,9 @@ def _evaluate_if_due(run: Run) -> None:
             run.monitor.picture(run.step, "held_out", preview_grid(rows, shown.pictures, shown.names))
             run.monitor.tiles(run.step, preview_tiles([views for _, views in rows], shown.pictures))
             series |= preview_series(shown)
-            series |= _watch(run, series)
+        if job.accelerator.is_main_process:
+            series |= _watch(run, series, with_preview=with_preview)
+    _refuse_moved_weights(run)
     job.accelerator.wait_for_everyone()
     run.monitor.scalars(run.step, series)
     _move_on(run, after_validation(job.config, run.pace, run.step, series["loss/validation"]))
@@ -304,7 +311,7 @@ def _evaluate_if_due(run: Run) -> None:
     if improved:
         run.best = {"step": run.step, "loss": series["loss/validation"]}
     if job.accelerator.is_main_process:
-        save_progress(run.folder, _progress(run))
+        save_progress(run.folder, run.progress())
     if improved and 0 < run.step < job.config.train.steps:
         try:
             _export(run, run.folder / "export" / "best")
@@ -312,21 +319,53 @@ def _evaluate_if_due(run: Run) -> None:
             tqdm.write(f"WARNING: {error}", file=sys.stderr)
 
 
-def _watch(run: Run, series: Mapping[str, float]) -> dict[str, float]:
-    """Say once when a sign of collapse appears, and when it is gone. Returns: series of the signs, 1 where there is one.
+def _watch(run: Run, series: dict[str, float], *, with_preview: bool) -> dict[str, float]:
+    """Say once when a sign that the run goes wrong appears, and when it is gone. series: of this evaluation.
 
     At step 0 nothing is said: the pretrained model does not know the new subject yet.
+    Returns: series of the signs, 1 where there is one, and of what was measured for them.
     """
-    prompt = run.job.adapted.prompt
-    with torch.no_grad():
-        signs = collapse_signs({**series, **prompt_series(prompt, prompt(run.position))}, run.first or {})
+    job, prompt, found = run.job, run.job.adapted.prompt, {}
+    if with_preview and _trained_in(run, "prompt", 0) and (effect := learned_effect(job, run.position)) is not None:
+        found["prompt_effect/of_learned"] = effect
+    seen = {**series, **prompt_series(prompt, run.position), **found}
+    start = run.first or series
+    run.worse = run.worse + 1 if series["loss/validation"] > start["loss/validation"] else 0
+    moved = {
+        name: not all(torch.equal(a, b) for a, b in zip(group.values(), run.at_evaluation[name], strict=True))
+        for name, group in job.adapted.trainable().items()
+    }
+    signs = {
+        **collapse_signs(seen, run.first or {}),
+        **prompt_signs(seen, rounding=torch.finfo(job.pipeline.unet.dtype).eps),
+        **worse_sign(run.worse, series["loss/validation"], start["loss/validation"]),
+        **standing_still(moved, {name: _trained_in(run, name, run.evaluated_step) for name in moved}),
+    }
+    run.remember_weights()
+    if not with_preview:  # what only pictures show is as it was
+        signs |= {name: said for name, said in run.warned.items() if name in OF_PREVIEWS}
     if run.step > 0:
         for name in signs.keys() - run.warned.keys():
             tqdm.write(f"WARNING step {run.step}: {name}: {signs[name]}", file=sys.stderr)
         for name in run.warned.keys() - signs.keys():
             tqdm.write(f"step {run.step}: {name}: no longer so", file=sys.stderr)
         run.warned = signs
-    return {f"watch/{name}": float(name in signs) for name in SIGNS}
+    return found | {f"watch/{name}": float(name in signs) for name in SIGNS if with_preview or name not in OF_PREVIEWS}
+
+
+def _trained_in(run: Run, group: str, since: int) -> bool:
+    """Whether a group had its turn in any step from `since` on."""
+    first, end = run.job.config.window(group)
+    return group in run.job.adapted.trainable() and max(first, since) < min(end, run.step)
+
+
+def _refuse_moved_weights(run: Run) -> None:
+    """Raises: RunError where what is frozen has moved: the model that the KL compares with would be another."""
+    if moved := moved_weights(run.frozen, run.job.adapted.frozen_sums()):
+        raise RunError(
+            f"step {run.step}: {len(moved)} frozen tensors are not what they were at the start, e.g. {moved[0]}; this is no "
+            f"setting of yours but a fault of the program or of the memory; the checkpoints hold only what trains"
+        )
 
 
 def _evaluated(run: Run) -> bool:
@@ -334,29 +373,10 @@ def _evaluated(run: Run) -> bool:
     return run.last is not None and run.last["step"] == run.step
 
 
-def _progress(run: Run) -> dict[str, Any]:
-    return {
-        "step": run.step,
-        "first": run.first,
-        "last": run.last,
-        "best": run.best,
-        "pace": run.pace.to_json(),
-        "warned": run.warned,
-    }
-
-
 def _checkpoint(run: Run) -> None:
     if run.job.accelerator.is_main_process:
-        save_checkpoint(
-            run.folder,
-            adapted=run.job.adapted,
-            optimizer=run.job.optimizer,
-            schedule=run.schedule,
-            ema=run.ema,
-            scaler=run.job.accelerator.scaler,
-            progress=_progress(run),
-            keep=run.job.config.monitor.checkpoints_kept,
-        )
+        kept = run.job.config.monitor.checkpoints_kept
+        save_checkpoint(run.folder, **run.state(), progress=run.progress(), keep=kept)
     run.job.accelerator.wait_for_everyone()
 
 

@@ -17,6 +17,7 @@ from torch.utils.tensorboard.summary import hparams
 from softprompt.embeddings import closest_pair, mean_pairwise_cosine, prompt_cosines, view_names
 from softprompt.files import new_file
 from softprompt.losses import separation_ratios
+from softprompt.path import point_on_path
 from softprompt.prompt import SoftPrompt
 from train.series import FILE, is_evaluation, read_series
 
@@ -31,6 +32,7 @@ GROUPS = (
     "prompt_drift_from_start",
     "prompt_cosine_to_waypoint",
     "prompt_norm",
+    "prompt_effect",
     "curriculum",
     "kl",
     "kl_view",
@@ -132,18 +134,19 @@ def _drop_after(run: Path, step: int, *, evaluated: bool) -> None:
 
 
 @torch.no_grad()
-def prompt_series(prompt: SoftPrompt, effective: Tensor) -> dict[str, float]:
-    """Where the prompt is: norms, drift from W_0, nearness to each waypoint, how alike the views are.
-
-    effective: E [V, T, D].
-    """
+def prompt_series(prompt: SoftPrompt, position: float) -> dict[str, float]:
+    """Where E(position) is: norms, drift from W_0, nearness to each waypoint, how alike the views are."""
+    effective = prompt(position)
     names = view_names(len(effective))
     norms = effective.norm(dim=-1)  # V T
+    to_path = norms / point_on_path(prompt.waypoints, position, prompt.interpolation).norm(dim=-1).clamp(min=1e-12)
     drift = (effective - prompt.start).norm(dim=(1, 2)) / prompt.start.norm(dim=(1, 2))
     series = {
         "prompt_norm/mean": float(norms.mean()),
         "prompt_norm/min": float(norms.min()),
         "prompt_norm/max": float(norms.max()),
+        "prompt_norm/least_to_path": float(to_path.min()),
+        "prompt_norm/most_to_path": float(to_path.max()),
         "prompt_views_alike/mean_cosine": mean_pairwise_cosine(effective),
         "prompt_views_alike/closest_pair": closest_pair(effective, names)[2],
         "prompt_views_alike/closest_ratio": float(separation_ratios(effective, prompt.start).min()),

@@ -253,6 +253,10 @@ class DataConfig:
     cache: str | None = "cache"
     """Folder of encoded pictures, for all runs: each is encoded once, by what is in its file; null: in memory, each run anew.
     The embedded world always is in memory."""
+    on_bad_sample: Literal["refuse", "skip"] = "refuse"
+    """A sample that cannot be used: `refuse` stops before training; `skip` leaves it out, named in RUN/skipped_samples.txt."""
+    bad_share: float = 0.05
+    """With `skip`, the largest share of the samples that may be left out."""
     reference_view: Literal["random"] | int | list[int] = 0
     """Which view is the given picture: a number, a list to pick from, or `random` (any)."""
 
@@ -265,6 +269,7 @@ class DataConfig:
         return [int(v) for v in views]
 
     def __post_init__(self) -> None:
+        require(0 <= self.bad_share < 1, "data.bad_share", self.bad_share, "a share in [0, 1)")
         require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "1 or more, or null")
         given = self.reference_view if isinstance(self.reference_view, list) else [self.reference_view]
         require(
@@ -309,6 +314,8 @@ class TrainConfig:
     """Of the learning rates after that: held, or down to 0 at the end."""
     max_grad_norm: float = 1.0
     """Each group's gradient is scaled down to this norm."""
+    max_skipped: int = 20
+    """Steps in a row that may be skipped since their numbers are not finite; one that is skipped changes nothing."""
     ema_decay: float | None = None
     """Keep a moving average of prompt and LoRA, e.g. 0.999; previews, validation and export then use it. null: none."""
     gradient_checkpointing: Literal["auto", "always", "never"] = "auto"
@@ -324,6 +331,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulation"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
         require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
+        require(self.max_skipped >= 1, "train.max_skipped", self.max_skipped, "1 or more")
         require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "a positive number")
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "train.ema_decay", self.ema_decay, "between 0 and 1, or null")
 

@@ -5,14 +5,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from softprompt.errors import InputError
+
 FILE = "metrics.jsonl"
 
 
 def read_series(run: Path) -> list[dict[str, Any]]:
-    """The points in a run's folder, by step; half a line, as a killed run may have left, is passed over; no file: none."""
+    """The points in a run's folder, by step; half a line, as a killed run may have left, is passed over; no file: none.
+
+    Raises: InputError naming a line that is no point.
+    """
     path = run / FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [_point(line, path, number) for number, line in enumerate(lines[:-1], start=1) if line.endswith(b"}")]
+
+
+def _point(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        point: dict[str, Any] = json.loads(line)
+        if type(point["step"]) is int and all(isinstance(value, int | float | None) for value in point.values()):
+            return point
+    except (ValueError, KeyError, RecursionError):
+        pass  # said below
+    raise InputError(
+        f"{path}: line {number} is no point of a series; expected a JSON object with `step` and numbers; likely the file is "
+        f"damaged: remove the line"
+    )
 
 
 def is_evaluation(point: Mapping[str, float]) -> bool:

@@ -10,7 +10,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from softprompt.cache import EncodedObjects, PictureCache
 from softprompt.curriculum import timestep_edges
@@ -25,8 +25,9 @@ from softprompt.pipeline import Pipeline, load_pipeline
 from softprompt.prompt import SoftPrompt
 from train.batches import Batches
 from train.config import Config
+from train.export import start_from
 from train.options import MICRO
-from train.pacing import least_steps
+from train.pacing import Pace, least_steps, position_of
 
 MICRO_TRAIN_OBJECTS = 40
 FIRST_HELD_OUT = 10_000
@@ -67,6 +68,8 @@ class Job:
     """What each step trains on."""
     notes: list[str]
     """What was decided on the user's behalf, to be said."""
+    skipped: list[str]
+    """Samples that cannot be used and are left out, each with what is wrong."""
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -81,8 +84,11 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
-    """Load and check everything. Raises: InputError for whatever cannot be used."""
+def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: bool = False) -> Job:
+    """Load and check everything. resumed: a checkpoint is put in afterwards, instead of what `init_from` gives.
+
+    Raises: InputError for whatever cannot be used.
+    """
     precision, said = choose_precision(config.train.device, config.train.precision)
     notes = [said]
     accelerator = accelerator or make_accelerator(config)
@@ -116,6 +122,9 @@ def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
     if config.train.compile:
         compile_blocks(pipeline.unet)
     adapted = AdaptedModel(pipeline.unet, prompt).to(accelerator.device).train()
+    if config.init_from is not None and not resumed:
+        start_from(Path(config.init_from), adapted, position_of(config, Pace.start(config), 0))
+        notes.append(f"start      prompt and LoRA of {config.init_from}, at step 0")
     model, optimizer = accelerator.prepare(adapted, make_optimizer(config, adapted, scaled=precision == "fp16"))
 
     cache = None
@@ -129,7 +138,8 @@ def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
     needed = [*sources]
     if original is not None:
         needed += [original.held_out, original.replay] if _replays(config) else [original.held_out]
-    notes += data_notes + original_notes + _encode(needed, accelerator, cache) + _advice(config)
+    encoding_notes, skipped = _encode(needed, accelerator, cache, config)
+    notes += data_notes + original_notes + encoding_notes + _advice(config)
     if all(objects.background != "random" for objects in needed):
         with pipeline.encoders_on_device():  # they leave the device as the block ends
             pipeline.encoders_rest = True
@@ -141,25 +151,51 @@ def prepare(config: Config, accelerator: Accelerator | None = None) -> Job:
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )
-    return Job(config, accelerator, pipeline, model, adapted, optimizer, *sources, original, batches, notes)
+    return Job(config, accelerator, pipeline, model, adapted, optimizer, *sources, original, batches, notes, skipped)
 
 
-def _encode(needed: Sequence[EncodedObjects], accelerator: Accelerator, cache: PictureCache | None) -> list[str]:
-    """Encode what is not kept, shared out over the processes. Returns: what to say of it."""
+def _encode(
+    needed: Sequence[EncodedObjects], accelerator: Accelerator, cache: PictureCache | None, config: Config
+) -> tuple[list[str], list[str]]:
+    """Encode what is not kept, shared out over the processes. Returns: what to say of it; what is wrong with samples left out.
+
+    Raises: InputError for a sample that cannot be used, or, where they are to be left out, when there are too many of them.
+    """
     share = accelerator.process_index, accelerator.num_processes
-    encoded = sum(objects.fill(progress=accelerator.is_main_process, share=share) for objects in needed)
+    encoded, wrong = 0, []
+    for objects in needed:
+        bad: dict[int, str] | None = {} if config.data.on_bad_sample == "skip" and objects.source.locations else None
+        encoded += objects.fill(progress=accelerator.is_main_process, share=share, bad=bad)
+        if bad is not None:
+            wrong += _leave_out(objects, bad, accelerator, config.data.bad_share)
     notes = []
     if cache is not None:
         by_all = int(accelerator.reduce(torch.tensor(encoded, device=accelerator.device), reduction="sum"))
         accelerator.wait_for_everyone()
         cache.refresh()
         notes.append(f"cache      {cache.folder}: {by_all} pictures encoded into it now, the others were there")
+    if wrong:
+        notes.append(f"WARNING    {len(wrong)} samples cannot be used and are left out (data.on_bad_sample), e.g. {wrong[0]}")
     if any(objects.background == "random" for objects in needed):
         notes.append(
             "WARNING    data.background random: no picture can be encoded ahead, so each is at every step, which takes several "
             "times as long; three_choices can be"
         )
-    return notes
+    return notes, wrong
+
+
+def _leave_out(objects: EncodedObjects, bad: dict[int, str], accelerator: Accelerator, most: float) -> list[str]:
+    """Go on without the samples that any process found bad. Returns: what is wrong with them. Raises: InputError."""
+    found = dict(sorted(gather_object(list(bad.items()))))
+    wrong = [f"{objects.names[index]}: {reason}" for index, reason in found.items()]
+    if wrong and (len(wrong) > most * len(objects) or len(wrong) == len(objects)):
+        raise InputError(
+            f"data.on_bad_sample: {len(wrong)} of {len(objects)} samples cannot be used, more than data.bad_share, {most:g}, "
+            f"lets pass; the first is {wrong[0]}. python -m train.doctor lists them all"
+        )
+    if wrong:
+        objects.leave_out(found.keys())
+    return wrong
 
 
 def make_optimizer(config: Config, adapted: AdaptedModel, *, scaled: bool = False) -> torch.optim.Optimizer:

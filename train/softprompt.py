@@ -15,14 +15,15 @@ from train.config import to_yaml
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from filelock import FileLock
 
-    from train.loop import Run
+    from train.run import Run
     from train.setup import Job
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
-TAKEN = ".taken"
-"""File that marks a run's folder while the run still loads."""
+LOCK = ".lock"
+"""File in a run's folder that its process holds locked: the lock ends with the process, however that ends."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(request: Request) -> int:
     import torch
+    from safetensors import SafetensorError
 
     from train.checkpoint import load_checkpoint
     from train.export import check_free_space
@@ -54,21 +56,24 @@ def _run(request: Request) -> int:
     from train.stop import StopSignal
 
     config = request.config
-    state = load_checkpoint(request.resume) if request.resume else None
     try:
         accelerator = make_accelerator(config)
         with _run_folder(request, accelerator) as folder:
-            job = prepare(config, accelerator)
+            state = load_checkpoint(folder) if request.resume else None
+            job = prepare(config, accelerator, resumed=state is not None)
             main_process = accelerator.is_main_process
             if main_process:
                 print(to_yaml(config))
-                print(_summary(job, folder, state), flush=True)
+                print(_summary(job, folder, state, request.overridden), flush=True)
             if request.dry_run:
                 return _dry_run(job, folder)
             with StopSignal() as stop:
                 if main_process:
                     check_free_space(folder, disk_needed(job))
-                run = train(job, folder, state=state, stop=stop)
+                try:
+                    run = train(job, folder, state=state, stop=stop)
+                except (OSError, SafetensorError) as error:
+                    raise _cannot_write(folder, error) from error
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of GPU memory ({str(error).split('. ')[0]}); what checkpoints there are stay good. Lower train.batch_size "
@@ -81,51 +86,71 @@ def _run(request: Request) -> int:
     return 0 if run.step >= config.train.steps else 128 + (stop.number or 0)
 
 
+def _cannot_write(folder: Path, error: Exception) -> RunError:
+    from train.checkpoint import list_checkpoints
+
+    checkpoints = list_checkpoints(folder)
+    kept = f"{checkpoints[-1]} is the newest checkpoint: go on with --resume {folder}" if checkpoints else "no checkpoint yet"
+    return RunError(f"{' '.join(str(error).split())}; likely the disk is full or was unmounted. {kept}")
+
+
 @contextmanager
 def _run_folder(request: Request, accelerator: "Accelerator") -> Iterator[Path]:
-    """The run's folder, the same for all processes, and taken: no second run can choose it while this one still loads.
+    """The run's folder, the same for all processes, and locked: no second run can write into it.
 
-    Where the run ends before it has written anything, a folder taken for it is given back.
+    Where a new run ends before it has written anything, a folder made for it is removed.
     """
     from accelerate.utils import broadcast_object_list
 
-    folder = request.resume or Path(request.config.output or next_run_folder(request.name))
-    taken = request.resume is None and not request.dry_run and accelerator.is_main_process
-    if request.resume is None and accelerator.is_main_process:
-        folder = _take(request) if taken else _refuse_used(folder)
+    folder, lock = request.resume or Path(request.config.output or next_run_folder(request.name)), None
+    if accelerator.is_main_process and request.dry_run and request.resume is None:
+        _refuse_used(folder)
+    elif accelerator.is_main_process and not request.dry_run:
+        folder, lock = _take(request)
     folder = Path(broadcast_object_list([str(folder)])[0])
     try:
         yield folder
-    except BaseException:
-        if taken and [path.name for path in folder.iterdir()] == [TAKEN]:
-            (folder / TAKEN).unlink()
-            folder.rmdir()
-        raise
-    if accelerator.is_main_process and not request.dry_run:
-        (folder / TAKEN).unlink(missing_ok=True)
+    finally:
+        if lock is not None:
+            if request.resume is None and os.listdir(folder) == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
+            lock.release()
 
 
-def _take(request: Request) -> Path:
-    """Make a folder this run's: the one the user chose, or else the next that is free."""
+def _take(request: Request) -> "tuple[Path, FileLock]":
+    """Lock the folder that is resumed or that the user chose, or else the next that is free. Raises: InputError."""
+    from filelock import FileLock, Timeout
+
+    asked = request.resume or (request.config.output and Path(request.config.output))
     while True:
-        chosen = request.config.output
-        folder = next_run_folder(request.name) if chosen is None else _refuse_used(Path(chosen))
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = asked or next_run_folder(request.name)
+        if request.resume is None:
+            _refuse_used(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
         try:
-            (folder / TAKEN).touch(exist_ok=False)
-            return folder
-        except FileExistsError:
-            if chosen is not None:
-                raise InputError(f"output: {folder} was taken by another run just now; give another folder") from None
+            lock.acquire(timeout=0)
+        except Timeout:
+            if asked:
+                raise InputError(
+                    f"{'--resume' if request.resume else 'output'}: {folder} is in use: another process trains there; wait for "
+                    f"it or stop it first"
+                ) from None
+            continue
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror}); expected a folder for the run") from error
+        if request.resume is None and os.listdir(folder) != [LOCK]:  # another run came and went meanwhile
+            lock.release()
+            _refuse_used(folder)
+        return folder, lock
 
 
-def _refuse_used(folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def _refuse_used(folder: Path) -> None:
+    """Raises: InputError for a folder that holds more than what a killed run may leave before it has written anything."""
+    if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {LOCK}):
         hint = f" Go on with that run: --resume {folder}" if (folder / "config.yaml").is_file() else ""
-        if folder.is_dir() and os.listdir(folder) == [TAKEN]:
-            hint = f" Another run is loading there, or one was killed while it was; in that case remove {folder / TAKEN}"
         raise InputError(f"output: {folder} is not empty; a run never writes over another. Give a new folder.{hint}")
-    return folder
 
 
 def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
@@ -136,7 +161,7 @@ def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
     return root / f"{name}-{max(numbers) + 1:03d}"
 
 
-def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None") -> str:
+def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None", overridden: Sequence[str]) -> str:
     """What is about to happen, in a few lines."""
     from softprompt.embeddings import mean_pairwise_cosine
 
@@ -156,6 +181,8 @@ def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None") -> str
         f"run        {folder}   (watch it: tensorboard --logdir {folder})",
     ]
     if state is not None:
+        lines += [f"WARNING    {damage}; the checkpoint before it is used" for damage in state["damaged"]]
+        lines += [f"changed    {change}" for change in overridden]
         lines.append(f"resumed    at step {state['step']} of {config.train.steps}")
     return "\n".join(lines)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from softprompt.batch import Batch, seed_of
-from softprompt.errors import RunError
 from softprompt.losses import denoising_loss, kl_to_reference, kl_weights, separation_hinge, snr, snr_weights
 from softprompt.model import noisy_and_target
 from train.batches import kl_domains
@@ -34,14 +33,16 @@ class StepResult:
     grad_norms: dict[str, float]
     """By group, before clipping; 0 for a group that does not train at this step."""
     skipped: bool
-    """Left out by fp16's gradient scaler, since a gradient overflowed."""
+    """Nothing trained: a number was not finite, or fp16's gradient scaler found that a gradient overflowed."""
+    not_finite: str | None
+    """What was not finite, in words; None where all was. An overflow that the scaler answers for is not counted."""
 
 
 def training_step(job: Job, step: int, pace: Pace | None = None) -> StepResult:
     """Forward, backward and update for step number `step` (counted from 0).
 
     pace: what the curricula have come to; None: nothing yet, as at step 0.
-    Raises: RunError where something is not finite, before it reaches the weights.
+    Where a loss or a gradient is not finite the weights stay as they are.
     """
     accelerator = job.accelerator
     pace = pace or Pace.start(job.config)
@@ -50,17 +51,22 @@ def training_step(job: Job, step: int, pace: Pace | None = None) -> StepResult:
     measured = _backward(job, step, pace, position)
     norms = _clip_gradients(job, step)
     denoising, kls, grad_norms = _fetch(job, measured, norms)
-    _refuse_what_is_not_finite(job, step, denoising, kls, grad_norms)
+    not_finite = _what_is_not_finite(job, denoising, kls, grad_norms)
+    if not_finite is not None:
+        # The step is taken all the same: without gradients it moves nothing, and fp16's scaler has to be told of it.
+        job.optimizer.zero_grad(set_to_none=True)
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
-    _regularise_prompt(job, step, position)
+    if not_finite is None:
+        _regularise_prompt(job, step, position)
     return StepResult(
         denoising=denoising,
         kl=sum(kls.values()) / len(kls) if kls else None,
         kl_on_original=kls.get("original"),
         kl_sums=measured.kl_sums,
         grad_norms=grad_norms,
-        skipped=accelerator.optimizer_step_was_skipped,
+        skipped=not_finite is not None or accelerator.optimizer_step_was_skipped,
+        not_finite=not_finite,
     )
 
 
@@ -113,20 +119,15 @@ def _fetch(job: Job, measured: _Measured, norms: Mapping[str, Tensor]) -> tuple[
     return numbers[0], kls, dict(zip(norms, numbers[len(own) :], strict=True))
 
 
-def _refuse_what_is_not_finite(
-    job: Job, step: int, denoising: float, kls: Mapping[str, float], norms: Mapping[str, float]
-) -> None:
+def _what_is_not_finite(job: Job, denoising: float, kls: Mapping[str, float], norms: Mapping[str, float]) -> str | None:
     # Under fp16 an infinite gradient is normal: the scaler leaves that step out and lowers its scale.
     numbers = [denoising, *kls.values()]
     numbers += norms.values() if job.accelerator.scaler is None else ()
     if all(math.isfinite(number) for number in numbers):
-        return
+        return None
     kl = ", ".join(f"{kl:.3g}" for kl in kls.values()) or "not measured"
-    raise RunError(
-        f"step {step}: not finite: denoising loss {denoising:.3g}, KL {kl}, gradient norms {norms}; stopped before it "
-        f"reached the weights, so the checkpoints are sound. Likely a learning rate is too high, or fp16 overflows (try "
-        f"train.precision bf16)"
-    )
+    gradients = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
+    return f"denoising loss {denoising:.3g}, KL {kl}, gradient norms {gradients}"
 
 
 def _clip_gradients(job: Job, step: int) -> dict[str, Tensor]:

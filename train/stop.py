@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, then stop."""
+"""Ctrl-C and SIGTERM: finish the step, then stop. SIGUSR1: save, and go on."""
 
 import os
 import signal
@@ -15,7 +15,8 @@ ONE_STOP_S = 3.0
 
 
 class StopSignal:
-    """Inside the block the first SIGINT or SIGTERM is noted; a later Ctrl-C ends the program at once.
+    """Inside the block the first SIGINT or SIGTERM is noted; a later Ctrl-C ends the program at once. SIGUSR1, as job
+    schedulers send some minutes before the end, asks for a checkpoint.
 
     One stop often arrives twice: job schedulers signal every process, and launchers pass on what they get. So SIGTERM never
     ends the program at once, and Ctrl-C does only some seconds after the first.
@@ -24,11 +25,13 @@ class StopSignal:
     def __init__(self) -> None:
         self.number: int | None = None
         """The signal that was received."""
+        self.save = False
+        """Whether a checkpoint is asked for."""
         self._noted_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -38,6 +41,9 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
+        if number == signal.SIGUSR1:
+            self.save = True
+            return
         if self.number is not None:
             if number == signal.SIGINT and time.monotonic() - self._noted_at > ONE_STOP_S:
                 os._exit(128 + number)
@@ -49,9 +55,18 @@ class StopSignal:
             file=sys.stderr,
         )
 
+    def save_agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked for a checkpoint since this was last asked."""
+        asked, self.save = self.save, False
+        return _any(asked, accelerator)
+
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process received one: all then stop after the same step."""
-        if accelerator.num_processes == 1:
-            return self.number is not None
-        noted = torch.tensor([float(self.number is not None)], device=accelerator.device)
-        return bool(accelerator.reduce(noted, reduction="sum").item() > 0)
+        return _any(self.number is not None, accelerator)
+
+
+def _any(mine: bool, accelerator: Accelerator) -> bool:
+    if accelerator.num_processes == 1:
+        return mine
+    noted = torch.tensor([float(mine)], device=accelerator.device)
+    return bool(accelerator.reduce(noted, reduction="sum").item() > 0)

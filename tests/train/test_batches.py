@@ -48,7 +48,7 @@ def test_a_range_of_timesteps_that_moved_on_is_not_served_from_what_was_made_bef
     job.batches._thread = ThreadPoolExecutor(1)
     job.batches.make_ahead(job.batches.of_step(1, 900))
     moved = Wanted(1, 0, lowest=0)
-    expected = Batches._make(job.batches, moved)
+    expected = Batches.make(job.batches, moved)
     job.batches.make_ahead([moved])
     assert list(job.batches._ahead) == [moved], "what is not wanted any more is dropped"
     assert_same(job.batches.take(moved), expected)

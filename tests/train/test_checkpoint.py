@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +14,9 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
-from softprompt.errors import InputError
+from softprompt.errors import InputError, RunError
 from train import checkpoint
 from train.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, restore, save_checkpoint, save_progress
 from train.config import Config
@@ -29,6 +31,8 @@ PROGRESS = {
     "best": {"step": 2, "loss": 0.25},
     "pace": {},
     "warned": {},
+    "worse": 0,
+    "running_loss": 0.5,
 }
 
 
@@ -48,7 +52,7 @@ class Scaler:
 @dataclass
 class Training:
     job: Job
-    schedule: LRScheduler
+    schedule: LambdaLR
     ema: EMAModel | None
     scaler: Scaler | None = None
 
@@ -161,9 +165,9 @@ def test_a_checkpoint_holds_only_what_trains(tmp_path: Path, untrained: Training
     assert set(state["trainable"]) == {n for n, p in untrained.job.adapted.named_parameters() if p.requires_grad}
     parts = {"trainable", "waypoints", "optimizer", "schedule", "ema", "scaler"}
     assert set(state) == parts
-    assert json.loads((folder / "progress.json").read_text(encoding="utf-8")) == PROGRESS
-    assert sorted(p.name for p in folder.iterdir()) == ["progress.json", "state.pt"]
-    assert set(load_checkpoint(tmp_path)) == {*parts, *PROGRESS}
+    assert json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["progress"] == PROGRESS
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "state.pt"]
+    assert set(load_checkpoint(tmp_path)) == {*parts, *PROGRESS, "damaged"}
 
 
 def test_the_series_of_a_checkpoint_are_brought_up_to_date_and_nothing_else(tmp_path: Path, untrained: Training) -> None:
@@ -179,7 +183,7 @@ def test_the_series_of_a_checkpoint_are_brought_up_to_date_and_nothing_else(tmp_
     save_progress(tmp_path, new)
     after = {f: f.read_bytes() for folder in folders for f in folder.iterdir()}
     assert after.keys() == before.keys()
-    assert {f for f in after if after[f] != before[f]} == {folders[1] / "progress.json"}
+    assert {f for f in after if after[f] != before[f]} == {folders[1] / "manifest.json"}
     state = load_checkpoint(tmp_path)
     assert {key: state[key] for key in new} == new
 
@@ -202,17 +206,18 @@ def test_series_that_are_no_number_come_back(tmp_path: Path, untrained: Training
 # ------------------------------------------------------------------------------------------------------------- which ones
 
 
-def test_only_the_newest_stay(tmp_path: Path, untrained: Training) -> None:
-    for step in (1, 2, 999_999, 1_000_000):
+def test_only_the_newest_and_the_best_stay(tmp_path: Path, untrained: Training) -> None:
+    for step in (1, 2, 3, 999_999, 1_000_000):
         untrained.save(tmp_path, keep=2, step=step)
-    assert list_checkpoints(tmp_path) == [checkpoint_folder(tmp_path, step) for step in (999_999, 1_000_000)]
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step-999999", "step-1000000"}
+    assert PROGRESS["best"]["step"] == 2
+    assert list_checkpoints(tmp_path) == [checkpoint_folder(tmp_path, step) for step in (2, 999_999, 1_000_000)]
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step-000002", "step-999999", "step-1000000"}
     assert load_checkpoint(tmp_path)["step"] == 1_000_000
 
 
 def test_a_checkpoint_being_written_is_none(tmp_path: Path, untrained: Training) -> None:
     untrained.save(tmp_path, step=1)
-    for name in (".step-000009.partial-1", "step-000008.partial", "step-000007"):
+    for name in (".step-000009.partial-1", "step-000008.partial"):
         (tmp_path / "checkpoints" / name).mkdir()
     (tmp_path / "checkpoints" / ".step-000009.partial-1" / "state.pt").write_bytes(b"half")
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000001"]
@@ -226,6 +231,34 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path, untrain
         untrained.job.adapted.prompt.learned.add_(1.0)
     assert untrained.save(tmp_path) == folder
     assert (folder / "state.pt").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_written_again(tmp_path: Path, untrained: Training) -> None:
+    folder = untrained.save(tmp_path)
+    (folder / "state.pt").write_bytes(b"half")
+    assert untrained.save(tmp_path) == folder
+    assert load_checkpoint(tmp_path)["damaged"] == []
+
+
+def test_too_full_a_disk_is_said_before_anything_is_written(
+    tmp_path: Path, untrained: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untrained.save(tmp_path, step=1, keep=1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000))
+    with pytest.raises(RunError, match=r"step-000002: not saved: it takes \d+\.\d MB, and 2\.0 MB are free; .*are sound"):
+        untrained.save(tmp_path, step=2, keep=1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_a_disk_that_gives_back_something_else_is_said_and_what_was_there_stays(
+    tmp_path: Path, untrained: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untrained.save(tmp_path, step=1, keep=1)
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: write(path, bytes(len(content))))
+    with pytest.raises(RunError, match=r"step-000002: was read back damaged .*others stay"):
+        untrained.save(tmp_path, step=2, keep=1)
+    assert load_checkpoint(tmp_path)["step"] == 1
 
 
 def test_an_error_while_saving_leaves_nothing_under_the_final_name(
@@ -259,26 +292,51 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))
-def test_a_damaged_newest_checkpoint_is_named(tmp_path: Path, untrained: Training, damage: str) -> None:
+@pytest.mark.parametrize("file", ["state.pt", "manifest.json"])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    tmp_path: Path, untrained: Training, file: str, damage: str
+) -> None:
     untrained.save(tmp_path, step=1)
-    file = untrained.save(tmp_path, step=2) / "state.pt"
-    file.write_bytes(DAMAGES[damage](file.read_bytes()))
-    with pytest.raises(InputError, match=r"step-000002: cannot be read .*move it away to resume from the one before") as error:
+    damaged = untrained.save(tmp_path, step=2) / file
+    damaged.write_bytes(DAMAGES[damage](damaged.read_bytes()))
+    state = load_checkpoint(tmp_path)
+    assert state["step"] == 1
+    (said,) = state["damaged"]
+    assert "step-000002" in said and file in said and "\n" not in said
+    shutil.rmtree(tmp_path / "checkpoints" / "step-000001")
+    with pytest.raises(InputError, match=r"holds no sound checkpoint to resume from: .*step-000002") as error:
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value), "more than one line"
-    file.parent.rename(tmp_path / "damaged")
-    assert load_checkpoint(tmp_path)["step"] == 1
 
 
-@pytest.mark.parametrize("content", [None, b"", b'{"step": 2', b"[2]"], ids=["missing", "empty", "cut short", "a list"])
-def test_a_checkpoint_without_its_series_is_named(tmp_path: Path, untrained: Training, content: bytes | None) -> None:
-    file = untrained.save(tmp_path) / "progress.json"
-    file.unlink() if content is None else file.write_bytes(content)
-    with pytest.raises(
-        InputError, match=r"step-000002/progress\.json: .*the checkpoint's step and series was expected"
-    ) as error:
+def test_a_bit_that_flipped_is_found(tmp_path: Path, untrained: Training) -> None:
+    file = untrained.save(tmp_path) / "state.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="holds no sound checkpoint"):
         load_checkpoint(tmp_path)
-    assert "\n" not in str(error.value), "more than one line"
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path: Path, untrained: Training) -> None:
+    folder = untrained.save(tmp_path)
+    progress = {name: value for name, value in PROGRESS.items() if name != "pace"}
+    checkpoint._write_manifest(folder, checkpoint._manifest(folder)["state"], progress)
+    with pytest.raises(InputError, match=r"manifest\.json: has no pace; likely another version of softprompt"):
+        load_checkpoint(tmp_path)
+
+
+def test_learning_rates_are_the_configuration_s_when_it_was_changed(tmp_path: Path, training: Callable[..., Training]) -> None:
+    ours, theirs = training(), training(**{"lora.learning_rate": 0.5, "lora.weight_decay": 0.25, "train.ema_decay": 0.75})
+    ours.step(0)
+    ours.save(tmp_path)
+    theirs.restore(load_checkpoint(tmp_path))
+    factor = ours.schedule.lr_lambdas[0](ours.schedule.last_epoch)
+    groups = {group["name"]: group for group in theirs.job.optimizer.param_groups}
+    assert groups["lora"]["lr"] == pytest.approx(0.5 * factor) and groups["lora"]["weight_decay"] == 0.25
+    assert theirs.ema is not None and theirs.ema.decay == 0.75
+    theirs.schedule.step()
+    assert groups["lora"]["lr"] == pytest.approx(0.5 * ours.schedule.lr_lambdas[0](ours.schedule.last_epoch + 1))
 
 
 # ----------------------------------------------------------------------------------------------------------- another run

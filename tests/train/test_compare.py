@@ -264,7 +264,7 @@ def test_a_stopped_comparison_reports_and_goes_on(tmp_path, capsys):
 def test_a_run_killed_while_it_loaded_is_started_again(tmp_path):
     run = make_plan(request_for(tmp_path).comparison, tmp_path).runs()[0]
     run.folder.mkdir(parents=True)
-    (run.folder / ".taken").touch()
+    (run.folder / ".lock").touch()
     command = prepare(run)
     assert "--resume" not in command and not run.folder.exists() and run.config_file.is_file()
 

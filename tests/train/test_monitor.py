@@ -155,16 +155,20 @@ def test_a_monitor_of_another_process_writes_nothing(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- prompt series
 
 
-def prompts() -> tuple[SoftPrompt, Tensor]:
+def prompts() -> SoftPrompt:
     generator = torch.Generator().manual_seed(0)
     prompt = SoftPrompt(torch.randn(3, 6, 77, 16, generator=generator) + 0.5)
-    return prompt, prompt.waypoints[0] + 0.3 * torch.randn(6, 77, 16, generator=generator)
+    prompt.learned.data += 0.3 * torch.randn(6, 77, 16, generator=generator)
+    return prompt
 
 
 def test_prompt_series_are_the_slow_ones() -> None:
-    prompt, effective = prompts()
-    e, w = effective.double().numpy(), prompt.waypoints.double().numpy()
+    prompt = prompts()
+    w = prompt.waypoints.double().numpy()
+    path = 0.5 * (w[0] + w[1])
+    e = path + prompt.learned.detach().double().numpy() - w[0]
     norms = [float(np.sqrt((e[v, t] ** 2).sum())) for v in range(6) for t in range(77)]
+    path_norms = [float(np.sqrt((path[v, t] ** 2).sum())) for v in range(6) for t in range(77)]
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
         a, b = a.reshape(-1), b.reshape(-1)
@@ -176,6 +180,8 @@ def test_prompt_series_are_the_slow_ones() -> None:
         "prompt_norm/mean": sum(norms) / len(norms),
         "prompt_norm/min": min(norms),
         "prompt_norm/max": max(norms),
+        "prompt_norm/least_to_path": min(n / p for n, p in zip(norms, path_norms, strict=True)),
+        "prompt_norm/most_to_path": max(n / p for n, p in zip(norms, path_norms, strict=True)),
         "prompt_views_alike/mean_cosine": sum(pairs) / len(pairs),
         "prompt_views_alike/closest_pair": max(pairs),
         "prompt_views_alike/closest_ratio": min(apart),
@@ -187,24 +193,23 @@ def test_prompt_series_are_the_slow_ones() -> None:
         )
         for i in range(3):
             expected[f"prompt_cosine_to_waypoint_{i}/{name}"] = cosine(e[v], w[i, v])
-    assert prompt_series(prompt, effective) == pytest.approx(expected, abs=1e-5)
+    assert prompt_series(prompt, 0.5) == pytest.approx(expected, abs=1e-5)
 
 
 def test_prompt_series_at_the_start_show_no_drift() -> None:
-    prompt, _ = prompts()
-    found = prompt_series(prompt, prompt(0.0))
+    found = prompt_series(SoftPrompt(prompts().waypoints), 0.0)
     assert {found[f"prompt_drift_from_start/{name}"] for name in VIEWS} == {0.0}
     assert all(found[f"prompt_cosine_to_waypoint_0/{name}"] == pytest.approx(1) for name in VIEWS)
 
 
 def test_prompt_series_of_another_number_of_views_are_numbered() -> None:
     prompt = SoftPrompt(torch.randn(1, 4, 77, 8, generator=torch.Generator().manual_seed(0)))
-    found = prompt_series(prompt, prompt(0.0))
+    found = prompt_series(prompt, 0.0)
     assert "prompt_drift_from_start/view_3" in found and not any("front" in name for name in found)
 
 
 def test_every_prompt_series_has_a_place_in_tensorboard() -> None:
-    names = [tensorboard_name(name) for name in prompt_series(*prompts())]
+    names = [tensorboard_name(name) for name in prompt_series(prompts(), 0.0)]
     assert len(set(names)) == len(names)
     assert tensorboard_name("loss/train") < tensorboard_name("views/psnr") < min(names) < tensorboard_name("gradient/norm_lora")
 

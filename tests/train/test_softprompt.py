@@ -120,7 +120,7 @@ def test_a_signal_saves_exports_and_says_how_to_go_on(mice, tmp_path, number):
     assert "finishing what is under way" in stderr and "Traceback" not in stderr
     assert f"python -m train.softprompt --resume {out}" in stdout
     load_prompt(out / "export" / "clr_embeds.pt", width=1024)
-    step = json.loads(next((out / "checkpoints").glob("step-*/progress.json")).read_text())["step"]
+    step = max(int(folder.name[5:]) for folder in (out / "checkpoints").glob("step-*"))
     assert 1 <= step < 500
 
     resumed = run("--resume", str(out), f"--train.steps={step + 1}")

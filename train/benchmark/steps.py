@@ -100,7 +100,7 @@ def adapting_ways(setting: Setting, accelerator: Accelerator) -> list[Way]:
         optimizer = accelerator.prepare(make_optimizer(settings, adapted, scaled=setting.dtype == torch.float16))
         batches = Batches(settings, pipeline, objects, objects, process=0, processes=1)
         original = OriginalDomain(objects, objects)
-        job = Job(settings, accelerator, pipeline, adapted, adapted, optimizer, objects, objects, original, batches, [])
+        job = Job(settings, accelerator, pipeline, adapted, adapted, optimizer, objects, objects, original, batches, [], [])
         phases = {
             "batch": (batches, "take"),
             "forward": (adapted, "forward"),
@@ -182,7 +182,5 @@ def void(_: object) -> None:
 
 
 def _pipeline(setting: Setting, dtype: torch.dtype) -> Pipeline:
-    pipeline = random_pipeline(setting.size, device=setting.device, dtype=dtype, views=setting.views, picture=setting.picture)
-    if setting.device.type == "cuda":
-        pipeline.unet.to(memory_format=torch.channels_last)
-    return pipeline
+    made = random_pipeline(setting.size, device=setting.device, dtype=dtype, views=setting.views, picture=setting.picture)
+    return made.to(setting.device)  # where it is already, but in the memory format of training

@@ -13,7 +13,7 @@ import yaml
 
 from softprompt.errors import InputError
 from softprompt.templates import TEMPLATES, view_texts
-from train.command_line import option_kinds, parse, suggestion
+from train.command_line import option_kinds, parse, read_yaml, suggestion
 from train.config import Config, option_values
 
 SET_BY_COMPARISON = ("train.seed", "output")
@@ -145,10 +145,7 @@ def read_file(path: str) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise InputError(f"--config {path}: no such file; expected a YAML file such as configs/compare/example.yaml")
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_NoTwins)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is no YAML ({' '.join(str(error).split())})") from error
+    content = read_yaml(Path(path))
     known = list(Comparison.__dataclass_fields__)
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no comparison; expected {', '.join(known)}")
@@ -181,17 +178,6 @@ def _check_kinds(path: str, content: Mapping[str, Any]) -> None:
     options = content.get("options", {})
     if not isinstance(options, dict):
         raise InputError(f"{path}: options: is {'empty' if options is None else options}; expected options by name, or {{}}")
-
-
-class _NoTwins(yaml.SafeLoader):
-    """Refuses a name that is there twice; YAML itself would keep the last and say nothing."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
 
 
 def flat_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:

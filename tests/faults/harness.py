@@ -1,0 +1,218 @@
+"""Kill a run at a random moment, go on with it, and compare what comes out with a run that was never killed.
+
+Children are forked from a process that has imported everything but computed nothing, so that a round takes seconds.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
+"""Audit events that change files, and `open`, for writing."""
+OPTIONS = {
+    "train.steps": "6",
+    "train.batch_size": "1",
+    "train.warmup_steps": "0",
+    "train.ema_decay": "0.9",
+    "train.device": "cpu",
+    "lora.rank": "2",
+    "lora.dropout": "0.1",
+    "kl.domain": "new",
+    "kl.every": "2",
+    "kl.target": "0.01",
+    "curriculum.pacing": "plateau",
+    "curriculum.watch": "train",
+    "curriculum.patience": "1",
+    "monitor.log_every": "1",
+    "monitor.validate_every": "2",
+    "monitor.validation_timesteps": "1",
+    "monitor.preview_every": "3",
+    "monitor.preview_objects": "1",
+    "monitor.preview_steps": "2",
+    "monitor.checkpoint_every": "2",
+    "monitor.checkpoints_kept": "2",
+    "export.pipeline": "false",
+}
+"""The smallest run that has everything a checkpoint must keep: an average, a curriculum and a KL weight that adapt."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When a process is killed."""
+
+    event: int | None = None
+    """At so many changes of files."""
+    seconds: float | None = None
+    """After so long."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    code: int
+    """Its exit code; -9 where it was killed."""
+    events: int
+    """Changes of files that it made."""
+    seconds: float
+    said: str
+
+
+def import_everything() -> None:
+    """All that a run imports, in the process that children are forked from; nothing may be computed in it."""
+    import train.loop
+    import train.softprompt
+
+    del train
+
+
+def fork(argv: Sequence[str], folder: Path, kill: Kill | None = None) -> Ended:
+    """Run `python -m train.softprompt` with `argv` in a child. folder: where changes of files count."""
+    said, counted = folder / "said.txt", folder / "events"
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        _child(argv, folder, said, counted, kill)
+    if kill is not None and kill.seconds is not None:
+        while (
+            time.monotonic() - began < kill.seconds and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        ):
+            time.sleep(0.005)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    events = len(counted.read_bytes()) if counted.exists() else 0
+    text = said.read_text(errors="replace")
+    return Ended(os.waitstatus_to_exitcode(status), events, time.monotonic() - began, text)
+
+
+def _has_ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _child(argv: Sequence[str], folder: Path, said: Path, counted: Path, kill: Kill | None) -> None:
+    code = 70
+    try:
+        os.setsid()
+        output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        counter = os.open(counted, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        root, at, done = str(folder), kill.event if kill else None, 0
+
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal done
+            if event not in WATCHED or not str(arguments[0]).startswith(root):
+                return
+            if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+                return
+            done += 1
+            os.write(counter, b".")
+            if done == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        import torch
+
+        from train.softprompt import main
+
+        torch.set_num_threads(1)
+        code = main(argv)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def whole_run(mice: Path, folder: Path) -> Ended:
+    """A run that nobody kills."""
+    ended = fork(_new(mice, folder), folder)
+    if ended.code != 0:
+        raise AssertionError(f"the run that is never killed ended with {ended.code}:\n{ended.said}")
+    return ended
+
+
+def killed_run(mice: Path, folder: Path, whole: Ended, chance: random.Random, *, most_kills: int = 4) -> list[str]:
+    """A run that is killed at random moments, at most so often, and gone on with until it ends. Returns: what was done."""
+    story, kills = [], chance.randint(1, most_kills)
+    while True:
+        resuming = any((folder / "run" / "checkpoints").glob("step-*"))
+        if not resuming:
+            shutil.rmtree(folder / "run", ignore_errors=True)  # killed before its first checkpoint: begun again
+        argv = ["--resume", str(folder / "run")] if resuming else _new(mice, folder)
+        kill = None
+        if len(story) < kills:
+            by_event = chance.random() < 0.7
+            # The later runs of a round are shorter.
+            share = chance.random() / (1 + len(story))
+            kill = Kill(event=1 + int(share * whole.events)) if by_event else Kill(seconds=share * whole.seconds)
+        ended = fork(argv, folder, kill)
+        story.append(f"{'resumed' if resuming else 'begun'}, {kill or 'left alone'}: {ended.code}")
+        if ended.code == 0:
+            return story
+        if ended.code != -signal.SIGKILL:
+            raise AssertionError(f"{'; '.join(story)}:\n{ended.said}")
+
+
+def differences(folder: Path, whole: Path) -> list[str]:
+    """In what a run differs from one that was never killed; empty where in nothing."""
+    ours, theirs = folder / "run", whole / "run"
+    found = [f"export/{name}" for name in _exported(theirs) if _exported(ours).get(name) != _exported(theirs)[name]]
+    for name, read in (("metrics.jsonl", _series), ("tensorboard", _tensorboard), ("checkpoint", _checkpoint)):
+        if read(ours) != read(theirs):
+            found.append(name)
+    files = {p.relative_to(ours).as_posix() for p in ours.rglob("*") if p.is_file() and "tfevents" not in p.name}
+    expected = {p.relative_to(theirs).as_posix() for p in theirs.rglob("*") if p.is_file() and "tfevents" not in p.name}
+    return found + sorted(f"file {name}" for name in files ^ expected)
+
+
+def _new(mice: Path, folder: Path) -> list[str]:
+    paths = {"data.train": mice / "train", "data.val": mice / "val", "data.cache": folder / "cache", "output": folder / "run"}
+    return [f"--{name}={value}" for name, value in {**OPTIONS, **paths}.items()]
+
+
+def _exported(run: Path) -> dict[str, bytes]:
+    files = [p for p in (run / "export").rglob("*") if p.is_file() and p.suffix in (".pt", ".safetensors", ".json")]
+    return {p.relative_to(run / "export").as_posix(): p.read_bytes() for p in files}
+
+
+def _series(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+def _tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Each series as TensorBoard shows it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if "speed/" not in tag]
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
+
+
+def _checkpoint(run: Path) -> dict[str, Any]:
+    from train.checkpoint import load_checkpoint
+
+    state = load_checkpoint(run)
+    return {name: _plain(value) for name, value in state.items()}
+
+
+def _plain(value: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

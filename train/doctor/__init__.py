@@ -1,0 +1,1 @@
+"""`python -m train.doctor`: what is wrong with a data set, before training finds out."""

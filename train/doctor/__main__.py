@@ -1,0 +1,134 @@
+"""What is wrong with a data set, before training finds out: `python -m train.doctor`.
+
+Looks at every picture and says what training would stumble over, and what it would silently learn: as a table, and as a page
+with the pictures. Nothing in the data set is changed.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+
+from softprompt.errors import InputError
+from softprompt.files import read_json
+from train.command_line import Parser
+
+EXIT_WOULD_NOT_RUN = 1
+EXIT_BAD_INPUT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The data set, as the main command takes it."""
+
+    train: str
+    """List file, or folder of samples."""
+    val: str | None = None
+    """The same for validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is looked at."""
+
+    data: Data
+    views: int = 6
+    """Pictures of an object, cam_000.png and on."""
+    size: int = 512
+    """Side in pixels at which training takes the pictures: that of the model."""
+    output: str = "doctor"
+    """Folder of the report, doctor.html and doctor.json; new, empty, or that of an earlier report, which is replaced."""
+
+    def __post_init__(self) -> None:
+        for name in ("views", "size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: is {getattr(self, name)}; expected 1 or more")
+
+
+class DoctorParser(Parser):
+    """Suggests the options of this command."""
+
+    options = Options
+    also = ()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns: 0 training would run, 1 it would not, 2 bad options or paths, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = read_options(argv)
+        folder = Path(options.output)
+        refuse_other_folder(folder)
+        return examine(options, folder, shlex.join(["python", "-m", "train.doctor", *argv]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def read_options(argv: Sequence[str]) -> Options:
+    """Read the command line. Bad options end the program with code 2 and one line.
+
+    Raises: InputError for values that cannot be used.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = DoctorParser(
+        prog="python -m train.doctor",
+        description=__doc__,
+        epilog="Example: python -m train.doctor --data.train mice/ --data.val held_out.txt",
+        allow_abbrev=False,
+    )
+    parser.add_class_arguments(Options, None)
+    given: Any = parser.instantiate(parser.parse_args(argv))
+    return Options(data=given.data, views=given.views, size=given.size, output=given.output)
+
+
+def refuse_other_folder(folder: Path) -> None:
+    """Raises: InputError where the report's folder holds something that is no earlier report."""
+    from train.doctor.report import MADE_BY
+
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    report = folder / "doctor.json"
+    if not report.is_file() or read_json(report, what="an earlier report").get("made_by") != MADE_BY:
+        raise InputError(f"--output {folder}: holds something else than an earlier report; expected a new or empty folder")
+
+
+def examine(options: Options, folder: Path, command: str) -> int:
+    """Look at the data set, print what was found and write the report. Returns: the exit code.
+
+    Raises: InputError where there is nothing to look at, or the report cannot be written.
+    """
+    from train.doctor.collect import collect
+    from train.doctor.findings import find, not_looked_at, usual
+    from train.doctor.report import Report, print_report, write_report
+
+    data = options.data
+    samples, files = collect(data.train, data.val, num_views=options.views, size=options.size)
+    report = Report(
+        train=data.train,
+        val=data.val,
+        samples=samples,
+        files=files,
+        findings=find(samples, options.views, options.size),
+        views=usual(samples, options.views),
+        unseen=not_looked_at(samples),
+        command=command,
+    )
+    try:
+        write_report(report, folder)
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot be written ({error}); likely read-only, or its disk is full") from error
+    print_report(report)
+    print(f"report     {folder / 'doctor.html'}")
+    return 0 if report.would_run else EXIT_WOULD_NOT_RUN
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Do a step again whose numbers were not finite, and say where it comes from: `python -m train.replay INCIDENT`."""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softprompt.errors import InputError
+
+if TYPE_CHECKING:
+    from train.config import Config
+
+EXIT_BAD_INPUT = 2
+EXIT_NOT_FINITE = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns: 0 where all is finite this time, 1 where it is not again, 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.replay",
+        description=__doc__,
+        epilog="Options of train.softprompt may follow, to try a remedy: python -m train.replay RUN/incidents/step-000120 "
+        "--train.precision bf16. Nothing is written.",
+    )
+    parser.add_argument("incident", type=Path, help="Folder RUN/incidents/step-N that a run has left.")
+    given, options = parser.parse_known_args(argv)
+    try:
+        return replay(given.incident, options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def replay(folder: Path, options: Sequence[str]) -> int:
+    """See `main`. Raises: InputError."""
+    from train.incidents import FILE, read_incident
+
+    try:
+        incident = read_incident(folder)
+        step, batches = incident["step"], incident["batches"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: holds no {FILE} that can be read ({error}); expected RUN/incidents/step-N") from error
+    from train.command_line import parse
+
+    config = parse(["--config", str(folder.parents[1] / "config.yaml"), *options]).config
+    print(f"step {step} of {folder.parents[1]}: {incident['not_finite']} ({incident['precision']})\n")
+    found = _do_again(config, folder, incident)
+    print(f"{'sample':24s} {'domain':9s} {'timestep':>8s} {'reference':>9s} {'loss':>12s}")
+    rows = [(b["domain"], *one) for b in batches for one in zip(b["samples"], b["timesteps"], b["references"], strict=True)]
+    for (domain, name, timestep, reference), loss in zip(rows, found.losses, strict=True):
+        print(f"{name:24s} {domain:9s} {timestep:8d} {reference:9d} {loss:12.5g}")
+    if found.first_layer is not None:
+        print(f"\nthe first layer whose output is not finite: {found.first_layer}")
+    for name, norm in found.norms.items():
+        print(f"gradient norm of {name}: {norm:.5g}")
+    sound = found.first_layer is None and all(map(math.isfinite, [*found.losses, *found.norms.values()]))
+    print("all finite this time" if sound else "not finite again")
+    return 0 if sound else EXIT_NOT_FINITE
+
+
+@dataclass
+class _Found:
+    losses: list[float] = field(default_factory=list)
+    """Of each sample, in the incident's order."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """Of the gradients, by group, of the batches' sum."""
+    first_layer: str | None = None
+
+
+def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Found:
+    import torch
+    from diffusers.training_utils import EMAModel
+
+    from train.batches import Batches, Wanted
+    from train.checkpoint import DamagedError, read_state, restore
+    from train.loop import make_schedule
+    from train.setup import make_accelerator, prepare
+    from train.step import losses
+
+    job = prepare(config, make_accelerator(config), resumed=True)
+    ema = None if config.train.ema_decay is None else EMAModel(job.adapted.all_trainable().values())
+    try:
+        state = read_state(folder)
+    except DamagedError as error:
+        raise InputError(f"{folder}: {error}") from error
+    schedule = make_schedule(config, job.optimizer)
+    restore(state, adapted=job.adapted, optimizer=job.optimizer, schedule=schedule, ema=ema, scaler=None)
+    found = _Found()
+
+    def watch(name: str) -> Any:
+        def look(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            del module, inputs
+            tensors = [t for t in (output if isinstance(output, tuple) else [output]) if isinstance(t, torch.Tensor)]
+            if found.first_layer is None and not all(bool(t.isfinite().all()) for t in tensors):
+                found.first_layer = name
+
+        return look
+
+    for name, module in job.adapted.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(watch(name))
+    replay = None if job.original is None else job.original.replay
+    for batch in incident["batches"]:
+        batches = Batches(config, job.pipeline, job.train, replay, process=batch["process"], processes=incident["processes"])
+        wanted = Wanted(incident["step"], batch["part"], incident["lowest_timestep"], batch["domain"] == "original")
+        if batches.names(wanted) != batch["samples"]:
+            raise InputError(f"{folder}: its samples are not those of data.train any more; give the data as it was")
+        made = batches.make(wanted)
+        for index in range(len(made.timesteps)):
+            fit, kl = losses(job, made.only(index), incident["position"], with_kl=config.kl.weight > 0)
+            total = fit + incident["kl_weight"] * kl.mean()
+            found.losses.append(float(total))
+            job.accelerator.backward(total)
+    for group, parameters in job.adapted.trainable().items():
+        gradients = [p.grad.norm() for p in parameters.values() if p.grad is not None]
+        found.norms[group] = float(torch.stack(gradients).norm()) if gradients else 0.0
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
