@@ -145,7 +145,8 @@ def save_prompt(prompt: Tensor, path: str | Path, *, metadata: Mapping[str, Any]
     json.dumps(described)  # metadata that is no JSON fails here, before anything is written
     with new_file(path) as partial:
         if path.suffix == ".pt":
-            torch.save(stored.contiguous().clone(), partial)
+            with partial.open("wb") as file:  # given a path, torch would write the temporary name into the file
+                torch.save(stored.contiguous().clone(), file)
         else:
             save_file({"prompt": stored.contiguous()}, partial)
     sidecar = path.with_suffix(".json")

@@ -61,13 +61,14 @@ def remove_folder(path: str | Path) -> None:
     path = Path(path)
     doomed = path.with_name(f".{path.name}.partial-removed-{os.getpid()}")
     os.replace(path, doomed)
-    shutil.rmtree(doomed)
+    doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
 
 
 def remove_partial(folder: str | Path) -> None:
     """Remove what a process that was killed left half-written anywhere below `folder`."""
     for left_over in list(Path(folder).rglob(".*.partial-*")):
-        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink(missing_ok=True)
+        is_folder = left_over.is_dir() and not left_over.is_symlink()
+        shutil.rmtree(left_over) if is_folder else left_over.unlink(missing_ok=True)
 
 
 def _let_others_read(path: Path) -> None:
@@ -118,7 +119,8 @@ def load_pickle(path: str | Path) -> Any:
     except pickle.UnpicklingError as error:
         raise pickle.UnpicklingError("it holds pickled objects other than tensors, or is no torch file at all") from error
     except Exception as error:  # which one depends on the byte that is wrong
-        raise ValueError(" ".join(f"{type(error).__name__} {error}".split())[:200]) from error
+        problem = " ".join(f"{type(error).__name__} {error}".split())
+        raise ValueError("".join(c if c.isprintable() else "?" for c in problem)[:200]) from error
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

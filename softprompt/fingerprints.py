@@ -124,7 +124,7 @@ def _read(path: Path, count: int) -> Table:
         table = {"keys": keys, "stats": arrays["stats"], "contents": contents}
         if any(array.shape[1:] != empty.shape[1:] for array, empty in zip(table.values(), _empty(count).values(), strict=True)):
             return _empty(count)
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
         return _empty(count)  # none yet, or damaged: the files themselves are read again
     return table
 

@@ -134,8 +134,8 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder}: is no FaceLift pipeline folder; missing {', '.join(missing)}")
-    for name in needed:  # a text or number in its place would be taken for a name on a hub, and looked up there
-        read_json(folder / name, what="a part's configuration")
+    for name in needed:
+        _check_configuration(folder / name)
     unet = load_unet(folder / "unet", dtype=dtype)
     if unet.config["class_embed_type"] != "projection":
         raise InputError(
@@ -171,7 +171,17 @@ def load_text_encoder(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]
             f"{folder}: cannot encode text, missing {', '.join(missing)}; copy them from the Stable Diffusion 2.1 tokenizer "
             f"and text encoder, or give every waypoint as a prompt file (.pt) instead of a text or template"
         )
+    _check_configuration(folder / "text_encoder" / "config.json")
     return _read(CLIPTokenizer, folder / "tokenizer"), _load(CLIPTextModel, folder / "text_encoder")
+
+
+def _check_configuration(file: Path) -> None:
+    """Refuse what the libraries would not: a text or number instead of options is to them a name on a hub, which they look up;
+    and sizes that no model has they would allocate before they look at the weights. Raises: InputError."""
+    for name, value in read_json(file, what="a part's configuration").items():
+        most = 100 if "layers" in name else 2**16
+        if any(isinstance(number, int) and number > most for number in (value if isinstance(value, list) else [value])):
+            raise InputError(f"{file}: {name} is {value}; expected {most} at most; likely the file is damaged")
 
 
 def _read(cls: Any, folder: Path, **options: Any) -> Any:

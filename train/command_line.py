@@ -37,8 +37,8 @@ FREE_ON_RESUME = (
 move."""
 
 
-_MOST_VALUES, _DEEPEST = 10_000, 20
-"""In a YAML file; the largest comparison has a few hundred values, 4 deep."""
+_MOST_VALUES, _DEEPEST, _LONGEST = 10_000, 20, 3500
+"""Values in a YAML file, inside each other, and characters of one; the largest comparison has a few hundred, 4 deep."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,8 @@ class _CarefulLoader(yaml.SafeLoader):
             count += 1
             if count > _MOST_VALUES or depth > _DEEPEST:
                 raise yaml.MarkedYAMLError(None, None, f"more than {_MOST_VALUES} values, or {_DEEPEST} inside each other")
+            if isinstance(node, yaml.ScalarNode) and len(node.value) > _LONGEST:
+                raise yaml.MarkedYAMLError(None, None, f"a value of {len(node.value)} characters", node.start_mark)
             inside = node.value if isinstance(node, yaml.CollectionNode) else []
             waiting += [(part, depth + 1) for parts in inside for part in (parts if isinstance(parts, tuple) else (parts,))]
         return document

@@ -1,6 +1,7 @@
 """The one typed configuration of the main job, read from YAML and options by train.command_line; its groups of options are in
 train.options."""
 
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -46,6 +47,9 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
+        for name, value in option_values(self).items():
+            numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, float)]
+            require(all(map(math.isfinite, numbers)), name, value, "a number that has an end")
         last = len(self.prompt.waypoints) - 1
         require(
             all(0 <= s <= last for s in self.curriculum.position),
@@ -98,18 +102,16 @@ class Config:
         if self.curriculum.unit == "step":
             whole = all(at == int(at) for at in self.curriculum.at)
             require(whole, "curriculum.at", self.curriculum.at, "whole numbers of steps (curriculum.unit: step)")
-        steps = range(self.train.steps)
-        active = {
-            name: [first <= step < end for step in steps]
-            for name, trains in (("prompt", self.prompt.learn), ("lora", self.lora.rank > 0))
-            if trains
-            for first, end in [self.window(name)]
-        }
-        for name, on in active.items():
-            require(any(on), f"{name}.train_from and train_until", "no step of the run", "some of its steps")
-        idle = next((step for step in steps if not any(on[step] for on in active.values())), None)
+        trained = {"prompt": self.prompt.learn, "lora": self.lora.rank > 0}
+        windows = {name: self.window(name) for name, trains in trained.items() if trains}
+        for name, (first, end) in windows.items():
+            some = first < min(end, self.train.steps)
+            require(some, f"{name}.train_from and train_until", "no step of the run", "some of its steps")
+        idle = 0
+        for first, end in sorted(windows.values()):
+            idle = max(idle, end) if first <= idle else idle
         require(
-            idle is None,
+            idle >= self.train.steps,
             "train_from and train_until",
             f"such that nothing trains at step {idle}",
             "prompt or lora to train at each step",

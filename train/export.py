@@ -56,7 +56,7 @@ def export(
     tolerance: largest difference allowed, in pictures of range 0 to 1.
     Raises: RunError when a file read back gives other views; an earlier export is then left as it was.
     """
-    new = folder.with_name(f".{folder.name}.new")
+    new = folder.with_name(f".{folder.name}.partial-new")
     shutil.rmtree(new, ignore_errors=True)
     with new_folder(new) as partial:
         save_prompt(prompt, partial / "clr_embeds.safetensors", metadata=metadata)
@@ -65,7 +65,7 @@ def export(
             StableDiffusionPipeline.save_lora_weights(
                 partial / "lora",
                 unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
-                unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict(),
+                unet_lora_adapter_metadata=_adapter_metadata(pipeline),
             )
     try:
         read_back, rounding = _verify(pipeline, prompt, new, picture, tolerance)
@@ -84,7 +84,7 @@ def export_pipeline(pipeline: Pipeline, folder: Path, *, picture: Tensor, tolera
     Returns: the largest difference of its views to those of UNet and LoRA apart.
     Raises: RunError when that is more than `tolerance`; what was exported before stays.
     """
-    new = folder / ".pipeckpts.new"
+    new = folder / ".pipeckpts.partial-new"
     shutil.rmtree(new, ignore_errors=True)
     prompt = load_prompt(folder / "clr_embeds.pt", num_views=pipeline.num_views, width=pipeline.prompt_width)
     with _full_float32():
@@ -160,15 +160,20 @@ def _kept_aside(folder: Path, new: Path, error: RunError) -> RunError:
     return RunError(f"{error}. It is kept as {unverified} to be looked at; the checkpoints hold the model")
 
 
+def _adapter_metadata(pipeline: Pipeline) -> dict[str, Any]:
+    metadata: dict[str, Any] = pipeline.unet.peft_config["default"].to_dict()
+    return metadata | {"target_modules": sorted(metadata["target_modules"])}  # a set, whose order differs by process
+
+
 def _has_lora(pipeline: Pipeline) -> bool:
     return bool(getattr(pipeline.unet, "peft_config", None))
 
 
 def _views(pipeline: Pipeline, prompt: Tensor, picture: Tensor) -> Tensor:
-    """A few deterministic steps are enough to show a difference."""
+    """Two deterministic steps are enough to show a difference."""
     training = pipeline.unet.training
     pipeline.unet.eval()
-    views = sample_views(pipeline, prompt, picture, steps=5, guidance_scale=2.0, eta=0.0)
+    views = sample_views(pipeline, prompt, picture, steps=2, guidance_scale=2.0, eta=0.0)
     pipeline.unet.train(training)
     return views
 

@@ -310,13 +310,13 @@ def _evaluate_if_due(run: Run) -> None:
     improved = run.best is None or series["loss/validation"] < run.best["loss"]
     if improved:
         run.best = {"step": run.step, "loss": series["loss/validation"]}
-    if job.accelerator.is_main_process:
-        save_progress(run.folder, run.progress())
     if improved and 0 < run.step < job.config.train.steps:
         try:
             _export(run, run.folder / "export" / "best")
         except RunError as error:  # the run goes on: a later export may be sound, and the checkpoint of this step is
             tqdm.write(f"WARNING: {error}", file=sys.stderr)
+    if job.accelerator.is_main_process:
+        save_progress(run.folder, run.progress())  # last: a run that is killed before evaluates and exports again
 
 
 def _watch(run: Run, series: dict[str, float], *, with_preview: bool) -> dict[str, float]:

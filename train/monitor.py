@@ -66,10 +66,15 @@ class Monitor:
         """
         if not self.active:
             return
-        if resumed_step is not None:
-            _drop_after(self.folder, resumed_step, evaluated=evaluated)
-        purge = None if resumed_step is None else resumed_step + 1
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+        if resumed_step is None:
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+            return
+        kept = _drop_after(self.folder, resumed_step, evaluated=evaluated)
+        # TensorBoard drops whole steps: what of this one stays is written again.
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resumed_step + evaluated)
+        for point in kept if not evaluated else []:
+            if point["step"] == resumed_step:
+                self._to_tensorboard(resumed_step, {name: value for name, value in point.items() if name != "step"})
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one point in each TensorBoard series."""
@@ -78,8 +83,12 @@ class Monitor:
         with (self.folder / FILE).open("a", encoding="utf-8") as file:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
             file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._to_tensorboard(step, values)
+
+    def _to_tensorboard(self, step: int, values: Mapping[str, float | None]) -> None:
+        assert self.writer is not None
         for name, value in values.items():
-            self.writer.add_scalar(tensorboard_name(name), value, step)
+            self.writer.add_scalar(tensorboard_name(name), math.nan if value is None else value, step)
         self.writer.flush()
 
     def picture(self, step: int, name: str, image: Image.Image) -> Path | None:
@@ -123,7 +132,7 @@ class Monitor:
             self.writer.close()
 
 
-def _drop_after(run: Path, step: int, *, evaluated: bool) -> None:
+def _drop_after(run: Path, step: int, *, evaluated: bool) -> list[dict[str, Any]]:
     kept = [
         point
         for point in read_series(run)
@@ -131,6 +140,7 @@ def _drop_after(run: Path, step: int, *, evaluated: bool) -> None:
     ]
     with new_file(run / FILE) as partial:
         partial.write_text("".join(json.dumps(point) + "\n" for point in kept), encoding="utf-8")
+    return kept
 
 
 @torch.no_grad()

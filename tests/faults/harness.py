@@ -181,9 +181,16 @@ def _new(mice: Path, folder: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in {**OPTIONS, **paths}.items()]
 
 
-def _exported(run: Path) -> dict[str, bytes]:
-    files = [p for p in (run / "export").rglob("*") if p.is_file() and p.suffix in (".pt", ".safetensors", ".json")]
-    return {p.relative_to(run / "export").as_posix(): p.read_bytes() for p in files}
+def _exported(run: Path) -> dict[str, Any]:
+    files = [p for p in (run / "export").rglob("*") if p.is_file()]
+    return {p.relative_to(run / "export").as_posix(): _content(p) for p in files}
+
+
+def _content(file: Path) -> Any:
+    """What is in a file; of safetensors the tensors, since the library writes its metadata in any order."""
+    from safetensors.torch import load_file
+
+    return _plain(load_file(file)) if file.suffix == ".safetensors" else file.read_bytes()
 
 
 def _series(run: Path) -> list[dict[str, float]]:

@@ -56,7 +56,8 @@ class Comparison:
         if not self.variants:
             raise InputError("variants: there are none; expected at least the baseline, e.g. {learned: {}}")
         for name in self.variants:
-            if not re.fullmatch(r"\w([\w .+=-]{0,98}[\w+=-])?", name):
+            # The options' reader takes 1e9, a text in YAML, for a number.
+            if not isinstance(name, str) or not re.fullmatch(r"\w([\w .+=-]{0,98}[\w+=-])?", name):
                 raise InputError(
                     f"variants: {name!r} cannot be the name of a folder; expected letters, digits and _ . + = - (or spaces "
                     f"inside), 100 at most"
