@@ -331,10 +331,7 @@ def _watch(run: Run, series: dict[str, float], *, with_preview: bool) -> dict[st
     seen = {**series, **prompt_series(prompt, run.position), **found}
     start = run.first or series
     run.worse = run.worse + 1 if series["loss/validation"] > start["loss/validation"] else 0
-    moved = {
-        name: not all(torch.equal(a, b) for a, b in zip(group.values(), run.at_evaluation[name], strict=True))
-        for name, group in job.adapted.trainable().items()
-    }
+    moved = run.moved()
     signs = {
         **collapse_signs(seen, run.first or {}),
         **prompt_signs(seen, rounding=torch.finfo(job.pipeline.unet.dtype).eps),

@@ -112,7 +112,7 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
         for index in range(len(made.timesteps)):
             fit, kl = losses(job, made.only(index), incident["position"], with_kl=config.kl.weight > 0)
             total = fit + incident["kl_weight"] * kl.mean()
-            found.losses.append(float(total))
+            found.losses.append(float(total.detach()))
             job.accelerator.backward(total)
     for group, parameters in job.adapted.trainable().items():
         gradients = [p.grad.norm() for p in parameters.values() if p.grad is not None]

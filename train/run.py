@@ -1,10 +1,11 @@
 """A run and its state: what changes while it trains, saved whole in a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -92,6 +93,19 @@ class Run:
         for name in ("step", "first", "last", "best", "warned", "worse", "running_loss"):
             setattr(self, name, progress[name])
         self.pace = Pace.from_json(progress["pace"])
+
+    @torch.no_grad()
+    def moved(self) -> dict[str, float]:
+        """By what share of its norm each group has moved since `remember_weights`."""
+
+        def norm(tensors: Iterable[Tensor]) -> float:
+            return float(torch.stack([t.norm() for t in tensors]).norm())
+
+        found = {}
+        for name, group in self.job.adapted.trainable().items():
+            before = self.at_evaluation[name]
+            found[name] = norm(p - b for p, b in zip(group.values(), before, strict=True)) / norm(before)
+        return found
 
     def remember_weights(self) -> None:
         """Of each group, to tell at the next evaluation whether it has moved."""

@@ -16,6 +16,8 @@ WORSE = 3
 EFFECT = 1e-3
 """A learned prompt that changes the prediction by a smaller share than this, or than twice what a number is rounded by, does
 nothing."""
+STILL = 1e-9
+"""A group that has changed by a smaller share of itself since the last evaluation stands still."""
 SPIKE = 5.0
 """A step's loss is a spike where it is so many times the running mean."""
 
@@ -114,15 +116,15 @@ def worse_sign(in_a_row: int, loss: float, start: float) -> dict[str, str]:
     }
 
 
-def standing_still(moved: Mapping[str, bool], trains: Mapping[str, bool]) -> dict[str, str]:
-    """The sign that a group does not train. moved: by group, whether it is what it was; trains: whether it was its turn."""
+def standing_still(moved: Mapping[str, float], trains: Mapping[str, bool]) -> dict[str, str]:
+    """The sign that a group does not train. moved: by group, by what share of itself; trains: whether it was its turn."""
     return {
         f"{group}_stands_still": (
-            f"the {group} has not changed since the last evaluation, though it was trained. Likely its learning rate is so low "
-            f"that float32 rounds its steps away, or every step was skipped (gradient/skipped_share)"
+            f"the {group} has changed by {share:.1g} of itself since the last evaluation, though it was trained. Likely its "
+            f"learning rate is so low that float32 rounds its steps away, or every step was skipped (gradient/skipped_share)"
         )
-        for group, has_moved in moved.items()
-        if trains[group] and not has_moved
+        for group, share in moved.items()
+        if trains[group] and share < STILL
     }
 
 

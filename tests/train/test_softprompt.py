@@ -17,6 +17,7 @@ from PIL import Image
 from softprompt.embeddings import load_prompt
 from softprompt.micro import MICRO_MODEL
 from softprompt.unet import build_unet, save_unet
+from train.config import Config, to_yaml
 from train.softprompt import main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -297,6 +298,26 @@ def test_cuda_is_refused_where_there_is_none(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = refused(capsys, "--train.device=cuda", f"--output={tmp_path / 'run'}")
     assert "train.device: is cuda; this machine has no CUDA device" in said
+
+
+@pytest.mark.parametrize("resuming", [False, True])
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_it(capsys, tmp_path, resuming):
+    if resuming:
+        (tmp_path / "config.yaml").write_text(to_yaml(Config()))
+    where = ["--resume-override", f"--resume={tmp_path}"] if resuming else [f"--output={tmp_path}"]
+    holder = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "held\n"
+            said = refused(capsys, *where)
+            assert f"{tmp_path} is in use: another process trains there" in said
+        finally:
+            other.kill()
+    # The lock has died with its process.
+    said = refused(capsys, *where, "--lora.targets=[to_x]")
+    assert "in use" not in said
 
 
 def test_a_full_run_folder_is_left_as_it_is(capsys, tmp_path):

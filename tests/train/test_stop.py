@@ -4,6 +4,7 @@ import signal
 import time
 
 import pytest
+from accelerate import Accelerator
 
 from train import stop
 from train.stop import StopSignal
@@ -31,3 +32,11 @@ def test_a_later_ctrl_c_ends_at_once_and_a_later_sigterm_does_not(monkeypatch: p
         assert codes == []
         signal.raise_signal(signal.SIGINT)
         assert codes == [128 + signal.SIGINT]
+
+
+def test_sigusr1_asks_for_a_checkpoint_once_and_not_for_a_stop() -> None:
+    accelerator = Accelerator(cpu=True)
+    with StopSignal() as stopping:
+        signal.raise_signal(signal.SIGUSR1)
+        assert stopping.number is None and not stopping.agreed(accelerator)
+        assert stopping.save_agreed(accelerator) and not stopping.save_agreed(accelerator)
