@@ -1,5 +1,6 @@
 """FaceLift's pipeline folder (`pipeckpts`) in and out, as one dataclass of models."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -178,7 +179,13 @@ def load_text_encoder(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]
 def _check_configuration(file: Path) -> None:
     """Refuse what the libraries would not: a text or number instead of options is to them a name on a hub, which they look up;
     and sizes that no model has they would allocate before they look at the weights. Raises: InputError."""
-    for name, value in read_json(file, what="a part's configuration").items():
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # no JSON: what reads it next refuses it
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: holds a JSON {type(config).__name__}; expected an object with the part's options")
+    for name, value in config.items():
         most = 100 if "layers" in name else 2**16
         if any(isinstance(number, int) and number > most for number in (value if isinstance(value, list) else [value])):
             raise InputError(f"{file}: {name} is {value}; expected {most} at most; likely the file is damaged")

@@ -26,6 +26,8 @@ FREE_ON_RESUME = (
     "data.on_bad_sample",
     "data.bad_share",
     "train.steps",
+    "train.batch_size",
+    "train.accumulation",
     "train.max_skipped",
     "train.device",
     "train.gradient_checkpointing",
@@ -34,7 +36,7 @@ FREE_ON_RESUME = (
     "export",
 )
 """Options that may change when a run is resumed: its length, where it runs and what is looked at, and paths, since folders
-move."""
+move. Batch size and accumulation may as far as the objects of a step stay as many (see `train.softprompt`)."""
 
 
 _MOST_VALUES, _DEEPEST, _LONGEST = 10_000, 20, 3500
@@ -51,8 +53,10 @@ class Request:
     resume: Path | None
     """Run folder to go on with."""
     dry_run: bool
+    resume_override: bool = False
+    """Whether a resumed run may change what its numbers depend on."""
     overridden: tuple[str, ...] = ()
-    """With --resume-override, which settings the resumed run changes, in words."""
+    """Which settings it then changes, in words."""
 
 
 class Parser(ArgumentParser):
@@ -172,6 +176,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         name=name,
         resume=resume,
         dry_run=namespace.dry_run,
+        resume_override=namespace.resume_override,
         overridden=changed,
     )
 

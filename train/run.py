@@ -86,6 +86,7 @@ class Run:
             "warned": self.warned,
             "worse": self.worse,
             "running_loss": self.running_loss,
+            "objects_per_step": self.job.objects_per_step,
         }
 
     def go_on_from(self, progress: Mapping[str, Any]) -> None:

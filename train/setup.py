@@ -71,6 +71,11 @@ class Job:
     skipped: list[str]
     """Samples that cannot be used and are left out, each with what is wrong."""
 
+    @property
+    def objects_per_step(self) -> int:
+        """Objects that all processes together train on in a step."""
+        return self.config.train.batch_size * self.config.train.accumulation * self.accelerator.num_processes
+
 
 def make_accelerator(config: Config) -> Accelerator:
     """Device, precision and processes. Raises: InputError for a device or precision that this machine has not."""

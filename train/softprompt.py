@@ -61,6 +61,8 @@ def _run(request: Request) -> int:
         with _run_folder(request, accelerator) as folder:
             state = load_checkpoint(folder) if request.resume else None
             job = prepare(config, accelerator, resumed=state is not None)
+            if state is not None and not request.resume_override:
+                _refuse_another_batch(job, state)
             main_process = accelerator.is_main_process
             if main_process:
                 print(to_yaml(config))
@@ -74,6 +76,13 @@ def _run(request: Request) -> int:
                     run = train(job, folder, state=state, stop=stop)
                 except (OSError, SafetensorError) as error:
                     raise _cannot_write(folder, error) from error
+                except RuntimeError as error:
+                    if not _lost_another_process(error, accelerator):
+                        raise
+                    raise RunError(
+                        f"another process of this run has ended, and this one cannot go on without it "
+                        f"({' '.join(str(error).split())[:160]}). {_kept(folder)}"
+                    ) from error
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of GPU memory ({str(error).split('. ')[0]}); what checkpoints there are stay good. Lower train.batch_size "
@@ -86,12 +95,35 @@ def _run(request: Request) -> int:
     return 0 if run.step >= config.train.steps else 128 + (stop.number or 0)
 
 
+def _refuse_another_batch(job: "Job", state: "Mapping[str, Any]") -> None:
+    """However many processes and batches share them: with other objects a step the run would be another. Raises: InputError."""
+    then, now, train = state["objects_per_step"], job.objects_per_step, job.config.train
+    if now != then:
+        raise InputError(
+            f"train.batch_size: a step takes {now} objects here ({train.batch_size} x {train.accumulation} x "
+            f"{job.accelerator.num_processes} processes); the run's steps take {then}. Expected batch size, accumulation and "
+            f"processes that make {then}, or --resume-override"
+        )
+
+
 def _cannot_write(folder: Path, error: Exception) -> RunError:
+    return RunError(f"{' '.join(str(error).split())}; likely the disk is full or was unmounted. {_kept(folder)}")
+
+
+def _kept(folder: Path) -> str:
     from train.checkpoint import list_checkpoints
 
     checkpoints = list_checkpoints(folder)
-    kept = f"{checkpoints[-1]} is the newest checkpoint: go on with --resume {folder}" if checkpoints else "no checkpoint yet"
-    return RunError(f"{' '.join(str(error).split())}; likely the disk is full or was unmounted. {kept}")
+    if not checkpoints:
+        return "There is no checkpoint yet"
+    return f"{checkpoints[-1]} is the newest checkpoint: go on with --resume {folder}"
+
+
+def _lost_another_process(error: RuntimeError, accelerator: "Accelerator") -> bool:
+    """Whether an error is one of talking to the other processes; gloo's have no class of their own."""
+    from torch.distributed import DistError
+
+    return accelerator.num_processes > 1 and (isinstance(error, DistError) or "gloo" in str(error))
 
 
 @contextmanager
@@ -171,12 +203,11 @@ def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None", overri
     alike = ", ".join(
         f"{spec} {mean_pairwise_cosine(w):.3f}" for spec, w in zip(config.prompt.waypoints, prompt.waypoints, strict=True)
     )
-    objects = config.train.batch_size * config.train.accumulation * job.accelerator.num_processes
     lines = [
         f"model      {job.pipeline.folder.name}: {job.pipeline.num_views} views of {job.pipeline.picture_size}x"
         f"{job.pipeline.picture_size}, prompts [{job.pipeline.num_views}, 77, {job.pipeline.prompt_width}]",
         *job.notes,
-        f"training   {groups}; {config.train.steps} steps of {objects} objects",
+        f"training   {groups}; {config.train.steps} steps of {job.objects_per_step} objects",
         f"waypoints  mean cosine between their views: {alike}",
         f"run        {folder}   (watch it: tensorboard --logdir {folder})",
     ]

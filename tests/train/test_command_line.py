@@ -177,7 +177,16 @@ OTHER_VALUES: dict[str, object] = {
 """Of every option, one that is not its default."""
 FREE = {
     *("model", "data.train", "data.val", "data.original", "train.steps", "train.device", "train.gradient_checkpointing"),
-    *("init_from", "data.cache", "data.on_bad_sample", "data.bad_share", "train.compile", "train.max_skipped"),
+    *(
+        "train.batch_size",
+        "train.accumulation",
+        "init_from",
+        "data.cache",
+        "data.on_bad_sample",
+        "data.bad_share",
+        "train.compile",
+        "train.max_skipped",
+    ),
     *(name for name in OTHER_VALUES if name.startswith(("monitor.", "export."))),
 }
 """What may change when a run is resumed."""

@@ -1,12 +1,21 @@
-"""Two processes on one CPU under accelerate: the same prompt on both, the losses of one process with the whole batch."""
+"""Two processes on one CPU under accelerate: the same prompt on both, that of one process with the whole batch."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+
+from softprompt.data import write_source
+from softprompt.micro.world import MicroWorld
+from train.checkpoint import load_checkpoint
+from train.series import read_series
+from train.softprompt import main
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
@@ -44,50 +53,92 @@ def losses(run: Path) -> dict[str, list[float]]:
     return {name: [line[name] for line in lines if name in line] for name in names}
 
 
-def test_two_processes_train_as_one_with_the_same_total_batch(mice, tmp_path):
-    script = tmp_path / "keep_each_prompt.py"
-    script.write_text(KEEP_EACH_PROMPT)
-    options = [
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three mice to train on and three others: neither is shared out evenly between two processes."""
+    folder = tmp_path_factory.mktemp("three")
+    write_source(MicroWorld("mice", 0, 3, size=64), folder / "train")
+    write_source(MicroWorld("mice", 10_000, 3, size=64), folder / "val")
+    return folder
+
+
+def options(mice: Path) -> list[str]:
+    return [
         f"--data.train={mice / 'train'}",
-        f"--data.cache={mice.parent / 'cache'}",
         f"--data.val={mice / 'val'}",
-        "--train.steps=3",
-        "--train.warmup_steps=0",
-    ]
-    options += [
+        f"--data.original={mice / 'val'}",
+        f"--data.cache={mice / 'cache'}",
         "--kl.every=1",
         "--kl.domain=both",
-        "--data.original=micro",
         "--prompt.separation=1",
+        "--train.warmup_steps=0",
+        "--train.device=cpu",
         "--monitor.log_every=1",
         "--monitor.validate_every=3",
+        "--monitor.validation_timesteps=1",
         "--monitor.preview_objects=1",
+        "--monitor.preview_steps=2",
     ]
-    options += ["--monitor.preview_steps=2", "--monitor.validation_timesteps=1", "--train.device=cpu"]
+
+
+def test_two_processes_train_as_one_with_the_same_total_batch(three, tmp_path, capsys):
+    script = tmp_path / "keep_each_prompt.py"
+    script.write_text(KEEP_EACH_PROMPT)
     for processes, batch in ((2, 1), (1, 2)):
         folder = tmp_path / f"{processes}"
         folder.mkdir()
-        run = [str(folder), f"--output={folder / 'run'}", f"--train.batch_size={batch}", *options]
-        launch(processes, str(script), *run)
+        run = [f"--output={folder / 'run'}", f"--train.batch_size={batch}", "--train.steps=3", *options(three)]
+        launch(processes, str(script), str(folder), *run)
 
     first, second = (torch.load(tmp_path / "2" / f"prompt-of-rank-{rank}.pt") for rank in (0, 1))
     assert torch.equal(first, second)
-    alone, together = losses(tmp_path / "1" / "run"), losses(tmp_path / "2" / "run")
-    assert len(alone["loss/train"]) == 3 and len(alone["loss/validation"]) == 2
-    for name, values in alone.items():
+    alone = torch.load(tmp_path / "1" / "prompt-of-rank-0.pt")
+    assert (first - alone).norm() < 1e-5 * alone.norm()
+    together, by_one = losses(tmp_path / "2" / "run"), losses(tmp_path / "1" / "run")
+    assert len(by_one["loss/train"]) == 3 and len(by_one["loss/validation"]) == 2
+    for name, values in by_one.items():
         assert values
-        assert together[name] == pytest.approx(values, abs=1e-4, rel=1e-3), name
+        assert together[name] == pytest.approx(values, rel=1e-5, abs=1e-7), name
+
+    # Only the first process writes.
+    assert len(list((tmp_path / "2" / "run" / "tensorboard").iterdir())) == 1
+
+    # Another number of processes goes on with it, where the objects of a step stay as many.
+    resume = ["--resume", str(tmp_path / "2" / "run"), "--train.steps=4", "--export.pipeline=false"]
+    assert main(resume) == 2
+    assert "a step takes 1 objects here (1 x 1 x 1 processes); the run's steps take 2" in capsys.readouterr().err
+    assert main([*resume, "--train.batch_size=2"]) == 0
+    assert [line["step"] for line in read_series(tmp_path / "2" / "run")] == [0, 1, 2, 3, 3, 4, 4]
 
 
-def test_the_documented_launch_command_works(mice, tmp_path):
-    options = [
-        f"--data.train={mice / 'train'}",
-        f"--data.cache={mice.parent / 'cache'}",
-        f"--data.val={mice / 'val'}",
-        "--train.batch_size=1",
-        "--train.device=cpu",
-    ]
-    options += ["--kl.domain=new"]
-    said = launch(2, "-m", "train.softprompt", *options, f"--output={tmp_path / 'run'}", "--dry-run")
+def test_a_process_that_is_killed_ends_the_others_with_the_checkpoint_named(three, tmp_path):
+    run = tmp_path / "run"
+    argv = [*options(three), "--train.steps=500", "--train.batch_size=1", "--monitor.checkpoint_every=1", f"--output={run}"]
+    with subprocess.Popen(
+        [*LAUNCH, "--num_processes=2", "--multi_gpu", "-m", "train.softprompt", *argv],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        try:
+            waited = time.monotonic() + 120
+            while not list((run / "checkpoints").glob("step-*")):
+                assert launcher.poll() is None and time.monotonic() < waited, "did not start training"
+                time.sleep(0.1)
+            ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            os.kill(int(ranks[0]), signal.SIGKILL)  # the one that writes
+            _, said = launcher.communicate(timeout=60)
+        finally:
+            launcher.kill()
+    assert launcher.returncode != 0
+    assert "error: another process of this run has ended, and this one cannot go on without it" in said
+    assert f"go on with --resume {run}" in said
+    assert load_checkpoint(run)["step"] >= 1
+
+
+def test_the_documented_launch_command_works(three, tmp_path):
+    argv = [*options(three), "--train.batch_size=1", f"--output={tmp_path / 'run'}", "--dry-run"]
+    said = launch(2, "-m", "train.softprompt", *argv)
     assert said.count("dry run: one step forward and back works") == 1, "only the first process speaks"
     assert "150 steps of 2 objects" in said
