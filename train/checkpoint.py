@@ -21,7 +21,7 @@ STATE = "state.pt"
 MANIFEST = "manifest.json"
 """Of a checkpoint, written last: size and checksum of its state, how far the run was, and a checksum of all that."""
 _STATE = {"trainable", "waypoints", "optimizer", "schedule", "ema", "scaler"}
-_PROGRESS = {"step", "first", "last", "best", "pace", "warned", "worse", "running_loss", "objects_per_step"}
+_PROGRESS = {"step", "first", "last", "best", "pace", "warned", "worse", "running_loss", "window", "objects_per_step"}
 
 
 class DamagedError(Exception):

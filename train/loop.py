@@ -69,15 +69,27 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
         run.monitor.text("config", f"```\n{to_yaml(config)}\n```")
     _evaluate_if_due(run)
 
-    bar = tqdm(
+    with tqdm(
         total=config.train.steps,
         initial=run.step,
         unit="step",
         disable=not main,
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants a line now and then
-    )
-    window: list[tuple[StepResult, bool]] = []
+    ) as bar:
+        _train(run, stop, bar)
+    _checkpoint(run)
+    _export(run, folder / "export")
+    if config.export.pipeline and run.step >= config.train.steps:
+        _export_pipeline(run, folder / "export")
+    run.monitor.hparams(option_values(config), run.last or {})
+    run.monitor.close()
+    return run
+
+
+def _train(run: Run, stop: StopSignal, bar: tqdm) -> None:
+    """Steps, and what is due after each."""
+    job, config = run.job, run.job.config
     since = time.monotonic()
     while run.step < config.train.steps and not stop.agreed(job.accelerator):
         try:
@@ -97,13 +109,12 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
         if run.ema is not None and not result.skipped:
             run.ema.step(job.adapted.all_trainable().values())
         run.step += 1
-        window.append(_taken(run, result))
+        run.window.append(_taken(run, result))
         bar.update()
 
         if _due(run, config.monitor.log_every):
-            series = _log(run, window, since)
-            bar.set_postfix_str(_postfix(series))
-            window, since = [], time.monotonic()
+            bar.set_postfix_str(_postfix(_log(run, since)))
+            run.window, since = [], time.monotonic()
         if stop.save_agreed(job.accelerator) or _due(run, config.monitor.checkpoint_every):
             _checkpoint(run)
         if stop.agreed(job.accelerator) and run.step < config.train.steps:
@@ -111,15 +122,6 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
         began = time.monotonic()
         _evaluate_if_due(run)
         since += time.monotonic() - began
-    bar.close()
-
-    _checkpoint(run)
-    _export(run, folder / "export")
-    if config.export.pipeline and run.step >= config.train.steps:
-        _export_pipeline(run, folder / "export")
-    run.monitor.hparams(option_values(config), run.last or {})
-    run.monitor.close()
-    return run
 
 
 def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
@@ -183,17 +185,17 @@ def _due(run: Run, every: int) -> bool:
     return run.step % every == 0 or run.step == run.job.config.train.steps
 
 
-def _taken(run: Run, result: StepResult) -> tuple[StepResult, bool]:
-    """Take in what a step gave. Returns: it, and whether its loss was a spike."""
+def _taken(run: Run, result: StepResult) -> StepResult:
+    """Take in what a step gave. Returns: it, marked where its loss was a spike."""
     if result.not_finite is not None:
-        return result, False
+        return result
     spike = is_spike(result.denoising, run.running_loss)
     before = result.denoising if run.running_loss is None else run.running_loss
     run.running_loss = SMOOTHING * before + (1 - SMOOTHING) * result.denoising
     if not result.skipped:
         run.skipped_in_a_row = 0
     _move_on(run, after_step(run.job.config, run.pace, run.step, denoising=result.denoising, kl=result.kl))
-    return result, spike
+    return replace(result, spike=spike)
 
 
 def _skipped(run: Run, result: StepResult) -> None:
@@ -223,17 +225,16 @@ def _skipped(run: Run, result: StepResult) -> None:
 # ------------------------------------------------------------------------------------------------- looking and keeping
 
 
-def _log(run: Run, taken: list[tuple[StepResult, bool]], since: float) -> dict[str, float]:
+def _log(run: Run, since: float) -> dict[str, float]:
     """Means over the steps since the last log, over all processes; the prompt as it is now."""
     job, config = run.job, run.job.config
     limit = config.train.max_grad_norm
-    everything = [result for result, _ in taken]
-    window = [result for result in everything if result.not_finite is None]
-    series = {"gradient/skipped_share": sum(r.skipped for r in everything) / len(everything)}
+    window = [result for result in run.window if result.not_finite is None]
+    series = {"gradient/skipped_share": sum(r.skipped for r in run.window) / len(run.window)}
     if window:
         losses = [r.denoising for r in window]
         series |= {"loss/train": sum(losses) / len(losses), "loss/train_highest": max(losses)}
-    series["loss/spikes_share"] = sum(spike for _, spike in taken) / len(taken)
+    series["loss/spikes_share"] = sum(r.spike for r in run.window) / len(run.window)
     series |= _kl_series(run, window)
     for group in job.optimizer.param_groups:
         name = group["name"]
@@ -243,7 +244,7 @@ def _log(run: Run, taken: list[tuple[StepResult, bool]], since: float) -> dict[s
             series[f"gradient/clipped_share_{name}"] = sum(n > limit for n in norms) / len(norms)
     series["curriculum/position"] = run.position
     series["curriculum/lowest_timestep"] = run.lowest_timestep
-    series["speed/steps_per_second"] = len(everything) / max(1e-9, time.monotonic() - since)
+    series["speed/steps_per_second"] = len(run.window) / max(1e-9, time.monotonic() - since)
     with averaged(job, run.ema), torch.no_grad():
         series |= prompt_series(job.adapted.prompt, run.position)
     run.monitor.scalars(run.step, series)
@@ -260,8 +261,7 @@ def _kl_series(run: Run, window: list[StepResult]) -> dict[str, float]:
     series = {"loss/kl_to_pretrained": sum(measured) / len(measured), "kl/weight": run.pace.kl_weight}
     if on_original := [r.kl_on_original for r in window if r.kl_on_original is not None]:
         series["kl/on_original"] = sum(on_original) / len(on_original)
-    sums = torch.stack([r.kl_sums for r in window]).sum(dim=0)
-    totals, counts = job.accelerator.reduce(sums, reduction="sum").tolist()
+    totals, counts = torch.tensor([r.kl_sums for r in window]).sum(dim=0).tolist()
     length = len(job.pipeline.scheduler.alphas_cumprod)
     bounds = [i * length // KL_TIMESTEP_GROUPS for i in range(KL_TIMESTEP_GROUPS + 1)]
     names = [f"kl_view/{name}" for name in view_names(job.pipeline.num_views)]

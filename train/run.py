@@ -1,7 +1,7 @@
 """A run and its state: what changes while it trains, saved whole in a checkpoint."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from train.export import Exported
 from train.monitor import Monitor
 from train.pacing import Pace, lowest_timestep_of, position_of
 from train.setup import Job
+from train.step import StepResult
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Run:
     """Newest validations in a row with a higher loss than the first."""
     running_loss: float | None = None
     """Running mean of the training loss, to tell spikes by."""
+    window: list[StepResult] = field(default_factory=list)
+    """Steps since the newest point in the log."""
     first: dict[str, float] | None = None
     """Series at step 0: what the pretrained model gives."""
     last: dict[str, float] | None = None
@@ -86,6 +89,7 @@ class Run:
             "warned": self.warned,
             "worse": self.worse,
             "running_loss": self.running_loss,
+            "window": [asdict(result) for result in self.window],
             "objects_per_step": self.job.objects_per_step,
         }
 
@@ -94,6 +98,7 @@ class Run:
         for name in ("step", "first", "last", "best", "warned", "worse", "running_loss"):
             setattr(self, name, progress[name])
         self.pace = Pace.from_json(progress["pace"])
+        self.window = [StepResult(**result) for result in progress["window"]]
 
     @torch.no_grad()
     def moved(self) -> dict[str, float]:

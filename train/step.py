@@ -28,14 +28,16 @@ class StepResult:
     """Nats per latent element, where `kl.domain` measures it; None on a step that leaves the term out."""
     kl_on_original: float | None
     """The same on the pretrained model's own domain alone."""
-    kl_sums: Tensor
-    """[2, V + KL_TIMESTEP_GROUPS] on this process: sums of the KL by view and by range of timesteps, and their counts."""
+    kl_sums: list[list[float]]
+    """[2][V + KL_TIMESTEP_GROUPS]: sums of the KL by view and by range of timesteps, and their counts."""
     grad_norms: dict[str, float]
     """By group, before clipping; 0 for a group that does not train at this step."""
     skipped: bool
     """Nothing trained: a number was not finite, or fp16's gradient scaler found that a gradient overflowed."""
     not_finite: str | None
     """What was not finite, in words; None where all was. An overflow that the scaler answers for is not counted."""
+    spike: bool = False
+    """Whether the loss stood out of its running mean."""
 
 
 def training_step(job: Job, step: int, pace: Pace | None = None) -> StepResult:
@@ -50,7 +52,7 @@ def training_step(job: Job, step: int, pace: Pace | None = None) -> StepResult:
     torch.manual_seed(seed_of(job.config.train.seed, "dropout", step, accelerator.process_index))
     measured = _backward(job, step, pace, position)
     norms = _clip_gradients(job, step)
-    denoising, kls, grad_norms = _fetch(job, measured, norms)
+    denoising, kls, kl_sums, grad_norms = _fetch(job, measured, norms)
     not_finite = _what_is_not_finite(job, denoising, kls, grad_norms)
     if not_finite is not None:
         # The step is taken all the same: without gradients it moves nothing, and fp16's scaler has to be told of it.
@@ -63,7 +65,7 @@ def training_step(job: Job, step: int, pace: Pace | None = None) -> StepResult:
         denoising=denoising,
         kl=sum(kls.values()) / len(kls) if kls else None,
         kl_on_original=kls.get("original"),
-        kl_sums=measured.kl_sums,
+        kl_sums=kl_sums,
         grad_norms=grad_norms,
         skipped=not_finite is not None or accelerator.optimizer_step_was_skipped,
         not_finite=not_finite,
@@ -111,12 +113,17 @@ def _backward(job: Job, step: int, pace: Pace, position: float) -> _Measured:
     return _Measured(denoising, kls, kl_sums)
 
 
-def _fetch(job: Job, measured: _Measured, norms: Mapping[str, Tensor]) -> tuple[float, dict[str, float], dict[str, float]]:
+def _fetch(
+    job: Job, measured: _Measured, norms: Mapping[str, Tensor]
+) -> tuple[float, dict[str, float], list[list[float]], dict[str, float]]:
     """The numbers of a step from the device, averaged over processes, at once: each fetch waits for all that was begun."""
-    own = torch.stack([measured.denoising, *measured.kl_by_domain.values()])
-    numbers = torch.cat([job.accelerator.reduce(own, reduction="mean"), torch.stack(list(norms.values()))]).tolist()
-    kls = dict(zip(measured.kl_by_domain, numbers[1 : len(own)], strict=True))
-    return numbers[0], kls, dict(zip(norms, numbers[len(own) :], strict=True))
+    losses = torch.stack([measured.denoising, *measured.kl_by_domain.values()])
+    own = job.accelerator.reduce(torch.cat([losses, measured.kl_sums.flatten()]), reduction="mean")
+    numbers = torch.cat([own, torch.stack(list(norms.values()))]).tolist()
+    kls = dict(zip(measured.kl_by_domain, numbers[1 : len(losses)], strict=True))
+    places = measured.kl_sums.shape[1]
+    sums = [numbers[first : first + places] for first in (len(losses), len(losses) + places)]
+    return numbers[0], kls, sums, dict(zip(norms, numbers[len(own) :], strict=True))
 
 
 def _what_is_not_finite(job: Job, denoising: float, kls: Mapping[str, float], norms: Mapping[str, float]) -> str | None:

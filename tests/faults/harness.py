@@ -31,7 +31,7 @@ OPTIONS = {
     "curriculum.pacing": "plateau",
     "curriculum.watch": "train",
     "curriculum.patience": "1",
-    "monitor.log_every": "1",
+    "monitor.log_every": "4",
     "monitor.validate_every": "2",
     "monitor.validation_timesteps": "1",
     "monitor.preview_every": "3",

@@ -33,6 +33,7 @@ PROGRESS = {
     "warned": {},
     "worse": 0,
     "running_loss": 0.5,
+    "window": [],
     "objects_per_step": 1,
 }
 

@@ -1,5 +1,6 @@
 """The command itself: it runs to the end, stops when told, resumes, and refuses bad input in one line."""
 
+import errno
 import json
 import re
 import shutil
@@ -318,6 +319,26 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_it(capsys, tm
     # The lock has died with its process.
     said = refused(capsys, *where, "--lora.targets=[to_x]")
     assert "in use" not in said
+
+
+def test_a_disk_that_fills_up_leaves_a_run_that_can_be_resumed(capsys, mice, tmp_path, monkeypatch):
+    out, write = tmp_path / "run", Path.write_bytes
+
+    def full_at_step_2(path, content):
+        if "step-000002" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, content)
+
+    options = [f"--data.train={mice / 'train'}", f"--data.val={mice / 'val'}", f"--data.cache={mice.parent / 'cache'}"]
+    options += ["--train.steps=2", "--monitor.checkpoint_every=1", "--kl.domain=new", "--export.pipeline=false"]
+    monkeypatch.setattr(Path, "write_bytes", full_at_step_2)
+    assert main([*QUICK, *options, f"--output={out}"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: [Errno 28] No space left on device") and "the disk is full" in said
+    assert said.endswith(f"{out / 'checkpoints' / 'step-000001'} is the newest checkpoint: go on with --resume {out}")
+    monkeypatch.undo()
+    assert main(["--resume", str(out)]) == 0
+    assert "resumed    at step 1 of 2" in capsys.readouterr().out
 
 
 def test_a_full_run_folder_is_left_as_it_is(capsys, tmp_path):
