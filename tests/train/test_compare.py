@@ -23,6 +23,8 @@ REPOSITORY = Path(__file__).parents[2]
 QUICK = {
     "train.batch_size": 1,
     "train.steps": 60,
+    "data.limit": 8,
+    "kl.domain": "new",
     "monitor.validate_every": 30,
     "monitor.validation_timesteps": 1,
     "monitor.preview_every": 60,
@@ -328,12 +330,13 @@ def test_the_last_error_of_a_log_is_found(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- acceptance
 
 
-def test_three_variants_and_two_seeds_from_nothing_to_a_report(tmp_path, request):
+def test_three_variants_and_two_seeds_from_nothing_to_a_report(mice, tmp_path, request):
     variants = VARIANTS | {"faster": {"prompt.learning_rate": 0.3}}
     out = tmp_path / "out"
 
     def command(**changed):
-        file = write_comparison(tmp_path, **changed)
+        options = QUICK | {"data.val": str(mice / "val")}  # two instead of twenty-four
+        file = write_comparison(tmp_path, options=options, **changed)
         argv = [sys.executable, "-m", "train.compare", "--config", str(file), "--output", str(out), "--jobs", "2"]
         done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr

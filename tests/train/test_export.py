@@ -269,7 +269,7 @@ def test_a_newer_export_takes_the_place_of_an_older_and_leaves_the_rest(model: T
     folder = tmp_path / "export"
     (folder / "best").mkdir(parents=True)
     (folder / "best" / "clr_embeds.pt").write_bytes(b"best")
-    for name in ("clr_embeds.pt", "lora/old.safetensors", "pipeckpts/model_index.json", ".export.new/clr_embeds.pt"):
+    for name in ("clr_embeds.pt", "lora/old.safetensors", "pipeckpts/model_index.json", ".export.partial-new/clr_embeds.pt"):
         target = folder / name if not name.startswith(".") else tmp_path / name
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(b"old")
@@ -325,7 +325,7 @@ def test_a_pipeline_that_reads_back_otherwise_is_kept_aside_and_prompt_and_lora_
     model: Trained, first_step: Path, done: Exported, monkeypatch: pytest.MonkeyPatch, broken: Callable[..., None]
 ) -> None:
     before = contents(first_step)
-    for name in ("pipeckpts.unverified", ".pipeckpts.new"):  # what an earlier failure left is no hindrance
+    for name in ("pipeckpts.unverified", ".pipeckpts.partial-new"):  # what an earlier failure left is no hindrance
         (first_step / name).mkdir()
         (first_step / name / "old").touch()
     said = (

@@ -53,6 +53,12 @@ def trained(job: Job) -> dict[str, Tensor]:
     return {name: p.detach().clone() for group in job.adapted.trainable().values() for name, p in group.items()}
 
 
+@pytest.fixture
+def without_exports(monkeypatch):
+    """Half of a short run's time."""
+    monkeypatch.setattr(loop, "_export", lambda run, folder: None)
+
+
 # ------------------------------------------------------------------------------------------------------------ resuming
 
 
@@ -80,12 +86,14 @@ def test_a_finished_run_resumed_only_exports_again(small, tmp_path):
     assert after.exported is not None and after.exported.read_back <= config.export.tolerance
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_more_steps_can_be_asked_for_when_a_run_is_resumed(small, tmp_path):
     run_to_end(small(), tmp_path / "run")
     longer = run_to_end(small("--train.steps=6"), tmp_path / "run", resume=True)
     assert longer.step == 6 and longer.last is not None and longer.last["step"] == 6
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_the_newest_checkpoints_and_that_of_the_best_validation_are_kept(small, tmp_path):
     run_to_end(small("--monitor.checkpoint_every=1", "--monitor.checkpoints_kept=1"), tmp_path / "run")
     # When step 4 was saved, step 2 had the best of the validations, at steps 0 and 2.
@@ -95,6 +103,7 @@ def test_the_newest_checkpoints_and_that_of_the_best_validation_are_kept(small, 
 # ------------------------------------------------------------------------------------------------------- same numbers
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_the_micro_world_as_png_folders_gives_the_same_losses(small, tmp_path):
     size, counts = 64, {"train": (0, 8), "val": (10_000, 24)}
     lists = {name: write_source(MicroWorld("mice", *c, size=size), tmp_path / name) for name, c in counts.items()}
@@ -124,6 +133,7 @@ def test_accumulated_batches_equal_one_large_batch(small, mice):
         assert torch.allclose(tensor, small_weights[name], atol=1e-3), name
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_a_step_that_runs_out_of_memory_is_done_again_with_less(small, tmp_path, monkeypatch, capsys):
     forward = AdaptedModel.forward
 
@@ -189,6 +199,7 @@ def test_the_kl_holds_the_model_near_the_pretrained_one(small):
     assert kl_at_the_end(100.0) < 0.5 * kl_at_the_end(1e-9)
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_a_frozen_prompt_stays_on_its_path(small, tmp_path):
     config = small("--prompt.learn=false", "--curriculum.easing=step", "--curriculum.at=[0, 0.5]")
     run = run_to_end(config, tmp_path / "run")
@@ -275,6 +286,7 @@ def test_a_scaler_that_leaves_out_every_step_ends_the_run(small, tmp_path, monke
         run_to_end(small("--train.ema_decay=0.5", "--train.max_skipped=3"), tmp_path / "run")
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_a_step_is_in_a_checkpoint_before_it_is_evaluated(small, tmp_path, monkeypatch):
     config = small("--train.steps=6", "--curriculum.at=[0, 1]")
     whole = run_to_end(config, tmp_path / "whole")
@@ -326,6 +338,7 @@ def test_numbers_that_are_not_finite_do_not_reach_the_weights(small, broken):
 # ---------------------------------------------------------------------------------------------------- signs, and collapse
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_a_learning_rate_too_low_to_move_anything_is_named(small, tmp_path, capsys):
     run = run_to_end(small("--lora.learning_rate=1e-12"), tmp_path / "run")
     assert "lora_stands_still" in run.warned and "prompt_stands_still" not in run.warned
@@ -337,6 +350,7 @@ def test_a_learning_rate_too_low_to_move_anything_is_named(small, tmp_path, caps
     ]
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_a_prompt_that_does_nothing_is_named_and_one_that_learns_is_not(small, tmp_path):
     idle = run_to_end(small("--prompt.learning_rate=1e-7"), tmp_path / "idle")
     assert "prompt_without_effect" in idle.warned
@@ -345,6 +359,7 @@ def test_a_prompt_that_does_nothing_is_named_and_one_that_learns_is_not(small, t
     assert series(tmp_path / "learning")[-1]["prompt_effect/of_learned"] > 0.01
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_training_that_makes_it_worse_is_named(small, tmp_path, capsys):
     options = ["--lora.learning_rate=0.5", "--train.schedule=constant", "--monitor.validate_every=1"]
     run = run_to_end(small(*options), tmp_path / "run")
@@ -363,6 +378,7 @@ def test_a_frozen_weight_that_moves_stops_the_run(small, tmp_path, monkeypatch):
         run_to_end(small(), tmp_path / "run")
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_a_checkpoint_that_is_asked_for_is_saved_and_the_run_goes_on(small, tmp_path):
     stop = StopSignal()
     stop.save = True
@@ -443,6 +459,7 @@ def test_too_many_bad_samples_stop_the_run(small, spoilt):
         prepare(small(f"--data.train={spoilt / 'train'}", "--data.on_bad_sample=skip", "--data.cache=null"))
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_a_sign_of_collapse_is_said_once_and_when_it_is_gone(small, tmp_path, monkeypatch, capsys):
     found = iter([{"views_alike": "too early"}, {"views_alike": "they collapse"}, {"views_alike": "still"}, {}])
     monkeypatch.setattr(loop, "collapse_signs", lambda series, start: next(found))
@@ -454,6 +471,7 @@ def test_a_sign_of_collapse_is_said_once_and_when_it_is_gone(small, tmp_path, mo
     assert watched == [(0, 1), (1, 1), (2, 1), (3, 0)]
 
 
+@pytest.mark.usefixtures("without_exports")
 def test_the_configuration_that_collapses_is_caught(tmp_path, capsys):
     options = [
         f"--config={REPOSITORY / 'configs' / 'collapse.yaml'}",

@@ -29,7 +29,7 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """No picture is read or encoded, where it is only asked what is said."""
-    monkeypatch.setattr(EncodedObjects, "fill", lambda self, *, progress, share: 0)
+    monkeypatch.setattr(EncodedObjects, "fill", lambda self, **_: 0)
 
 
 def micro_with(folder: Path, part: str, file: str, **changes: object) -> Path:

@@ -18,7 +18,11 @@ from train.step import KL_TIMESTEP_GROUPS, losses, training_step
 
 @pytest.fixture
 def make_job(mice: Path, small_config: Callable[..., Config]) -> Callable[..., Job]:
-    return lambda **overrides: prepare(small_config(mice, **{"kl.every": 1, **overrides}))
+    def make(**overrides: object) -> Job:
+        given = {name: mice / "val" if value == "VAL" else value for name, value in overrides.items()}
+        return prepare(small_config(mice, **{"kl.every": 1, **given}))
+
+    return make
 
 
 def group(job: Job, name: str) -> list[Tensor]:
@@ -54,7 +58,7 @@ def test_a_group_moves_in_its_own_steps_and_not_by_momentum_after_them(
 def test_the_kl_is_measured_where_it_is_asked_for(
     make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, domain: str, new: int, original: int
 ) -> None:
-    job = make_job(**{"kl.domain": domain, "data.original": "micro"})
+    job = make_job(**{"kl.domain": domain, "data.original": "VAL"})
     asked: list[tuple[bool, bool]] = []
 
     def watched(job: Job, batch: object, position: float, *, with_kl: bool) -> tuple[Tensor, Tensor]:
@@ -74,7 +78,7 @@ def test_the_kl_is_measured_where_it_is_asked_for(
 def test_the_kl_on_the_original_domain_holds_the_model_there(make_job: Callable[..., Job]) -> None:
     def kl_at_the_end(weight: float) -> float:
         job = make_job(
-            **{"kl.domain": "original", "data.original": "micro", "kl.weighting": "uniform", "kl.weight": weight},
+            **{"kl.domain": "original", "data.original": "VAL", "kl.weighting": "uniform", "kl.weight": weight},
             **{"prompt.learning_rate": 0.02, "lora.learning_rate": 0.001},
         )
         found = [training_step(job, step).kl_on_original for step in range(12)]
