@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt.errors import InputError, RunError
 from train.command_line import Request, parse
 from train.config import to_yaml
+from train.runs import ERROR, LOCK
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
-LOCK = ".lock"
-"""File in a run's folder that its process holds locked: the lock ends with the process, however that ends."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,7 +140,14 @@ def _run_folder(request: Request, accelerator: "Accelerator") -> Iterator[Path]:
         folder, lock = _take(request)
     folder = Path(broadcast_object_list([str(folder)])[0])
     try:
+        if lock is not None:
+            (folder / ERROR).unlink(missing_ok=True)
         yield folder
+    except Exception as error:
+        if lock is not None and (folder / "config.yaml").is_file():
+            with suppress(OSError):  # of a disk that is full: the error itself is what has to be told
+                (folder / ERROR).write_text(f"{error or type(error).__name__}\n", encoding="utf-8")
+        raise
     finally:
         if lock is not None:
             if request.resume is None and os.listdir(folder) == [LOCK]:

@@ -337,7 +337,9 @@ def test_a_disk_that_fills_up_leaves_a_run_that_can_be_resumed(capsys, mice, tmp
     assert said.startswith("error: [Errno 28] No space left on device") and "the disk is full" in said
     assert said.endswith(f"{out / 'checkpoints' / 'step-000001'} is the newest checkpoint: go on with --resume {out}")
     monkeypatch.undo()
+    assert (out / "error.txt").read_text().strip() == said.removeprefix("error: ")
     assert main(["--resume", str(out)]) == 0
+    assert not (out / "error.txt").exists()
     assert "resumed    at step 1 of 2" in capsys.readouterr().out
 
 

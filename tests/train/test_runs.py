@@ -1,0 +1,96 @@
+"""The table of runs says how far each came, what ended it and how to go on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.config import Config, to_yaml
+from train.runs import look, main, table
+
+EVALUATIONS = [{"step": 0, "loss/validation": 0.4, "views/psnr": 12.5}, {"step": 100, "loss/validation": 0.1}]
+
+
+def run_folder(
+    root: Path, name: str, points: list[dict[str, float]], *, checkpoint: bool = True, exported: bool = False
+) -> Path:
+    run = root / name
+    run.mkdir()
+    (run / ".lock").touch()
+    (run / "config.yaml").write_text(to_yaml(Config()))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    if checkpoint:
+        (run / "checkpoints" / "step-000100").mkdir(parents=True)
+    if exported:
+        (run / "export").mkdir()
+        (run / "export" / "clr_embeds.pt").touch()
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    run_folder(tmp_path, "micro-001", [*EVALUATIONS, {"step": 150, "loss/validation": 0.2, "views/psnr": 22.0}], exported=True)
+    run_folder(tmp_path, "micro-002", EVALUATIONS)
+    failed = run_folder(tmp_path, "micro-003", [*EVALUATIONS, {"step": 120, "loss/train": 0.5}])
+    (failed / "error.txt").write_text("step 120: not finite\n")
+    run_folder(tmp_path, "micro-004", [], checkpoint=False)
+    (tmp_path / "notes").mkdir()
+    return tmp_path
+
+
+def test_each_run_is_told_by_its_folder(runs: Path) -> None:
+    rows = {row.name: row for row in look(runs)}
+    assert {name: row.state for name, row in rows.items()} == {
+        "micro-001": "finished",
+        "micro-002": "stopped",
+        "micro-003": "failed",
+        "micro-004": "stopped",
+    }
+    done = rows["micro-001"]
+    assert (done.step, done.steps, done.best, done.last, done.psnr) == (150, 150, (0.1, 100), 0.2, 22.0)
+    assert rows["micro-003"].error == "step 120: not finite" and rows["micro-003"].step == 120
+    assert rows["micro-004"].best is None and not rows["micro-004"].resumable
+    assert [row.name for row in look(runs / "micro-002")] == ["micro-002"]
+
+
+def test_the_table_says_how_to_go_on_with_what_is_not_finished(runs: Path) -> None:
+    for run in runs.glob("micro-*"):
+        os.utime(run / "metrics.jsonl", (1000, 1000))
+    said = table(look(runs), now=1000 + 3 * 3600)
+    assert "0.1 at 100" in said and "3 h ago" in said and "\nmicro-003: step 120: not finite" in said
+    commands = said.split("go on with\n")[1].split("\n\n")[0].splitlines()
+    assert commands == [f"  python -m train.softprompt --resume {runs / name}" for name in ("micro-002", "micro-003")]
+    assert said.endswith("to be begun again: micro-004")
+
+
+def test_a_run_that_trains_now_is_told_by_its_lock(runs: Path) -> None:
+    holder = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(runs / "micro-002" / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "held\n"
+            (row,) = look(runs / "micro-002")
+            assert row.state == "running" and "go on with" not in table([row], now=0)
+        finally:
+            other.kill()
+    assert look(runs / "micro-002")[0].state == "stopped"
+
+
+def test_a_damaged_run_is_named_beside_the_others(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "micro-002" / "config.yaml").write_text("train: 3\n")
+    assert main([str(runs)]) == 0
+    assert "config.yaml: train.steps cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "message"), [("nowhere", "no such folder"), ("notes", "holds no run")])
+def test_a_folder_without_runs_is_refused(runs: Path, capsys: pytest.CaptureFixture[str], name: str, message: str) -> None:
+    assert main([str(runs / name)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {runs / name}: {message}") and said.count("\n") == 1
