@@ -88,7 +88,7 @@ def export_pipeline(pipeline: Pipeline, folder: Path, *, picture: Tensor, tolera
     shutil.rmtree(new, ignore_errors=True)
     prompt = load_prompt(folder / "clr_embeds.pt", num_views=pipeline.num_views, width=pipeline.prompt_width)
     with _full_float32():
-        fresh = _fresh(pipeline, folder, torch.float32)
+        fresh = with_lora_of(pipeline, folder, torch.float32)
         expected = _views(fresh, prompt, picture)
         save_pipeline(fresh, new, merge_lora=True)
         fresh.unet.to("cpu")  # room for the next: two float32 UNets beside the trained one are more than a small GPU holds
@@ -178,8 +178,9 @@ def _views(pipeline: Pipeline, prompt: Tensor, picture: Tensor) -> Tensor:
     return views
 
 
-def _fresh(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
-    """The pretrained pipeline as the disk has it, with the LoRA of an export, beside frozen parts that are shared."""
+def with_lora_of(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
+    """The pretrained pipeline as the disk has it, with the LoRA of an export (`folder`), where it has one, beside frozen parts
+    that are shared. dtype: of the UNet; the LoRA is float32."""
     unet = place(load_unet(pipeline.folder / "unet", dtype=dtype), pipeline.device)
     if (folder / "lora").is_dir():
         unet.load_lora_adapter(folder / "lora", prefix="unet", weight_name=LORA_WEIGHTS, adapter_name="default")
@@ -198,7 +199,7 @@ def _verify(pipeline: Pipeline, prompt: Tensor, folder: Path, picture: Tensor, t
     expected = _views(pipeline, rounded, picture)
     rounding = _difference(_views(pipeline, prompt, picture), expected)
     stored = load_prompt(folder / "clr_embeds.pt", num_views=pipeline.num_views, width=pipeline.prompt_width)
-    found = _views(_fresh(pipeline, folder, pipeline.unet.dtype), stored, picture)
+    found = _views(with_lora_of(pipeline, folder, pipeline.unet.dtype), stored, picture)
     return _within(_difference(found, expected), tolerance, "clr_embeds.pt and lora"), rounding
 
 

@@ -35,7 +35,7 @@ FIRST_HELD_OUT = 10_000
 MICRO_HELD_OUT_OBJECTS = 24
 ORIGINAL_HELD_OUT_OBJECTS = 12
 """Of the pretrained model's own domain, at most, to measure what is forgotten on."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
     notes = [said]
     accelerator = accelerator or make_accelerator(config)
     folder = MICRO_MODEL if config.model == MICRO else Path(config.model)
-    pipeline = load_pipeline(folder, dtype=_DTYPES[precision]).to(accelerator.device)
+    pipeline = load_pipeline(folder, dtype=DTYPES[precision]).to(accelerator.device)
     _check_together(config, pipeline)
     waypoints = load_waypoints(
         config.prompt.waypoints,

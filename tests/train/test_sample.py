@@ -1,0 +1,143 @@
+"""Views of pictures: those of the training previews bit for bit, and each part of what was learned by itself."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from softprompt.embeddings import load_prompt
+from softprompt.micro import MICRO_MODEL
+from softprompt.pipeline import load_pipeline
+from train.config import Config
+from train.loop import train
+from train.sample import Options, find_pictures, main, make_cases
+from train.setup import prepare
+from train.stop import StopSignal
+
+
+@pytest.fixture(scope="module")
+def run(mice: Path, small_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that has learned something."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    config = small_config(mice, **{"train.steps": 2, "lora.learning_rate": 0.01, "monitor.guidance_scale": 1.5})
+    train(prepare(config), folder, state=None, stop=StopSignal())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(mice: Path) -> Path:
+    """The first held-out mouse, as it is given to the previews."""
+    return min((mice / "val").glob("*/cam_000.png"))
+
+
+QUICK = ["--steps=2", "--guidance_scale=1.5", "--eta=0", "--device=cpu"]
+
+
+def pixels(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+def test_the_views_are_those_of_the_training_previews_bit_for_bit(run: Path, picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "views"
+    assert main([f"--pictures=[{picture}]", f"--export={run / 'export'}", f"--output={out}", *QUICK]) == 0
+    tiles = pixels(run / "previews" / "tiles-step-000002.png")  # rows: truth, pretrained, now; the given picture first
+    for view in range(6):
+        expected = tiles[2 * 64 : 3 * 64, (view + 1) * 64 : (view + 2) * 64]
+        assert np.array_equal(pixels(out / "cam_000" / f"cam_{view:03d}.png"), expected), view
+    assert sorted(p.name for p in out.iterdir()) == ["cam_000", "cam_000.gif", "cam_000.png"]
+    with Image.open(out / "cam_000.gif") as turning:
+        assert turning.n_frames == 6
+
+
+def test_at_strength_0_they_are_those_of_the_pretrained_model(run: Path, picture: Path, tmp_path: Path) -> None:
+    strengths = ["--prompt_strength=0", "--lora_strength=0"]
+    given = [f"--pictures=[{picture}]", *QUICK]
+    assert main([*given, f"--export={run / 'export'}", *strengths, f"--output={tmp_path / 'off'}"]) == 0
+    assert main([*given, f"--output={tmp_path / 'pretrained'}"]) == 0
+    tiles = pixels(run / "previews" / "tiles-step-000002.png")
+    for view in range(6):
+        name = f"cam_000/cam_{view:03d}.png"
+        assert np.array_equal(pixels(tmp_path / "off" / name), pixels(tmp_path / "pretrained" / name))
+        assert np.array_equal(pixels(tmp_path / "off" / name), tiles[64:128, (view + 1) * 64 : (view + 2) * 64])
+
+
+@pytest.mark.parametrize(("rows", "count"), [("strengths", 9), ("path", 5), ("ablation", 5)])
+def test_several_rows_are_drawn_and_the_full_strength_written(
+    run: Path, picture: Path, tmp_path: Path, rows: str, count: int
+) -> None:
+    given = [
+        f"--pictures=[{picture}]",
+        f"--export={run / 'export'}",
+        "--device=cpu",
+        "--steps=1",
+        "--guidance_scale=1",
+        "--eta=0",
+    ]
+    assert main([*given, f"--rows={rows}", f"--output={tmp_path / 'rows'}"]) == 0
+    with Image.open(tmp_path / "rows" / "cam_000.png") as grid:
+        assert grid.height > count * 128
+    lora = "--lora_strength=0" if rows == "path" else "--lora_strength=1"
+    assert main([*given, lora, f"--output={tmp_path / 'one'}"]) == 0
+    for view in range(6):
+        name = f"cam_000/cam_{view:03d}.png"
+        assert np.array_equal(pixels(tmp_path / "rows" / name), pixels(tmp_path / "one" / name))
+
+
+def test_the_ablation_is_each_part_alone_both_and_the_prompts_handed_on(run: Path, picture: Path) -> None:
+    pipeline = load_pipeline(MICRO_MODEL)
+    options = Options(pictures=[str(picture)], export=str(run / "export"), rows="ablation")
+    pretrained, prompt, lora, both, handed_on = make_cases(options, pipeline)
+    learned = load_prompt(run / "export" / "clr_embeds.safetensors")
+    assert (
+        torch.equal(prompt.prompt, learned)
+        and torch.equal(both.prompt, learned)
+        and torch.equal(pretrained.prompt, lora.prompt)
+    )
+    assert not torch.equal(pretrained.prompt, learned)
+    assert [case.lora for case in (pretrained, prompt, lora, both, handed_on)] == [0, 0, 1, 1, 1]
+    assert torch.equal(handed_on.prompt[0], learned[1]) and torch.equal(handed_on.prompt[5], learned[0])
+
+
+def test_pictures_of_one_name_are_told_apart_by_their_folders(mice: Path) -> None:
+    given = sorted(map(str, (mice / "val").glob("*/cam_000.png")))
+    assert list(find_pictures(given)) == [f"{Path(one).parent.name}_cam_000" for one in given]
+
+
+def test_a_picture_without_transparency_is_told_of(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.open(picture).convert("RGB").save(tmp_path / "opaque.png")
+    given = [f"--pictures=[{tmp_path / 'opaque.png'}]", "--steps=1", "--guidance_scale=1", "--device=cpu"]
+    assert main([*given, f"--output={tmp_path / 'views'}"]) == 0
+    assert "WARNING    1 pictures have no transparency, e.g. opaque" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pictures=[nowhere.png]"], "error: pictures: nowhere.png: not found"),
+        (["--pictures=[]"], "error: pictures: is empty"),
+        (
+            ["--pictures=[PICTURE]", "--export=RUN"],
+            "holds no clr_embeds.safetensors or .pt; expected a run's export folder; d",
+        ),
+        (["--pictures=[PICTURE]", "--rows=path"], "error: rows: is path, which leads to a prompt"),
+        (["--pictures=[PICTURE]", "--prompt=realstic"], "did you mean 'realistic'?"),
+        (["--pictures=[PICTURE]", "--setps=3"], "error: unknown option 'setps'; did you mean 'steps'?"),
+        (["--pictures=[PICTURE]", "--eta=2"], "error: eta: is 2.0; expected 0 to 1"),
+        (["--pictures=[PICTURE]", "--output=RUN"], "exists already and is not an empty folder"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_in_one_line(
+    run: Path, picture: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [option.replace("PICTURE", str(picture)).replace("RUN", str(run)) for option in options]
+    before = sorted(run.rglob("*"))
+    try:
+        code: object = main(["--device=cpu", "--steps=1", *argv])
+    except SystemExit as stopped:
+        code = stopped.code
+    said = capsys.readouterr().err
+    assert code == 2 and message in said and said.count("\n") == 1
+    assert sorted(run.rglob("*")) == before

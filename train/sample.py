@@ -1,0 +1,270 @@
+"""Six views of pictures, with what a run exported: `python -m train.sample`.
+
+The views are those of the training previews, bit for bit, at the same seed and settings.
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import set_parsing_settings
+
+from softprompt.errors import InputError
+from train.command_line import Parser
+from train.options import MICRO
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from softprompt.pipeline import Pipeline
+
+EXIT_BAD_INPUT = 2
+STRENGTHS = (0.0, 0.5, 1.0)
+"""Of prompt and LoRA in a grid."""
+POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""On the path from the pretrained prompt to the given one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is sampled."""
+
+    pictures: list[str]
+    """PNGs of the object, seen as view 0, on transparency; or folders of them."""
+    model: str = MICRO
+    """FaceLift pipeline folder (pipeckpts), or `micro`."""
+    export: str | None = None
+    """Export folder of a run: its prompt and LoRA; null: the pretrained model."""
+    prompt: str | None = None
+    """Prompt file, template or text with {view} instead of the export's."""
+    pretrained: str = "facelift"
+    """The prompt that the model was pretrained with, for strengths below 1: file, template or text with {view}."""
+    subject: str = "mouse"
+    """What {subject} stands for in templates."""
+    angle: str = "from above at an angle"
+    """What {angle} stands for in templates."""
+    prompt_strength: float = 1.0
+    """0 is the pretrained prompt, 1 the learned one, anything else a point of the line through both."""
+    lora_strength: float = 1.0
+    """0 is the pretrained model, 1 the adapted one."""
+    rows: Literal["one", "strengths", "path", "ablation"] = "one"
+    """What a picture is sampled with: `one`, the strengths above; `strengths`, each pair of 0, 1/2 and 1; `path`, the untouched
+    UNet under prompts between the pretrained and the given one; `ablation`, prompt and LoRA each alone, both, and both with
+    the prompts handed on to the next view."""
+    guidance_scale: float = 3.0
+    """1 is none. The default, and that of steps and eta, are of FaceLift's inference; a run's previews have those of its
+    `monitor` options."""
+    steps: int = 50
+    """DDIM steps."""
+    eta: float = 1.0
+    """0 is deterministic DDIM, 1 as noisy as DDPM."""
+    seed: int = 0
+    """Of all noise."""
+    background: Literal["white", "black", "gray"] = "white"
+    """Behind the object."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the UNet; auto: bf16 or fp16 on CUDA, fp32 on a CPU."""
+    output: str = "views"
+    """Folder, new or empty: NAME/cam_000.png ..., NAME.png (all rows) and NAME.gif (the views in turn); of several rows the
+    views are those at full strength."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps: is {self.steps}; expected 1 or more")
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"eta: is {self.eta}; expected 0 to 1")
+        if not self.pictures:
+            raise InputError("pictures: is empty; expected PNG files, or folders of them")
+        if self.rows == "path" and self.prompt is None and self.export is None:
+            raise InputError("rows: is path, which leads to a prompt; give --prompt or --export")
+
+
+class SampleParser(Parser):
+    """Suggests the options of this command."""
+
+    options = Options
+    also = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one row is sampled with."""
+
+    label: str
+    prompt: "Tensor"
+    """[V, T, D]."""
+    lora: float
+    """Strength of the LoRA."""
+    shown: bool = True
+    """Whether its views are also written one by one."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns: the exit code."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = SampleParser(
+        prog="python -m train.sample",
+        description=__doc__,
+        epilog="Examples: python -m train.sample --pictures '[mouse.png]' --export runs/micro-001/export | python -m "
+        "train.sample --pictures '[mice/]' --model PIPECKPTS --export RUN/export --rows ablation | python -m train.sample "
+        "--pictures '[mouse.png]' --prompt realistic --rows path",
+        allow_abbrev=False,
+    )
+    parser.add_class_arguments(Options, None)
+    try:
+        return _sample(Options(**parser.parse_args(argv).as_dict()))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _sample(options: Options) -> int:
+    import torch
+    from tqdm import tqdm
+
+    from softprompt.data import BACKGROUNDS, composite, load_picture
+    from softprompt.files import new_folder
+    from softprompt.micro import MICRO_MODEL
+    from softprompt.pipeline import load_pipeline
+    from train.export import with_lora_of
+    from train.setup import DTYPES, choose_precision, quiet_libraries
+
+    quiet_libraries(True)
+    files = find_pictures(options.pictures)
+    precision, said = choose_precision(options.device, options.precision)
+    on_gpu = torch.cuda.is_available() and options.device != "cpu"
+    folder = MICRO_MODEL if options.model == MICRO else Path(options.model)
+    pipeline = load_pipeline(folder, dtype=DTYPES[precision]).to("cuda" if on_gpu else "cpu")
+    cases = make_cases(options, pipeline)
+    if options.export is not None:
+        pipeline = with_lora_of(pipeline, Path(options.export), DTYPES[precision])
+    pipeline.unet.eval()
+    loaded = {name: load_picture(file, pipeline.picture_size) for name, file in files.items()}
+    opaque = [name for name, picture in loaded.items() if bool((picture[3] == 255).all())]
+    print(said)
+    if opaque:
+        print(
+            f"WARNING    {len(opaque)} pictures have no transparency, e.g. {opaque[0]}: what is behind the object is taken for "
+            f"part of it. Remove the background first, as for training"
+        )
+    colour = torch.tensor(BACKGROUNDS[options.background])
+    with new_folder(options.output) as partial:
+        for name, picture in tqdm(loaded.items(), unit="picture", delay=2, disable=not sys.stderr.isatty()):
+            given = composite(picture, colour)
+            _write(partial, name, given, cases, [sample(pipeline, case, given, options) for case in cases])
+    print(f"made       {options.output}: {', '.join(files)}; {len(cases)} x {pipeline.num_views} views each")
+    return 0
+
+
+def find_pictures(given: Sequence[str]) -> dict[str, Path]:
+    """The PNGs that are given, or in the folders that are given, by a name of their own. Raises: InputError."""
+    found: list[Path] = []
+    for one in map(Path, given):
+        inside = sorted(one.glob("*.png")) if one.is_dir() else [one]
+        if not inside:
+            raise InputError(f"pictures: {one} holds no .png; expected pictures of objects, each seen as view 0")
+        if not one.exists():
+            raise InputError(f"pictures: {one}: not found; expected a PNG or a folder of them; likely a typing mistake")
+        found += inside
+    names = [path.stem for path in found]
+    twins = {name for name in names if names.count(name) > 1}
+    # cam_000.png of two objects: the folder tells them apart.
+    named = [f"{path.absolute().parent.name}_{path.stem}" if path.stem in twins else path.stem for path in found]
+    for index, name in enumerate(named):
+        if name in named[:index]:
+            raise InputError(f"pictures: {found[index]} and {found[named.index(name)]} would both be written as {name}")
+    return dict(zip(named, found, strict=True))
+
+
+def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:
+    """The rows that are asked for. Raises: InputError for a prompt that does not fit the model."""
+    import torch
+
+    from softprompt.embeddings import load_prompt, load_waypoints
+    from softprompt.path import point_on_path
+
+    views, width = pipeline.num_views, pipeline.prompt_width
+
+    def prompt_of(spec: str) -> "Tensor":
+        return load_waypoints(
+            [spec], folder=pipeline.folder, subject=options.subject, angle=options.angle, num_views=views, width=width
+        )[0]
+
+    export = None if options.export is None else Path(options.export)
+    learned = None
+    if options.prompt is not None:
+        learned = prompt_of(options.prompt)
+    elif export is not None:
+        file = next((export / n for n in ("clr_embeds.safetensors", "clr_embeds.pt") if (export / n).is_file()), None)
+        if file is None:
+            inside = f"; did you mean {export / 'export'}?" if (export / "export").is_dir() else ""
+            raise InputError(f"export: {export} holds no clr_embeds.safetensors or .pt; expected a run's export folder{inside}")
+        learned = load_prompt(file, num_views=views, width=width)
+    one = options.rows == "one"
+    start = prompt_of(options.pretrained) if learned is None or not one or options.prompt_strength != 1 else learned
+    learned = start if learned is None else learned
+    path = torch.stack([start, learned])
+    if one:
+        given = learned if options.prompt_strength == 1 else start + options.prompt_strength * (learned - start)
+        return [Case("views", given, options.lora_strength)]
+    if options.rows == "path":
+        return [Case(f"at {s:g}", point_on_path(path, s), 0.0, s == 1) for s in POSITIONS]
+    if options.rows == "strengths":
+        pairs = [(p, lora) for p in STRENGTHS for lora in STRENGTHS]
+        return [Case(f"p {p:g} lora {lora:g}", point_on_path(path, p), lora, (p, lora) == (1, 1)) for p, lora in pairs]
+    return [
+        Case("pretrained", start, 0.0, False),
+        Case("prompt alone", learned, 0.0, False),
+        Case("LoRA alone", start, 1.0, False),
+        Case("both", learned, 1.0, True),
+        Case("next prompt", learned.roll(-1, dims=0), 1.0, False),
+    ]
+
+
+def sample(pipeline: "Pipeline", case: Case, picture: "Tensor", options: Options) -> "Tensor":
+    """[V, 3, S, S] in [0, 1] of one picture, [3, S, S] in [0, 1]."""
+    from softprompt.model import adapters_off
+    from softprompt.sampling import sample_views
+
+    has_lora = bool(getattr(pipeline.unet, "peft_config", None))
+    if has_lora and case.lora != 0:
+        pipeline.unet.set_adapters(["default"], weights=[case.lora])
+    with adapters_off(pipeline.unet) if case.lora == 0 else nullcontext():
+        return sample_views(
+            pipeline,
+            case.prompt,
+            picture,
+            steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            eta=options.eta,
+            seed=options.seed,
+        )[0]
+
+
+def _write(folder: Path, name: str, given: "Tensor", cases: Sequence[Case], rows: Sequence["Tensor"]) -> None:
+    """The views of the case that is shown one by one and in turn; all rows as one picture."""
+    from einops import rearrange
+    from PIL import Image
+
+    from softprompt.data import picture_name
+    from softprompt.embeddings import view_names
+    from train.monitor import preview_grid
+
+    views = next(row for case, row in zip(cases, rows, strict=True) if case.shown)
+    pixels = rearrange((views.clamp(0, 1) * 255).round().byte().cpu(), "v c h w -> v h w c").numpy()
+    frames = [Image.fromarray(view) for view in pixels]
+    (folder / name).mkdir()
+    for number, frame in enumerate(frames):
+        frame.save(folder / name / picture_name(number))
+    frames[0].save(folder / f"{name}.gif", save_all=True, append_images=frames[1:], duration=400, loop=0)
+    labelled = [(case.label, row[None]) for case, row in zip(cases, rows, strict=True)]
+    preview_grid(labelled, given[None], view_names(len(views))).save(folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
