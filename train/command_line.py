@@ -1,6 +1,7 @@
 """The command line of the main job: YAML files and options in, one typed configuration out, every error in one line."""
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,14 @@ move. Batch size and accumulation may as far as the objects of a step stay as ma
 
 _MOST_VALUES, _DEEPEST, _LONGEST = 10_000, 20, 3500
 """Values in a YAML file, inside each other, and characters of one; the largest comparison has a few hundred, 4 deep."""
+
+
+def calm_environment() -> None:
+    """Before the large libraries are imported: what they would otherwise say and do."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it gives advice while it is imported
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait by spinning make a step ten times as long where another process uses the same cores.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @dataclass(frozen=True)

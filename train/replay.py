@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import InputError
+from train.command_line import calm_environment
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -19,6 +20,7 @@ EXIT_NOT_FINITE = 1
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: 0 where all is finite this time, 1 where it is not again, 2 for bad input."""
+    calm_environment()
     parser = argparse.ArgumentParser(
         prog="python -m train.replay",
         description=__doc__,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import set_parsing_settings
 
 from softprompt.errors import InputError
-from train.command_line import Parser
+from train.command_line import Parser, calm_environment
 from train.options import MICRO
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class Case:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: the exit code."""
+    calm_environment()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = SampleParser(
         prog="python -m train.sample",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import InputError, RunError
-from train.command_line import Request, parse
+from train.command_line import Request, calm_environment, parse
 from train.config import to_yaml
 from train.runs import ERROR, LOCK
 
@@ -30,10 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns: 0 done; 1 failed in the middle; 2 bad input; 128 + N stopped by signal N (saved, can be resumed).
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it gives advice while it is imported
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait by spinning make a step ten times as long where another process uses the same cores.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    calm_environment()
     try:
         return _run(parse(argv))
     except (InputError, RunError) as error:

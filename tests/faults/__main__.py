@@ -17,6 +17,9 @@ def main() -> int:
     given = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[2]))
     os.environ["OMP_NUM_THREADS"] = "1"  # a process that has started threads cannot be forked from
+    from train.command_line import calm_environment
+
+    calm_environment()
     from softprompt.data import write_source
     from softprompt.micro.world import MicroWorld
     from tests.faults.harness import differences, import_everything, killed_run, whole_run

@@ -16,7 +16,7 @@ from jsonargparse import set_parsing_settings
 
 from softprompt.errors import InputError
 from softprompt.files import new_file
-from train.command_line import Parser
+from train.command_line import Parser, calm_environment
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,6 +72,7 @@ class BenchmarkParser(Parser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: the exit code."""
+    calm_environment()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = BenchmarkParser(prog="python -m train.benchmark", description=__doc__, allow_abbrev=False)
     parser.add_class_arguments(Options, None)
