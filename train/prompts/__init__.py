@@ -1,0 +1,1 @@
+"""`python -m train.prompts`: prompt files looked at, checked, made, mixed and converted, without training."""

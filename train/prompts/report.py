@@ -1,0 +1,227 @@
+"""Prompts side by side: in the terminal, and as one HTML page that needs nothing else."""
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from softprompt.errors import InputError
+from softprompt.files import new_file
+from train.prompts.measure import (
+    ANOTHER_ENCODER,
+    Drift,
+    Measures,
+    drift,
+    in_ranges,
+    measure,
+    start_distance,
+    words_before_padding,
+)
+from train.prompts.sources import TOY, Source
+
+TEMPLATE = "report.html.jinja"
+MADE_BY = "softprompt train.prompts"
+"""Marks a page as ours."""
+BAR_HEIGHT, BAR_STEP, LABEL = 90, 10, 34
+"""Of a chart over tokens: height, width of a token, and room for the numbers at its left; in pixels before scaling."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A prompt, what was measured of it, and against which other."""
+
+    source: Source
+    measures: Measures
+    drift: Drift | None
+    compared: str
+    """With what, or why not, in words; empty for the first."""
+    words: tuple[int, ...] | None
+    """Tokens of each view that are not padding, as far as is known."""
+
+
+def look_at(sources: Sequence[Source]) -> list[Shown]:
+    """Measure each prompt, and its distance to the first where their shapes agree."""
+    shown: list[Shown] = []
+    first = sources[0]
+    reference_words = words_of(first)
+    for source in sources:
+        measures, words = measure(source.prompt, source.views), words_of(source)
+        if source is first:
+            shown.append(Shown(source, measures, None, "", words))
+        elif source.prompt.shape != first.prompt.shape:
+            shown.append(Shown(source, measures, None, f"not comparable with {first.name}: another shape", words))
+        else:
+            apart = start_distance(source.prompt, first.prompt) > ANOTHER_ENCODER
+            compared = f"from {first.name}" + (", likely made with another text encoder" if apart else "")
+            shown.append(Shown(source, measures, drift(source.prompt, first.prompt, reference_words), compared, words))
+    return shown
+
+
+def words_of(source: Source) -> tuple[int, ...] | None:
+    """How many tokens of each view are words: as its text has, or else by the looks of the padding; None: not known."""
+    if source.words is not None:
+        return source.words
+    found = words_before_padding(source.prompt)
+    return None if found is None else tuple(found)
+
+
+def rows(one: Shown) -> list[tuple[str, str]]:
+    """What there is to say of a prompt, a line each, with its heading."""
+    m, source = one.measures, one.source
+    least, most = (f"{float(norm):.1f}" for norm in m.norms.aminmax())
+    said = [
+        ("shape", source.shape),
+        ("norms", f"a token's is {least} to {most}, mean {float(m.norms.mean()):.1f}"),
+        ("view", view_line(m)),
+        ("closest", "{} and {}, cosine {:.3f}".format(*m.closest)),
+        ("float16", rounding_line(one)),
+    ]
+    if source.toy:
+        said.insert(1, ("encoder", f"{TOY}: of use with the embedded model alone"))
+    if one.words is not None:
+        how = "by its texts" if source.words is not None else "by their likeness"
+        counts = " or ".join(dict.fromkeys(str(count) for count in one.words))
+        said.insert(-2, ("padding", f"from token {counts} on ({how})"))
+    return said + drift_rows(one)
+
+
+def view_line(m: Measures) -> str:
+    """Which tokens carry the view."""
+    carriers, spread = in_ranges(m.carriers), in_ranges(m.spread_over)
+    said = f"token{'s' * (len(m.carriers) != 1)} {carriers} carr{'y' if len(m.carriers) != 1 else 'ies'} it"
+    if m.shared:
+        said += f"; {in_ranges(range(m.shared))} are the same in all views"
+    if spread != carriers:
+        said += f"; over all views {spread} differ, as after names of unequal length"
+    return said
+
+
+def rounding_line(one: Shown) -> str:
+    """What float16 changes."""
+    most, mean = one.measures.rounding
+    if most == 0:
+        return "rounding to it changes nothing" + (": it is stored so" if one.source.dtype == "float16" else "")
+    lost = one.drift.rounded_away if one.drift is not None else None
+    share = "" if lost is None else f"; {lost:.2%} of the change from the first"
+    return f"rounding to it changes a number by {most:.1e} at most, {mean:.1e} on average{share}"
+
+
+def drift_rows(one: Shown) -> list[tuple[str, str]]:
+    """How far it is from the first."""
+    if one.drift is None:
+        return [("change", one.compared)] if one.compared else []
+    d = one.drift
+    views = ", ".join(f"{name} {change:.1%}" for name, change in zip(one.source.views, d.by_view.tolist(), strict=True))
+    furthest = sorted(d.by_token.topk(3).indices.tolist())
+    said = [("change", f"{one.compared}, of its norm: {views}")]
+    if d.rounded_away is None:
+        return [("change", f"{one.compared}: none")]
+    said.append(("", "cosine with it: " + ", ".join(f"{cosine:.3f}" for cosine in d.cosines.tolist())))
+    said.append(("", f"most in token {', '.join(map(str, furthest))} ({float(d.by_token.max()):.1%} of the token's norm)"))
+    where = "not known where its padding begins"
+    if d.in_words is not None:
+        where = f"{d.in_words:.1%} of it (squared) in word tokens, {1 - d.in_words:.1%} in padding"
+    said.append(("", where))
+    return said
+
+
+def print_report(shown: Sequence[Shown]) -> None:
+    """A paragraph and a matrix of cosines for each prompt."""
+    columns = min(120, max(80, shutil.get_terminal_size().columns))
+    for one in shown:
+        print(one.source.name)
+        for heading, said in rows(one):
+            start = f"  {heading:<10}"
+            print(textwrap.fill(said, columns, initial_indent=start, subsequent_indent=" " * 12, break_on_hyphens=False))
+        width = max(11, *(len(view) for view in one.source.views))
+        print(f"  {'cosines':<{width + 2}}" + "".join(f"{view:>{width + 1}}" for view in one.source.views))
+        for view, row in zip(one.source.views, one.measures.cosines.tolist(), strict=True):
+            print(f"    {view:<{width}}" + "".join(f"{cosine:{width + 1}.3f}" for cosine in row))
+        print()
+
+
+def refuse_other_page(path: Path) -> None:
+    """Raises: InputError where something lies that is no earlier page."""
+    if path.is_dir():
+        raise InputError(f"--output {path}: is a folder; expected the name of a page, e.g. prompts.html")
+    if path.is_file() and MADE_BY not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
+        raise InputError(f"--output {path}: is no earlier page of this command; choose another name, or move it away first")
+
+
+def write_page(shown: Sequence[Shown], path: Path, command: str) -> None:
+    """Write the page, whole or not at all. Raises: InputError when it cannot be written."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((package_files("train.prompts") / TEMPLATE).read_text(encoding="utf-8"))
+    context = {
+        "made_by": MADE_BY,
+        "date": f"{datetime.now().astimezone():%-d %B %Y, %H:%M %Z}",
+        "prompts": [as_context(one) for one in shown],
+        "command": command,
+    }
+    try:
+        with new_file(path) as partial:
+            partial.write_text(template.render(context), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output {path}: cannot be written ({error}); likely read-only, or its disk is full") from error
+
+
+def as_context(one: Shown) -> dict[str, Any]:
+    """A prompt as its part of the page shows it."""
+    m, views = one.measures, [view.replace("_", " ") for view in one.source.views]
+    matrix = m.cosines.tolist()
+    least = min(min(row) for row in matrix)
+    carriers = set(m.carriers)
+    return {
+        "name": one.source.name,
+        "rows": rows(one),
+        "texts": list(zip(views, one.source.texts, strict=True)) if one.source.texts else [],
+        "views": views,
+        "matrix": [[{"cosine": c, "ink": (c - least) / ((1 - least) or 1)} for c in row] for row in matrix],
+        "norms": [
+            {"view": view, "min": float(n.min()), "mean": float(n.mean()), "max": float(n.max())}
+            for view, n in zip(views, m.norms, strict=True)
+        ],
+        "charts": [
+            chart("Difference to the view that a view is most like, by token", m.telling, carriers),
+            chart("Spread over all views, by token", m.spread, carriers),
+            *([chart("Change from the first prompt, by token", one.drift.by_token, carriers)] if one.drift else []),
+        ],
+        "change": []
+        if one.drift is None
+        else [
+            {"view": view, "change": change, "cosine": cosine}
+            for view, change, cosine in zip(views, one.drift.by_view.tolist(), one.drift.cosines.tolist(), strict=True)
+        ],
+    }
+
+
+def chart(title: str, values: Tensor, marked: set[int]) -> dict[str, Any]:
+    """Bars over tokens. values: [T]. marked: tokens that carry the view."""
+    top = float(values.max()) or 1.0
+    return {
+        "title": title,
+        "top": top,
+        "width": LABEL + BAR_STEP * len(values),
+        "height": BAR_HEIGHT,
+        "label": LABEL,
+        "bars": [
+            {
+                "x": LABEL + BAR_STEP * t + 1,
+                "width": BAR_STEP - 2,
+                "height": round(BAR_HEIGHT * value / top, 2),
+                "mark": t in marked,
+                "title": f"token {t}: {value:.3f}",
+            }
+            for t, value in enumerate(values.tolist())
+        ],
+        "ticks": [{"x": LABEL + BAR_STEP * t + BAR_STEP / 2, "token": t} for t in range(0, len(values), 10)],
+        "alt": f"{title}. Largest at token {int(values.argmax())}, {float(values.max()):.3f} of a token's norm.",
+    }

@@ -1,0 +1,197 @@
+"""Prompt files and templates => prompts, with what is known of where they come from."""
+
+import filecmp
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers.utils import logging
+
+from softprompt.embeddings import check_prompt, encode_texts, load_prompt, view_names
+from softprompt.errors import InputError
+from softprompt.files import load_pickle, read_json
+from softprompt.micro import MICRO_MODEL
+from softprompt.pipeline import load_text_encoder
+from softprompt.templates import TEMPLATES, VIEWS, Template
+from train.command_line import suggestion
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+SUFFIXES = (".pt", ".safetensors")
+TOY = "the embedded toy's text encoder"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A prompt and what is known of it."""
+
+    name: str
+    """As it was given."""
+    prompt: Tensor
+    """[V, T, D], float32."""
+    dtype: str
+    """As it is stored, or float32 for what was just encoded."""
+    views: tuple[str, ...]
+    words: tuple[int, ...] | None = None
+    """Tokens of each view's text, start and end token with them; the rest is padding. None: the text is not known."""
+    texts: tuple[str, ...] = ()
+    """One a view, where they are known."""
+    toy: bool | None = None
+    """Whether the embedded model's text encoder made it; None: not known."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Of the JSON beside the file."""
+
+    @property
+    def shape(self) -> str:
+        """In words."""
+        views, tokens, width = self.prompt.shape
+        return f"{views} views x {tokens} tokens x {width}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Tokenizer and text encoder of a pipeline folder."""
+
+    folder: Path
+    tokenizer: "CLIPTokenizer"
+    model: "CLIPTextModel"
+
+    @property
+    def name(self) -> str:
+        """As it is given on the command line."""
+        return "micro" if self.folder == MICRO_MODEL else str(self.folder)
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether it is the embedded model's."""
+        return has_toy_encoder(self.folder)
+
+    def encode(self, name: str, texts: Sequence[str], views: Sequence[str], *, is_cut: list[str] | None = None) -> Source:
+        """Texts, one a view, to a prompt. is_cut: is given a sentence for each text that is longer than a prompt.
+
+        Raises: InputError when two views come out the same.
+        """
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            prompt = encode_texts(texts, self.tokenizer, self.model)
+        if is_cut is not None:
+            is_cut += [str(w.message) for w in warned if "is cut to" in str(w.message)]
+        check_prompt(prompt, num_views=len(texts), origin=f"{name!r} encoded by {self.name}")
+        counts = tuple(min(len(ids), prompt.shape[1]) for ids in self.tokenizer(list(texts)).input_ids)
+        return Source(name, prompt, "float32", tuple(views), counts, tuple(texts), self.is_toy)
+
+
+def open_encoder(model: str) -> Encoder:
+    """The encoder of a pipeline folder, or of the embedded model. Raises: InputError naming what is missing."""
+    logging.disable_progress_bar()
+    folder = model_folder(model)
+    return Encoder(folder, *load_text_encoder(folder))
+
+
+def model_folder(model: str) -> Path:
+    """`micro` is the embedded model. Raises: InputError when there is no such folder."""
+    folder = MICRO_MODEL if model == "micro" else Path(model)
+    if not folder.is_dir():
+        raise InputError(f"--model {model}: no such folder; expected a FaceLift pipeline folder (pipeckpts), or micro")
+    return folder
+
+
+def has_toy_encoder(folder: Path) -> bool:
+    """Whether a pipeline folder's text encoder is the embedded model's, byte for byte."""
+    weights = "text_encoder/model.safetensors"
+    return (folder / weights).is_file() and filecmp.cmp(folder / weights, MICRO_MODEL / weights, shallow=False)
+
+
+def model_takes(folder: Path) -> tuple[int, int]:
+    """(V, D): how many views, and how wide a prompt, the UNet of a pipeline folder takes; no weight is read.
+
+    Raises: InputError when its configuration is missing or does not say.
+    """
+    file = folder / "unet" / "config.json"
+    config = read_json(file, what="the UNet's configuration")
+    taken = {"num_views": len(VIEWS), "cross_attention_dim": None} | config
+    for name in ("num_views", "cross_attention_dim"):
+        if not isinstance(taken[name], int) or taken[name] < 1:
+            raise InputError(f"{file}: {name} is {taken[name]!r}; expected a whole number; likely no UNet of FaceLift's family")
+    return taken["num_views"], taken["cross_attention_dim"]
+
+
+def fill_in(text: str, *, subject: str, angles: str | Sequence[str], views: Sequence[str] = VIEWS) -> list[str]:
+    """The texts of a template's name, or of a text with {view}, one a view.
+
+    angles: for {angle}, one for all views or one each. Raises: InputError for what is neither.
+    """
+    if text not in TEMPLATES and "{" not in text:
+        raise InputError(
+            f"--text {text!r}: is no template ({', '.join(TEMPLATES)}) and no text with {{view}}"
+            f"{suggestion(text, list(TEMPLATES)).removesuffix('; --help lists the options')}"
+        )
+    template = TEMPLATES.get(text, Template(text))
+    each = [angles] * len(views) if isinstance(angles, str) else angles
+    return [template.texts(subject=subject, angle=angle, views=(view,))[0] for view, angle in zip(views, each, strict=True)]
+
+
+def open_file(path: str | Path) -> Source:
+    """A prompt file of any number of views and any width, and what the JSON beside it says.
+
+    Raises: InputError, as `load_prompt`, and for fewer than two views.
+    """
+    path = Path(path)
+    stored = _stored(path)
+    views = stored.shape[0] if stored is not None and stored.ndim == 3 else len(VIEWS)
+    prompt = load_prompt(path, num_views=views)
+    if views < 2:
+        raise InputError(f"{path}: has {views} view; expected 2 or more, one text embedding each; likely one view was cut out")
+    assert stored is not None, "load_prompt refuses what holds no tensor"
+    beside = described(path, prompt)
+    named, texts = (_listed(beside, name, str, views) for name in ("views", "texts"))
+    counted = _listed(beside, "text_tokens", int, views)
+    return Source(
+        str(path),
+        prompt,
+        str(stored.dtype).removeprefix("torch."),
+        tuple(named or view_names(views)),
+        tuple(counted) if counted else None,
+        tuple(texts),
+        beside["toy_encoder"] if isinstance(beside.get("toy_encoder"), bool) else None,
+        beside,
+    )
+
+
+def described(path: Path, prompt: Tensor) -> dict[str, Any]:
+    """The JSON beside a prompt file, as `save_prompt` writes it; empty where there is none, or it is of something else."""
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) and content.get("shape") == list(prompt.shape) else {}
+
+
+def _stored(path: Path) -> Tensor | None:
+    """The tensor as it lies in the file; None where `load_prompt` has something to refuse."""
+    if not path.is_file():
+        return None
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                return file.get_tensor(names[0]) if len(names) == 1 else None
+        content = load_pickle(path)
+    except Exception:  # which one depends on the byte that is wrong; load_prompt says it
+        return None
+    return content if isinstance(content, Tensor) else None
+
+
+def _listed(content: Mapping[str, Any], name: str, kind: type, length: int) -> list[Any]:
+    """What a JSON lists under a name, one of a kind for each view; empty where it is anything else."""
+    value = content.get(name)
+    return value if isinstance(value, list) and len(value) == length and all(isinstance(v, kind) for v in value) else []
