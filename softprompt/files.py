@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from softprompt.errors import InputError
 
@@ -45,7 +46,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    partial = path.with_name(f".{path.stem}.partial-{uuid4().hex[:12]}{path.suffix}")  # processes of other machines write too
     try:
         yield partial
         _let_others_read(partial)
@@ -59,7 +60,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
 def remove_folder(path: str | Path) -> None:
     """Remove a folder so that a kill in the middle leaves none that looks whole."""
     path = Path(path)
-    doomed = path.with_name(f".{path.name}.partial-removed-{os.getpid()}")
+    doomed = path.with_name(f".{path.name}.partial-removed-{uuid4().hex[:12]}")
     os.replace(path, doomed)
     doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
 

@@ -153,8 +153,8 @@ class ShardStore:
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
             return shard.row(row)
-        except (SafetensorError, OSError, ValueError, RuntimeError, IndexError):
-            return None
+        except (SafetensorError, FileNotFoundError, ValueError, RuntimeError, IndexError):
+            return None  # any other OSError, no permission say, is no damage: it is raised, and the shard stays
 
 
 class _Shard:
@@ -178,8 +178,8 @@ def _keys_in(path: Path) -> NDArray[np.bytes_] | None:
     try:
         with safe_open(path, framework="np") as file:
             keys = file.get_tensor("keys")
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError):
-        return None
+    except (SafetensorError, FileNotFoundError, ValueError, RuntimeError, TypeError):
+        return None  # any other OSError is no damage
     if keys.ndim != 2 or keys.shape[1] != KEY_BYTES or keys.dtype != np.uint8:
         return None
     names = np.ascontiguousarray(keys).view(KEY)[:, 0]

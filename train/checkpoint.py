@@ -21,7 +21,20 @@ STATE = "state.pt"
 MANIFEST = "manifest.json"
 """Of a checkpoint, written last: size and checksum of its state, how far the run was, and a checksum of all that."""
 _STATE = {"trainable", "waypoints", "optimizer", "schedule", "ema", "scaler"}
-_PROGRESS = {"step", "first", "last", "best", "pace", "warned", "worse", "running_loss", "window", "objects_per_step"}
+_PROGRESS = {
+    "step",
+    "first",
+    "last",
+    "best",
+    "pace",
+    "warned",
+    "worse",
+    "running_loss",
+    "window",
+    "skipped_in_a_row",
+    "objects_per_step",
+    "data",
+}
 
 
 class DamagedError(Exception):
@@ -135,6 +148,15 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     if not checkpoints:
         raise InputError(f"{run / 'checkpoints'}: holds no checkpoint to resume from; the run stopped before its first one")
     raise InputError(f"{run / 'checkpoints'}: holds no sound checkpoint to resume from: {'; '.join(damaged)}")
+
+
+def set_aside_newer(run: Path, step: int) -> None:
+    """Give checkpoints newer than the one that is gone on with, which are damaged, names that are no checkpoint's."""
+    for folder in list_checkpoints(run):
+        if _step_of(folder) > step:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.replace(aside)
 
 
 def _read_if_sound(folder: Path, damaged: list[str]) -> dict[str, Any] | None:

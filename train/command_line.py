@@ -33,11 +33,15 @@ FREE_ON_RESUME = (
     "train.device",
     "train.gradient_checkpointing",
     "train.compile",
-    "monitor",
+    "monitor.log_every",
+    "monitor.preview_every",
+    "monitor.checkpoint_every",
+    "monitor.checkpoints_kept",
     "export",
 )
-"""Options that may change when a run is resumed: its length, where it runs and what is looked at, and paths, since folders
-move. Batch size and accumulation may as far as the objects of a step stay as many (see `train.softprompt`)."""
+"""Options that may change when a run is resumed: its length, where it runs, how often it is looked at, and paths, since folders
+move. Batch size and accumulation may as far as the objects of a step stay as many, data as far as the samples are the same
+(see `train.softprompt`)."""
 
 
 _MOST_VALUES, _DEEPEST, _LONGEST = 10_000, 20, 3500
@@ -64,8 +68,8 @@ class Request:
     dry_run: bool
     resume_override: bool = False
     """Whether a resumed run may change what its numbers depend on."""
-    overridden: tuple[str, ...] = ()
-    """Which settings it then changes, in words."""
+    changed: tuple[str, ...] = ()
+    """Which settings a resumed run changes, in words."""
 
 
 class Parser(ArgumentParser):
@@ -170,10 +174,11 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     parser.reading = None
     namespace = parser.parse_args(argv)
     config = parser.instantiate(namespace)
-    changed = () if resume is None else _changed(parser.parse_args(argv[:2]), namespace)
-    if changed and not namespace.resume_override:
+    changed = {} if resume is None else _changed(parser.parse_args(argv[:2]), namespace)
+    refused = [said for name, said in changed.items() if not name.startswith(FREE_ON_RESUME)]
+    if refused and not namespace.resume_override:
         raise InputError(
-            f"--resume {resume}: {'; '.join(changed)}. A resumed run keeps its settings, but for {', '.join(FREE_ON_RESUME)}; "
+            f"--resume {resume}: {'; '.join(refused)}. A resumed run keeps its settings, but for {', '.join(FREE_ON_RESUME)}; "
             f"leave the option out, start a new run, or change it on purpose with --resume-override"
         )
     if resume is None and namespace.resume_override:
@@ -186,17 +191,13 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         resume=resume,
         dry_run=namespace.dry_run,
         resume_override=namespace.resume_override,
-        overridden=changed,
+        changed=tuple(changed.values()),
     )
 
 
-def _changed(before: Namespace, now: Namespace) -> tuple[str, ...]:
-    """What a resumed run would change of that which its numbers depend on, in words."""
-    return tuple(
-        f"{name}: is {now[name]}; the run has {before[name]}"
-        for name in option_kinds()
-        if now[name] != before[name] and not name.startswith(FREE_ON_RESUME)
-    )
+def _changed(before: Namespace, now: Namespace) -> dict[str, str]:
+    """Of each option that a resumed run would change, both values in words."""
+    return {name: f"{name}: is {now[name]}; the run has {before[name]}" for name in option_kinds() if now[name] != before[name]}
 
 
 def _check_file(file: str) -> None:

@@ -3,7 +3,7 @@
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,10 @@ def _views(pipeline: Pipeline, prompt: Tensor, picture: Tensor) -> Tensor:
     """Two deterministic steps are enough to show a difference."""
     training = pipeline.unet.training
     pipeline.unet.eval()
-    views = sample_views(pipeline, prompt, picture, steps=2, guidance_scale=2.0, eta=0.0)
+    # What is read back is not compiled, and compiled blocks round otherwise: in half precision by far more than any tolerance.
+    compiled = any(getattr(module, "_compiled_call_impl", None) for module in pipeline.unet.modules())
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        views = sample_views(pipeline, prompt, picture, steps=2, guidance_scale=2.0, eta=0.0)
     pipeline.unet.train(training)
     return views
 
@@ -243,11 +246,12 @@ def how_to_use(folder: Path) -> list[str]:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raises: InputError when the disk of `folder` has less than `needed` bytes free."""
+    """Raises: InputError when the disk of `folder` has not room for a run of `needed` bytes, what it holds already included."""
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free, more = shutil.disk_usage(existing).free, max(0, needed - there)
+    if free < more:
         raise InputError(
-            f"output: {existing} has {free / 1e9:.1f} GB free; the run needs about {needed / 1e9:.1f} GB (checkpoints, "
-            f"exports); choose another --output, or --export.pipeline false"
+            f"output: {existing} has {free / 1e9:.1f} GB free; the run needs about {more / 1e9:.1f} GB more (checkpoints, "
+            f"exports); make room, put a new run on another disk, or --export.pipeline false"
         )

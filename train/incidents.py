@@ -1,17 +1,18 @@
 """A step whose numbers were not finite, written down so that it can be done again: `python -m train.replay`."""
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
+from tqdm import tqdm
 
-from softprompt.files import remove_folder, write_json
+from softprompt.errors import InputError, RunError
+from softprompt.files import remove_folder
 from train.batches import Wanted
-from train.checkpoint import write_state
+from train.checkpoint import DamagedError, verify, write_state
 from train.run import Run
 
-FILE = "incident.json"
 KEPT = 5
 """Newest incidents of a run."""
 
@@ -33,9 +34,6 @@ def write_incident(run: Run, step: int, what: str) -> Path:
     folder = run.folder / "incidents" / f"step-{step:06d}"
     if not job.accelerator.is_main_process:
         return folder
-    if folder.is_dir():
-        remove_folder(folder)  # of the same step, before the run was resumed
-    write_state(folder, progress=run.progress() | {"step": step}, **run.state())
     incident = {
         "step": step,
         "not_finite": what,
@@ -43,11 +41,18 @@ def write_incident(run: Run, step: int, what: str) -> Path:
         "lowest_timestep": lowest,
         "kl_weight": run.pace.kl_weight,
         "processes": job.accelerator.num_processes,
+        "batch_size": job.config.train.batch_size,
+        "accumulation": job.config.train.accumulation,
         "precision": job.accelerator.mixed_precision,
         "batches": batches,
         "again": f"python -m train.replay {folder}",
     }
-    write_json(folder / FILE, incident)
+    try:
+        if folder.is_dir():
+            remove_folder(folder)  # of the same step, before the run was resumed
+        write_state(folder, progress=run.progress() | {"incident": incident}, **run.state())
+    except (RunError, OSError) as error:  # a full disk, say: no reason to end a run that goes on
+        tqdm.write(f"WARNING step {step}: what was not finite could not be written down: {error}", file=sys.stderr)
     for old in list_incidents(run.folder)[:-KEPT]:
         remove_folder(old)
     return folder
@@ -66,6 +71,9 @@ def _describe(run: Run, wanted: Wanted) -> dict[str, Any]:
 
 
 def read_incident(folder: Path) -> dict[str, Any]:
-    """What `write_incident` wrote. Raises: OSError, ValueError."""
-    incident: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    """What `write_incident` wrote. Raises: InputError."""
+    try:
+        incident: dict[str, Any] = verify(folder)["incident"]
+    except (DamagedError, KeyError) as error:
+        raise InputError(f"{folder}: holds no incident ({error}); expected RUN/incidents/step-N, as a run leaves it") from error
     return incident

@@ -24,7 +24,7 @@ from softprompt.embeddings import view_names
 from softprompt.errors import RunError
 from softprompt.files import new_file, remove_partial
 from softprompt.templates import view_texts
-from train.checkpoint import list_checkpoints, restore, save_checkpoint, save_progress
+from train.checkpoint import list_checkpoints, restore, save_checkpoint, save_progress, set_aside_newer
 from train.config import Config, option_values, to_yaml
 from train.evaluate import averaged, learned_effect, pretrained_original_loss, preview, preview_series, validation_series
 from train.export import export, export_pipeline
@@ -141,6 +141,7 @@ def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
             run.pace = replace(run.pace, kl_weight=config.kl.weight)  # which --resume-override may have changed
         if job.accelerator.is_main_process:
             remove_partial(folder)
+            set_aside_newer(folder, run.step)
     if job.accelerator.is_main_process:
         with new_file(folder / "config.yaml") as partial:
             partial.write_text(to_yaml(config), encoding="utf-8")
@@ -239,7 +240,7 @@ def _log(run: Run, since: float) -> dict[str, float]:
     for group in job.optimizer.param_groups:
         name = group["name"]
         series[f"learning_rate/{name}"] = group["lr"]
-        if norms := [r.grad_norms[name] for r in window]:
+        if norms := [r.grad_norms[name] for r in window if not r.skipped]:
             series[f"gradient/norm_{name}"] = sum(norms) / len(norms)
             series[f"gradient/clipped_share_{name}"] = sum(n > limit for n in norms) / len(norms)
     series["curriculum/position"] = run.position
@@ -308,13 +309,8 @@ def _evaluate_if_due(run: Run) -> None:
     run.last = {**series, "step": run.step}
     run.first = run.first or run.last
     improved = run.best is None or series["loss/validation"] < run.best["loss"]
-    if improved:
+    if improved and _best_exported(run):
         run.best = {"step": run.step, "loss": series["loss/validation"]}
-    if improved and 0 < run.step < job.config.train.steps:
-        try:
-            _export(run, run.folder / "export" / "best")
-        except RunError as error:  # the run goes on: a later export may be sound, and the checkpoint of this step is
-            tqdm.write(f"WARNING: {error}", file=sys.stderr)
     if job.accelerator.is_main_process:
         save_progress(run.folder, run.progress())  # last: a run that is killed before evaluates and exports again
 
@@ -363,6 +359,18 @@ def _refuse_moved_weights(run: Run) -> None:
             f"step {run.step}: {len(moved)} frozen tensors are not what they were at the start, e.g. {moved[0]}; this is no "
             f"setting of yours but a fault of the program or of the memory; the checkpoints hold only what trains"
         )
+
+
+def _best_exported(run: Run) -> bool:
+    """Export the best so far. Returns: whether that stands; step 0, the pretrained model, needs none."""
+    if run.step == 0:
+        return True
+    try:
+        _export(run, run.folder / "export" / "best")
+    except RunError as error:  # the run goes on: a later export may be sound, and the checkpoint of this step is
+        tqdm.write(f"WARNING: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _evaluated(run: Run) -> bool:

@@ -319,7 +319,8 @@ class TrainConfig:
     ema_decay: float | None = None
     """Keep a moving average of prompt and LoRA, e.g. 0.999; previews, validation and export then use it. null: none."""
     gradient_checkpointing: Literal["auto", "always", "never"] = "auto"
-    """Less memory for a third more time. auto: once a step has run out of memory, from that step on."""
+    """Less memory for a third more time. auto: once a step has run out of memory, from that step on (one process alone; with
+    several, say always)."""
     compile: bool = False
     """torch.compile for the UNet's transformer blocks: faster steps on a GPU after minutes of compiling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,12 +1,16 @@
-"""Do a step again whose numbers were not finite, and say where it comes from: `python -m train.replay INCIDENT`."""
+"""Do a step again whose numbers were not finite, and say where it comes from: `python -m train.replay INCIDENT`.
+
+Each of its samples by itself, with the weights, noise and timestep that it had; LoRA dropout and the separation are left out.
+"""
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from softprompt.errors import InputError
 from train.command_line import calm_environment
@@ -18,10 +22,18 @@ EXIT_BAD_INPUT = 2
 EXIT_NOT_FINITE = 1
 
 
+class ReplayParser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; expected a folder RUN/incidents/step-N", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: 0 where all is finite this time, 1 where it is not again, 2 for bad input."""
     calm_environment()
-    parser = argparse.ArgumentParser(
+    parser = ReplayParser(
         prog="python -m train.replay",
         description=__doc__,
         epilog="Options of train.softprompt may follow, to try a remedy: python -m train.replay RUN/incidents/step-000120 "
@@ -38,15 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def replay(folder: Path, options: Sequence[str]) -> int:
     """See `main`. Raises: InputError."""
-    from train.incidents import FILE, read_incident
-
-    try:
-        incident = read_incident(folder)
-        step, batches = incident["step"], incident["batches"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: holds no {FILE} that can be read ({error}); expected RUN/incidents/step-N") from error
     from train.command_line import parse
+    from train.incidents import read_incident
 
+    folder = folder.resolve()
+    incident = read_incident(folder)
+    step, batches = incident["step"], incident["batches"]
     config = parse(["--config", str(folder.parents[1] / "config.yaml"), *options]).config
     print(f"step {step} of {folder.parents[1]}: {incident['not_finite']} ({incident['precision']})\n")
     found = _do_again(config, folder, incident)
@@ -66,9 +75,9 @@ def replay(folder: Path, options: Sequence[str]) -> int:
 @dataclass
 class _Found:
     losses: list[float] = field(default_factory=list)
-    """Of each sample, in the incident's order."""
+    """Of each sample, in the incident's order, with the KL where the step held it."""
     norms: dict[str, float] = field(default_factory=dict)
-    """Of the gradients, by group, of the batches' sum."""
+    """Of the gradients, by group, of the samples' sum."""
     first_layer: str | None = None
 
 
@@ -76,7 +85,7 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
     import torch
     from diffusers.training_utils import EMAModel
 
-    from train.batches import Batches, Wanted
+    from train.batches import Batches, Wanted, kl_domains
     from train.checkpoint import DamagedError, read_state, restore
     from train.loop import make_schedule
     from train.setup import make_accelerator, prepare
@@ -105,6 +114,11 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
         if not list(module.children()):
             module.register_forward_hook(watch(name))
     replay = None if job.original is None else job.original.replay
+    # Shared out as it was: the run may have been resumed with another batch size since.
+    split = {name: incident[name] for name in ("batch_size", "accumulation")}
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **split))
+    domains = kl_domains(config, incident["step"])
+    kl_share = incident["kl_weight"] * config.kl.every / max(1, len(domains))
     for batch in incident["batches"]:
         batches = Batches(config, job.pipeline, job.train, replay, process=batch["process"], processes=incident["processes"])
         wanted = Wanted(incident["step"], batch["part"], incident["lowest_timestep"], batch["domain"] == "original")
@@ -112,10 +126,10 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
             raise InputError(f"{folder}: its samples are not those of data.train any more; give the data as it was")
         made = batches.make(wanted)
         for index in range(len(made.timesteps)):
-            fit, kl = losses(job, made.only(index), incident["position"], with_kl=config.kl.weight > 0)
-            total = fit + incident["kl_weight"] * kl.mean()
+            fit, kl = losses(job, made.only(index), incident["position"], with_kl=batch["domain"] in domains)
+            total = kl_share * kl.mean() + (fit if batch["domain"] == "new" else 0)
             found.losses.append(float(total.detach()))
-            job.accelerator.backward(total)
+            total.backward()  # without fp16's scaler, so that the norms are the gradients' own
     for group, parameters in job.adapted.trainable().items():
         gradients = [p.grad.norm() for p in parameters.values() if p.grad is not None]
         found.norms[group] = float(torch.stack(gradients).norm()) if gradients else 0.0

@@ -90,12 +90,14 @@ class Run:
             "worse": self.worse,
             "running_loss": self.running_loss,
             "window": [asdict(result) for result in self.window],
+            "skipped_in_a_row": self.skipped_in_a_row,
             "objects_per_step": self.job.objects_per_step,
+            "data": self.job.data,
         }
 
     def go_on_from(self, progress: Mapping[str, Any]) -> None:
         """Take over what `progress` gave."""
-        for name in ("step", "first", "last", "best", "warned", "worse", "running_loss"):
+        for name in ("step", "first", "last", "best", "warned", "worse", "running_loss", "skipped_in_a_row"):
             setattr(self, name, progress[name])
         self.pace = Pace.from_json(progress["pace"])
         self.window = [StepResult(**result) for result in progress["window"]]

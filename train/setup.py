@@ -23,6 +23,7 @@ from softprompt.model import AdaptedModel, add_lora, compile_blocks
 from softprompt.path import match_tokens
 from softprompt.pipeline import Pipeline, load_pipeline
 from softprompt.prompt import SoftPrompt
+from softprompt.shards import key_of
 from train.batches import Batches
 from train.config import Config
 from train.export import start_from
@@ -70,6 +71,14 @@ class Job:
     """What was decided on the user's behalf, to be said."""
     skipped: list[str]
     """Samples that cannot be used and are left out, each with what is wrong."""
+
+    @property
+    def data(self) -> dict[str, str]:
+        """What stands for each set of samples: how many, and a digest of their names in order. Paths may differ."""
+        sets = {"data.train": self.train, "data.val": self.held_out}
+        if self.original is not None:
+            sets["data.original"] = self.original.held_out
+        return {name: f"{len(objects)} objects, {key_of(*objects.names).hex()[:8]}" for name, objects in sets.items()}
 
     @property
     def objects_per_step(self) -> int:

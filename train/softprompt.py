@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(request: Request) -> int:
     import torch
-    from safetensors import SafetensorError
 
     from train.checkpoint import load_checkpoint
     from train.export import check_free_space
@@ -52,33 +52,25 @@ def _run(request: Request) -> int:
     from train.stop import StopSignal
 
     config = request.config
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
     try:
         accelerator = make_accelerator(config)
         with _run_folder(request, accelerator) as folder:
             state = load_checkpoint(folder) if request.resume else None
             job = prepare(config, accelerator, resumed=state is not None)
             if state is not None and not request.resume_override:
-                _refuse_another_batch(job, state)
+                _refuse_another_run(job, state)
             main_process = accelerator.is_main_process
             if main_process:
                 print(to_yaml(config))
-                print(_summary(job, folder, state, request.overridden), flush=True)
+                print(_summary(job, folder, state, request.changed), flush=True)
             if request.dry_run:
                 return _dry_run(job, folder)
             with StopSignal() as stop:
                 if main_process:
                     check_free_space(folder, disk_needed(job))
-                try:
+                with _told(folder, accelerator):
                     run = train(job, folder, state=state, stop=stop)
-                except (OSError, SafetensorError) as error:
-                    raise _cannot_write(folder, error) from error
-                except RuntimeError as error:
-                    if not _lost_another_process(error, accelerator):
-                        raise
-                    raise RunError(
-                        f"another process of this run has ended, and this one cannot go on without it "
-                        f"({' '.join(str(error).split())[:160]}). {_kept(folder)}"
-                    ) from error
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of GPU memory ({str(error).split('. ')[0]}); what checkpoints there are stay good. Lower train.batch_size "
@@ -91,8 +83,47 @@ def _run(request: Request) -> int:
     return 0 if run.step >= config.train.steps else 128 + (stop.number or 0)
 
 
-def _refuse_another_batch(job: "Job", state: "Mapping[str, Any]") -> None:
-    """However many processes and batches share them: with other objects a step the run would be another. Raises: InputError."""
+@contextmanager
+def _told(folder: Path, accelerator: "Accelerator") -> Iterator[None]:
+    """Whatever ends a run while it trains ends it in words, with what it leaves, and is kept in its folder until it is resumed.
+
+    Raises: RunError.
+    """
+    from safetensors import SafetensorError
+
+    main = accelerator.is_main_process
+    if main:
+        (folder / ERROR).unlink(missing_ok=True)
+    try:
+        try:
+            yield
+        except InputError as error:  # a picture that went away: what was right when the run began is not any more
+            raise RunError(f"{error}. {_kept(folder)}") from error
+        except (OSError, SafetensorError) as error:
+            problem = " ".join(str(error).split())
+            raise RunError(f"{problem}; likely the disk is full or was unmounted. {_kept(folder)}") from error
+        except RuntimeError as error:
+            if not _lost_another_process(error, accelerator):
+                raise
+            raise RunError(
+                f"another process of this run has ended, and this one cannot go on without it "
+                f"({' '.join(str(error).split())[:160]}). {_kept(folder)}"
+            ) from error
+    except Exception as error:
+        if main:
+            with suppress(OSError):  # of a disk that is full: the error itself is what has to be told
+                (folder / ERROR).write_text(f"{error or type(error).__name__}\n", encoding="utf-8")
+        raise
+
+
+def _refuse_another_run(job: "Job", state: "Mapping[str, Any]") -> None:
+    """With other samples, or another number of them a step, the run would be another. Raises: InputError."""
+    for name, there in job.data.items():
+        if there != (before := state["data"].get(name, there)):
+            raise InputError(
+                f"{name}: has {there} (by their names); the run has {before}. The order of the data, or what the losses are "
+                f"measured on, would be another from here on. Give the data as it was, or --resume-override"
+            )
     then, now, train = state["objects_per_step"], job.objects_per_step, job.config.train
     if now != then:
         raise InputError(
@@ -100,10 +131,6 @@ def _refuse_another_batch(job: "Job", state: "Mapping[str, Any]") -> None:
             f"{job.accelerator.num_processes} processes); the run's steps take {then}. Expected batch size, accumulation and "
             f"processes that make {then}, or --resume-override"
         )
-
-
-def _cannot_write(folder: Path, error: Exception) -> RunError:
-    return RunError(f"{' '.join(str(error).split())}; likely the disk is full or was unmounted. {_kept(folder)}")
 
 
 def _kept(folder: Path) -> str:
@@ -137,14 +164,7 @@ def _run_folder(request: Request, accelerator: "Accelerator") -> Iterator[Path]:
         folder, lock = _take(request)
     folder = Path(broadcast_object_list([str(folder)])[0])
     try:
-        if lock is not None:
-            (folder / ERROR).unlink(missing_ok=True)
         yield folder
-    except Exception as error:
-        if lock is not None and (folder / "config.yaml").is_file():
-            with suppress(OSError):  # of a disk that is full: the error itself is what has to be told
-                (folder / ERROR).write_text(f"{error or type(error).__name__}\n", encoding="utf-8")
-        raise
     finally:
         if lock is not None:
             if request.resume is None and os.listdir(folder) == [LOCK]:
@@ -196,7 +216,7 @@ def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
     return root / f"{name}-{max(numbers) + 1:03d}"
 
 
-def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None", overridden: Sequence[str]) -> str:
+def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None", changed: Sequence[str]) -> str:
     """What is about to happen, in a few lines."""
     from softprompt.embeddings import mean_pairwise_cosine
 
@@ -216,7 +236,7 @@ def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None", overri
     ]
     if state is not None:
         lines += [f"WARNING    {damage}; the checkpoint before it is used" for damage in state["damaged"]]
-        lines += [f"changed    {change}" for change in overridden]
+        lines += [f"changed    {change}" for change in changed]
         lines.append(f"resumed    at step {state['step']} of {config.train.steps}")
     return "\n".join(lines)
 

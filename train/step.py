@@ -59,7 +59,8 @@ def training_step(job: Job, step: int, pace: Pace | None = None) -> StepResult:
         job.optimizer.zero_grad(set_to_none=True)
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
-    if not_finite is None:
+    skipped = not_finite is not None or accelerator.optimizer_step_was_skipped
+    if not skipped:
         _regularise_prompt(job, step, position)
     return StepResult(
         denoising=denoising,
@@ -67,7 +68,7 @@ def training_step(job: Job, step: int, pace: Pace | None = None) -> StepResult:
         kl_on_original=kls.get("original"),
         kl_sums=kl_sums,
         grad_norms=grad_norms,
-        skipped=not_finite is not None or accelerator.optimizer_step_was_skipped,
+        skipped=skipped,
         not_finite=not_finite,
     )
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from types import FrameType
 from typing import Any
@@ -49,24 +48,25 @@ class StopSignal:
                 os._exit(128 + number)
             return
         self.number, self._noted_at = number, time.monotonic()
-        print(
+        said = (
             f"\n{signal.Signals(number).name}: finishing what is under way, then saving a checkpoint and the export; Ctrl-C in "
-            f"{ONE_STOP_S:g} s or later stops at once",
-            file=sys.stderr,
+            f"{ONE_STOP_S:g} s or later stops at once\n"
         )
+        os.write(2, said.encode())  # print may be at work in what was interrupted
 
     def save_agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked for a checkpoint since this was last asked."""
         asked, self.save = self.save, False
-        return _any(asked, accelerator)
+        return _highest(int(asked), accelerator) > 0
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process received one: all then stop after the same step."""
-        return _any(self.number is not None, accelerator)
+        self.number = _highest(self.number or 0, accelerator) or None
+        return self.number is not None
 
 
-def _any(mine: bool, accelerator: Accelerator) -> bool:
+def _highest(mine: int, accelerator: Accelerator) -> int:
+    """Over all processes."""
     if accelerator.num_processes == 1:
         return mine
-    noted = torch.tensor([float(mine)], device=accelerator.device)
-    return bool(accelerator.reduce(noted, reduction="sum").item() > 0)
+    return int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).max())

@@ -83,9 +83,7 @@ def fork(argv: Sequence[str], folder: Path, kill: Kill | None = None) -> Ended:
     if child == 0:
         _child(argv, folder, said, counted, kill)
     if kill is not None and kill.seconds is not None:
-        while (
-            time.monotonic() - began < kill.seconds and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        ):
+        while time.monotonic() - began < kill.seconds and not _has_ended(child):
             time.sleep(0.005)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)

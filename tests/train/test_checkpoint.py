@@ -18,7 +18,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from softprompt.errors import InputError, RunError
 from train import checkpoint
-from train.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint, restore, save_checkpoint, save_progress
+from train.checkpoint import (
+    checkpoint_folder,
+    list_checkpoints,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+    save_progress,
+    set_aside_newer,
+)
 from train.config import Config
 from train.loop import training_step
 from train.setup import Job, prepare
@@ -34,6 +42,8 @@ PROGRESS = {
     "worse": 0,
     "running_loss": 0.5,
     "window": [],
+    "skipped_in_a_row": 0,
+    "data": {"data.train": "4 objects, 0123abcd"},
     "objects_per_step": 1,
 }
 
@@ -309,6 +319,18 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     with pytest.raises(InputError, match=r"holds no sound checkpoint to resume from: .*step-000002") as error:
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value), "more than one line"
+
+
+def test_damaged_checkpoints_newer_than_the_one_gone_on_with_do_not_push_new_ones_out(
+    tmp_path: Path, untrained: Training
+) -> None:
+    untrained.save(tmp_path, step=1)
+    (untrained.save(tmp_path, step=9) / "state.pt").write_bytes(b"half")
+    state = load_checkpoint(tmp_path)
+    set_aside_newer(tmp_path, state["step"])
+    untrained.save(tmp_path, step=2, keep=1)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000002"]
+    assert (tmp_path / "checkpoints" / "step-000009.damaged").is_dir()
 
 
 def test_a_bit_that_flipped_is_found(tmp_path: Path, untrained: Training) -> None:

@@ -281,6 +281,20 @@ def test_a_newer_export_takes_the_place_of_an_older_and_leaves_the_rest(model: T
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
 
+def test_compiled_blocks_that_round_otherwise_are_not_compared_with(model: Trained, tmp_path: Path) -> None:
+    def rounds_otherwise(graph: Callable[..., list[Tensor]], _: object) -> Callable[..., list[Tensor]]:
+        return lambda *inputs: [output * 1.001 for output in graph(*inputs)]
+
+    for block in model.pipeline.unet.modules():
+        if type(block).__name__ == "BasicTransformerBlock":
+            block.compile(backend=rounds_otherwise)
+    try:
+        assert model.export(tmp_path / "export").read_back == 0
+    finally:
+        for block in model.pipeline.unet.modules():
+            block._compiled_call_impl = None
+
+
 @pytest.mark.parametrize("broken", ["weights", "nan"])
 def test_an_export_that_reads_back_otherwise_is_none_and_the_earlier_one_stays(
     model: Trained, done: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str

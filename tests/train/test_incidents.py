@@ -147,10 +147,34 @@ def test_a_step_done_again_names_the_layer_or_says_that_all_is_well(
     assert said.endswith("not finite again\n")
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_what_is_no_incident_is_refused(tmp_path: Path, there: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    if there:
-        (tmp_path / "incident.json").write_text("{}")
-    assert main([str(tmp_path)]) == 2
+@pytest.mark.parametrize("content", [None, "{}", "[1]"])
+def test_what_is_no_incident_is_refused(
+    tmp_path: Path, content: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    assert main(["."]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {tmp_path}: holds no incident.json that can be read") and said.count("\n") == 1
+    assert said.startswith(f"error: {tmp_path}: holds no incident") and said.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err.startswith("error: the following arguments are required: incident; expected a folder")
+
+
+def test_an_incident_that_cannot_be_written_does_not_end_the_run(
+    mice: Path,
+    small_config: Callable[..., Config],
+    tmp_path: Path,
+    spoil: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    spoil(1)
+    monkeypatch.setattr(incidents, "write_state", full)
+    run = run_to_end(small_config(mice, **{"train.steps": 2}), tmp_path / "run")
+    assert run.step == 2 and list_incidents(tmp_path / "run") == []
+    assert "WARNING step 1: what was not finite could not be written down: No space left" in capsys.readouterr().err

@@ -343,6 +343,29 @@ def test_a_disk_that_fills_up_leaves_a_run_that_can_be_resumed(capsys, mice, tmp
     assert "resumed    at step 1 of 2" in capsys.readouterr().out
 
 
+def test_other_data_on_a_resume_is_refused_and_a_finished_run_stays_finished(capsys, mice, tmp_path):
+    shutil.copytree(mice, tmp_path / "mice")
+    out = tmp_path / "run"
+    options = [
+        f"--data.train={tmp_path / 'mice' / 'train'}",
+        f"--data.val={mice / 'val'}",
+        f"--data.cache={tmp_path / 'cache'}",
+    ]
+    options += ["--train.steps=1", "--kl.domain=new", "--export.pipeline=false"]
+    assert main([*QUICK, *options, f"--output={out}"]) == 0
+    (tmp_path / "mice").rename(tmp_path / "moved")
+    moved = ["--resume", str(out), f"--data.train={tmp_path / 'moved' / 'train'}", "--train.steps=2"]
+    next(p for p in (tmp_path / "moved" / "train").iterdir() if p.is_dir()).rename(tmp_path / "gone")
+    capsys.readouterr()
+    assert main(moved) == 2
+    assert re.search(
+        r"error: data\.train: has 3 objects, \w+ \(by their names\); the run has 4 objects", capsys.readouterr().err
+    )
+    assert not (out / "error.txt").exists(), "the run itself is as finished as it was"
+    assert main([*moved, "--resume-override"]) == 0
+    assert "changed    train.steps: is 2; the run has 1" in capsys.readouterr().out
+
+
 def test_a_full_run_folder_is_left_as_it_is(capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     said = refused(capsys, f"--output={tmp_path}")

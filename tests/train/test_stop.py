@@ -11,13 +11,13 @@ from train.stop import StopSignal
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_signals_that_arrive_together_are_one_wish(capsys: pytest.CaptureFixture[str], first: signal.Signals) -> None:
+def test_signals_that_arrive_together_are_one_wish(capfd: pytest.CaptureFixture[str], first: signal.Signals) -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopSignal() as stopping:
         for number in (first, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
         assert stopping.number == first
-    assert capsys.readouterr().err.count("finishing what is under way") == 1
+    assert capfd.readouterr().err.count("finishing what is under way") == 1
     assert signal.getsignal(signal.SIGINT) is before
 
 
