@@ -7,6 +7,8 @@ ALIKE_VIEWS = 0.5
 """Generated views that differ by less than this share of what the true ones differ have collapsed."""
 COPIES = 0.5
 """Views that have gone this share of the way from the truth to the picture given are copies of it."""
+RISE = 0.25
+"""A copy score that has risen by so much since step 0 is one as well."""
 ALIKE_PROMPTS = 0.5
 """Two prompts nearer to each other than this share of their distance at the start have collapsed."""
 NORMS = (0.5, 2.0)
@@ -60,10 +62,11 @@ def collapse_signs(series: Mapping[str, float], start: Mapping[str, float]) -> d
             f"below {ALIKE_VIEWS:.0%}{then('views/separation_ratio')}): they collapse into one picture. {_REMEDY}"
         )
     copied = series.get("views/copy_score")
-    if copied is not None and copied > COPIES:
+    most = min(COPIES, start.get("views/copy_score", COPIES) + RISE)
+    if copied is not None and copied > most:
         signs["copies_input"] = (
             f"the generated views have gone {copied:.0%} of the way from the true ones to the picture given "
-            f"(views/copy_score, above {COPIES:.0%}{then('views/copy_score')}): the model copies its input. {_REMEDY}"
+            f"(views/copy_score, above {most:.0%}{then('views/copy_score')}): the model copies its input. {_REMEDY}"
         )
     closest = series.get("prompt_views_alike/closest_ratio")
     if closest is not None and closest < ALIKE_PROMPTS:

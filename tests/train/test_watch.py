@@ -36,6 +36,13 @@ def test_what_it_was_at_step_0_is_said_beside_it() -> None:
     assert "gone 61% of the way" in found["copies_input"] and "above 50%; at step 0 68%" in found["copies_input"]
 
 
+def test_a_copy_score_that_rises_is_told_before_it_is_high() -> None:
+    assert collapse_signs({"views/copy_score": 0.35}, {"views/copy_score": 0.1}) == {}
+    found = collapse_signs({"views/copy_score": 0.36}, {"views/copy_score": 0.1})
+    assert "gone 36% of the way" in found["copies_input"] and "above 35%; at step 0 10%" in found["copies_input"]
+    assert collapse_signs({"views/copy_score": 0.5}, {"views/copy_score": 0.9}) == {}, "it has fallen"
+
+
 # ------------------------------------------------------------------------------------------------------------ the prompt
 
 
