@@ -75,18 +75,23 @@ def save_checkpoint(
     Raises: RunError where the disk is too full, or gives back something else; the checkpoints before stay.
     """
     target = checkpoint_folder(run, int(progress["step"]))
-    if target.is_dir():  # a finished run that is exported again, or one that was resumed from before a damaged checkpoint
-        try:
-            verify(target)
-            return target
-        except DamagedError:
+    if not _is_sound(target):  # else a finished run that is exported again, or one that was killed before it removed old ones
+        if target.is_dir():
             remove_folder(target)
-    write_state(target, adapted=adapted, optimizer=optimizer, schedule=schedule, ema=ema, scaler=scaler, progress=progress)
+        write_state(target, adapted=adapted, optimizer=optimizer, schedule=schedule, ema=ema, scaler=scaler, progress=progress)
     best = progress["best"] and checkpoint_folder(run, int(progress["best"]["step"]))
     for old in list_checkpoints(run)[:-keep]:
         if old != best:
             remove_folder(old)
     return target
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except DamagedError:
+        return False
+    return True
 
 
 def write_state(

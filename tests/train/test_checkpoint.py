@@ -245,6 +245,18 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path, untrain
     assert (folder / "state.pt").read_bytes() == before
 
 
+def test_old_checkpoints_that_a_killed_run_did_not_come_to_remove_go_later(
+    tmp_path: Path, untrained: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untrained.save(tmp_path, step=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove_folder", lambda folder: None)
+        untrained.save(tmp_path, step=5, keep=1)
+    assert len(list_checkpoints(tmp_path)) == 2
+    untrained.save(tmp_path, step=5, keep=1)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000005"]
+
+
 def test_a_damaged_checkpoint_of_the_same_step_is_written_again(tmp_path: Path, untrained: Training) -> None:
     folder = untrained.save(tmp_path)
     (folder / "state.pt").write_bytes(b"half")
