@@ -1,5 +1,6 @@
 """The command line of the main job: YAML files and options in, one typed configuration out, every error in one line."""
 
+import argparse
 import difflib
 import os
 import re
@@ -96,6 +97,19 @@ class Parser(ArgumentParser):
         elif value and value.group(1) in kinds:
             message = f"{value.group(1)}: is {value.group(2) or 'empty'}; expected {kinds[value.group(1)]}"
         print(f"error: {f'{self.reading}: ' if self.reading else ''}{message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class PlainParser(argparse.ArgumentParser):
+    """Of commands whose options are no configuration: errors in one line, with the nearest option named."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (-\S+)", message)
+        if unknown:
+            known = [option.lstrip("-") for option in self._option_string_actions if option.startswith("--")]
+            wanted = unknown.group(1).partition("=")[0].lstrip("-")
+            message = f"unknown option {wanted!r}{suggestion(wanted, known)}"
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
 

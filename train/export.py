@@ -103,20 +103,29 @@ def export_pipeline(pipeline: Pipeline, folder: Path, *, picture: Tensor, tolera
     return difference
 
 
+def exported_prompt(folder: Path, *, option: str) -> Path:
+    """The prompt in an export, float32 where it has that. option: that named the folder.
+
+    Raises: InputError when there is none.
+    """
+    for name in ("clr_embeds.safetensors", "clr_embeds.pt"):
+        if (folder / name).is_file():
+            return folder / name
+    inside = f"; did you mean {folder / 'export'}?" if (folder / "export").is_dir() else ""
+    raise InputError(f"{option}: {folder} holds no clr_embeds.safetensors or .pt; expected a run's export folder{inside}")
+
+
 def start_from(folder: Path, adapted: AdaptedModel, position: float) -> None:
     """Put an export's prompt and LoRA into a fresh model. position: s at which E is to be that prompt.
 
     Raises: InputError when the folder is no export, or its LoRA is another kind than the configuration's.
     """
     prompt = adapted.prompt
-    exported = [folder / name for name in ("clr_embeds.safetensors", "clr_embeds.pt") if (folder / name).is_file()]
-    if not exported:
-        inside = f"; did you mean {folder / 'export'}?" if (folder / "export").is_dir() else ""
-        raise InputError(f"init_from: {folder} holds no clr_embeds.safetensors or .pt; expected a run's export folder{inside}")
+    file = exported_prompt(folder, option="init_from")
     views, _, width = prompt.start.shape
     if prompt.share(position) == 0:
         raise InputError(f"init_from: with prompt.carry fade nothing learned is in the prompt at position {position:g}")
-    prompt.begin_at(load_prompt(exported[0], num_views=views, width=width), position)
+    prompt.begin_at(load_prompt(file, num_views=views, width=width), position)
     file = folder / "lora" / LORA_WEIGHTS
     has_lora = bool(getattr(adapted.unet, "peft_config", None))
     if file.is_file() != has_lora:

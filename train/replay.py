@@ -3,17 +3,16 @@
 Each of its samples by itself, with the weights, noise and timestep that it had; LoRA dropout and the separation are left out.
 """
 
-import argparse
 import dataclasses
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import InputError
-from train.command_line import calm_environment
+from train.command_line import PlainParser, calm_environment
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -22,18 +21,10 @@ EXIT_BAD_INPUT = 2
 EXIT_NOT_FINITE = 1
 
 
-class ReplayParser(argparse.ArgumentParser):
-    """Errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; expected a folder RUN/incidents/step-N", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: 0 where all is finite this time, 1 where it is not again, 2 for bad input."""
     calm_environment()
-    parser = ReplayParser(
+    parser = PlainParser(
         prog="python -m train.replay",
         description=__doc__,
         epilog="Options of train.softprompt may follow, to try a remedy: python -m train.replay RUN/incidents/step-000120 "

@@ -1,6 +1,5 @@
 """The runs in a folder: how far each came, how good it is, what ended it, and how to go on: `python -m train.runs`."""
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from softprompt.errors import InputError
+from train.command_line import PlainParser
 from train.series import FILE, is_evaluation, read_series
 
 EXIT_BAD_INPUT = 2
@@ -49,7 +49,7 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="python -m train.runs",
         description=__doc__,
         epilog="Examples: python -m train.runs | python -m train.runs runs/evidence/runs",

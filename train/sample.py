@@ -188,6 +188,7 @@ def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:
 
     from softprompt.embeddings import load_prompt, load_waypoints
     from softprompt.path import point_on_path
+    from train.export import exported_prompt
 
     views, width = pipeline.num_views, pipeline.prompt_width
 
@@ -201,11 +202,7 @@ def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:
     if options.prompt is not None:
         learned = prompt_of(options.prompt)
     elif export is not None:
-        file = next((export / n for n in ("clr_embeds.safetensors", "clr_embeds.pt") if (export / n).is_file()), None)
-        if file is None:
-            inside = f"; did you mean {export / 'export'}?" if (export / "export").is_dir() else ""
-            raise InputError(f"export: {export} holds no clr_embeds.safetensors or .pt; expected a run's export folder{inside}")
-        learned = load_prompt(file, num_views=views, width=width)
+        learned = load_prompt(exported_prompt(export, option="export"), num_views=views, width=width)
     one = options.rows == "one"
     start = prompt_of(options.pretrained) if learned is None or not one or options.prompt_strength != 1 else learned
     learned = start if learned is None else learned

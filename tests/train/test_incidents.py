@@ -159,7 +159,7 @@ def test_what_is_no_incident_is_refused(
     assert said.startswith(f"error: {tmp_path}: holds no incident") and said.count("\n") == 1
     with pytest.raises(SystemExit):
         main([])
-    assert capsys.readouterr().err.startswith("error: the following arguments are required: incident; expected a folder")
+    assert capsys.readouterr().err == "error: the following arguments are required: incident\n"
 
 
 def test_an_incident_that_cannot_be_written_does_not_end_the_run(

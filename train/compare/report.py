@@ -5,11 +5,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from softprompt.files import new_file
+from train import page
 from train.compare.pictures import LARGEST_TILE, changes_figure, curves_figure, data_uri, look, strips
 from train.compare.plan import Comparison, Plan, comparison_yaml, flat_options, own_files
 from train.compare.results import RunResult, Summary, summarise
@@ -23,8 +23,6 @@ from train.compare.tables import (
     summary_rows,
     views_table,
 )
-
-TEMPLATE = "report.html.jinja"
 
 
 def write_report(
@@ -62,13 +60,10 @@ def write_report(
 
 def render(context: Mapping[str, Any]) -> str:
     """The page. Every text is escaped; the figures alone are taken as they are."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("train.compare") / TEMPLATE).read_text(encoding="utf-8"))
     drawn = [{**figure, "svg": Markup(figure["svg"])} for figure in context["figures"]]
-    return template.render({**context, "figures": drawn})
+    return page.render("train.compare", {**context, "figures": drawn})
 
 
 def facts(plan: Plan, results: Sequence[RunResult]) -> list[str]:

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from softprompt.files import new_file, write_json
 from train.doctor.findings import ViewNumbers
 from train.doctor.kinds import KINDS, Finding, Sample, view_names
 from train.doctor.look import Files, decode
+from train.page import render
 
-TEMPLATE = "report.html.jinja"
 MADE_BY = "softprompt train.doctor"
 """Marks the JSON file, and with it a folder, as ours."""
 MOST_STRIPS = 60
@@ -127,7 +126,7 @@ def write_report(report: Report, folder: Path) -> None:
         "view_names": [view.name.replace("_", " ") for view in report.views],
     }
     with new_file(folder / "doctor.html") as partial:
-        partial.write_text(_render(context), encoding="utf-8")
+        partial.write_text(render("train.doctor", context), encoding="utf-8")
     write_json(folder / "doctor.json", as_json(report))
 
 
@@ -159,14 +158,6 @@ def as_json(report: Report) -> dict[str, Any]:
         ],
         "not_looked_at": list(report.unseen),
     }
-
-
-def _render(context: dict[str, Any]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = (package_files("train.doctor") / TEMPLATE).read_text(encoding="utf-8")
-    return environment.from_string(text).render(context)
 
 
 def _strips(report: Report) -> tuple[list[dict[str, Any]], int]:

@@ -9,16 +9,15 @@ convert   .pt <=> .safetensors, and folders as FaceLift, Era3D and Wonder3D keep
 
 import argparse
 import difflib
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from softprompt.errors import InputError
 from softprompt.templates import TEMPLATES, VIEWS
-from train.command_line import suggestion
+from train.command_line import PlainParser
 
 if TYPE_CHECKING:
     from train.prompts.sources import Source
@@ -28,8 +27,8 @@ PROGRAM = "python -m train.prompts"
 ANGLE = "from above at an angle"
 
 
-class CommandParser(argparse.ArgumentParser):
-    """Errors in one line, with the nearest option named."""
+class CommandParser(PlainParser):
+    """With examples."""
 
     def __init__(self, name: str, description: str, examples: Sequence[str]) -> None:
         super().__init__(
@@ -39,15 +38,6 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (-\S+)", message)
-        if unknown:
-            known = [option.lstrip("-") for option in self._option_string_actions if option.startswith("--")]
-            wanted = unknown.group(1).partition("=")[0].lstrip("-")
-            message = f"unknown option {wanted!r}{suggestion(wanted, known)}"
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,6 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.files import new_file
+from train.page import render
 from train.prompts.measure import (
     ANOTHER_ENCODER,
     Drift,
@@ -25,7 +25,6 @@ from train.prompts.measure import (
 )
 from train.prompts.sources import TOY, Source
 
-TEMPLATE = "report.html.jinja"
 MADE_BY = "softprompt train.prompts"
 """Marks a page as ours."""
 BAR_HEIGHT, BAR_STEP, LABEL = 90, 10, 34
@@ -156,10 +155,6 @@ def refuse_other_page(path: Path) -> None:
 
 def write_page(shown: Sequence[Shown], path: Path, command: str) -> None:
     """Write the page, whole or not at all. Raises: InputError when it cannot be written."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((package_files("train.prompts") / TEMPLATE).read_text(encoding="utf-8"))
     context = {
         "made_by": MADE_BY,
         "date": f"{datetime.now().astimezone():%-d %B %Y, %H:%M %Z}",
@@ -168,7 +163,7 @@ def write_page(shown: Sequence[Shown], path: Path, command: str) -> None:
     }
     try:
         with new_file(path) as partial:
-            partial.write_text(template.render(context), encoding="utf-8")
+            partial.write_text(render("train.prompts", context), encoding="utf-8")
     except OSError as error:
         raise InputError(f"--output {path}: cannot be written ({error}); likely read-only, or its disk is full") from error
 
