@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from einops import rearrange, repeat
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from softprompt.batch import Batch
@@ -122,8 +123,9 @@ def compile_blocks(unet: UNet2DConditionModel, *, backend: str = "inductor") -> 
 
 @contextmanager
 def adapters_off(unet: UNet2DConditionModel) -> Iterator[None]:
-    """The UNet without its LoRA, bit for bit, inside the block."""
-    if not getattr(unet, "peft_config", None):
+    """The UNet without its LoRA, bit for bit, inside the block; of nested blocks the outermost switches."""
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers or layers[0].disable_adapters:
         yield
         return
     # peft freezes adapters that are switched off, and unfreezes all that it switches on.

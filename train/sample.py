@@ -6,7 +6,7 @@ The views are those of the training previews, bit for bit, at the same seed and 
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from softprompt.pipeline import Pipeline
+    from softprompt.sampling import Annealed
 
 EXIT_BAD_INPUT = 2
 STRENGTHS = (0.0, 0.5, 1.0)
@@ -50,10 +51,14 @@ class Options:
     """0 is the pretrained prompt, 1 the learned one, anything else a point of the line through both."""
     lora_strength: float = 1.0
     """0 is the pretrained model, 1 the adapted one."""
-    rows: Literal["one", "strengths", "path", "ablation"] = "one"
+    rise: Literal["none", "linear", "square", "fourth", "step"] = "none"
+    """How what is adapted rises along the sampling steps, from the pretrained model at the noisiest: with the share of the
+    steps that are done, its square, its fourth power, or at once when it is 0.6. Layout and identity stay closer to the
+    pretrained model's; sampling takes up to twice as long."""
+    rows: Literal["one", "strengths", "path", "ablation", "rises"] = "one"
     """What a picture is sampled with: `one`, the strengths above; `strengths`, each pair of 0, 1/2 and 1; `path`, the untouched
     UNet under prompts between the pretrained and the given one; `ablation`, prompt and LoRA each alone, both, and both with
-    the prompts handed on to the next view."""
+    the prompts handed on to the next view; `rises`, the pretrained model, and the strengths above with each `rise`."""
     guidance_scale: float = 3.0
     """1 is none. The default, and that of steps and eta, are of FaceLift's inference; a run's previews have those of its
     `monitor` options."""
@@ -80,8 +85,14 @@ class Options:
             raise InputError(f"eta: is {self.eta}; expected 0 to 1")
         if not self.pictures:
             raise InputError("pictures: is empty; expected PNG files, or folders of them")
-        if self.rows == "path" and self.prompt is None and self.export is None:
-            raise InputError("rows: is path, which leads to a prompt; give --prompt or --export")
+        if self.rows == "rises" and self.rise != "none":
+            raise InputError(f"rise: is {self.rise}, and rows is rises, which are all of them; give one of the two")
+        if self.prompt is None and self.export is None:
+            if self.rows == "path":
+                raise InputError("rows: is path, which leads to a prompt; give --prompt or --export")
+            if self.rows == "rises" or self.rise != "none":
+                given = "rows: is rises" if self.rows == "rises" else f"rise: is {self.rise}"
+                raise InputError(f"{given}, from the pretrained model to an adapted one; give --export or --prompt")
 
 
 class SampleParser(Parser):
@@ -102,6 +113,8 @@ class Case:
     """Strength of the LoRA."""
     shown: bool = True
     """Whether its views are also written one by one."""
+    annealed: "Annealed | None" = None
+    """How it rises from the pretrained model; None: it is the same in all steps."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,7 +200,7 @@ def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:
     import torch
 
     from softprompt.embeddings import load_prompt, load_waypoints
-    from softprompt.path import point_on_path
+    from softprompt.sampling import RISES, Annealed
     from train.export import exported_prompt
 
     views, width = pipeline.num_views, pipeline.prompt_width
@@ -203,20 +216,43 @@ def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:
         learned = prompt_of(options.prompt)
     elif export is not None:
         learned = load_prompt(exported_prompt(export, option="export"), num_views=views, width=width)
-    one = options.rows == "one"
-    start = prompt_of(options.pretrained) if learned is None or not one or options.prompt_strength != 1 else learned
-    learned = start if learned is None else learned
+    unmixed = options.rows == "one" and options.prompt_strength == 1 and options.rise == "none"
+    start = learned if learned is not None and unmixed else prompt_of(options.pretrained)
+    cases = _rows(options, start, start if learned is None else learned)
+    if options.rise == "none":
+        return cases
+    annealed = Annealed(start, RISES[options.rise])
+    # The pretrained model has nothing that could rise.
+    return [c if c.lora == 0 and torch.equal(c.prompt, start) else replace(c, annealed=annealed) for c in cases]
+
+
+def _rows(options: Options, start: "Tensor", learned: "Tensor") -> list[Case]:
+    """start, learned: [V, T, D]."""
+    import torch
+
+    from softprompt.path import point_on_path
+    from softprompt.sampling import RISES, Annealed
+
     path = torch.stack([start, learned])
-    if one:
-        given = learned if options.prompt_strength == 1 else start + options.prompt_strength * (learned - start)
-        return [Case("views", given, options.lora_strength)]
+    given = learned if options.prompt_strength == 1 else start + options.prompt_strength * (learned - start)
+    views = Case("views", given, options.lora_strength)
+    if options.rows == "one":
+        return [views]
     if options.rows == "path":
         return [Case(f"at {s:g}", point_on_path(path, s), 0.0, s == 1) for s in POSITIONS]
     if options.rows == "strengths":
         pairs = [(p, lora) for p in STRENGTHS for lora in STRENGTHS]
         return [Case(f"p {p:g} lora {lora:g}", point_on_path(path, p), lora, (p, lora) == (1, 1)) for p, lora in pairs]
+    pretrained = Case("pretrained", start, 0.0, False)
+    if options.rows == "rises":
+        rising = {f"rise {name}": Annealed(start, weight) for name, weight in RISES.items()}
+        return [
+            pretrained,
+            replace(views, label="rise none"),
+            *(replace(views, label=label, shown=False, annealed=annealed) for label, annealed in rising.items()),
+        ]
     return [
-        Case("pretrained", start, 0.0, False),
+        pretrained,
         Case("prompt alone", learned, 0.0, False),
         Case("LoRA alone", start, 1.0, False),
         Case("both", learned, 1.0, True),
@@ -241,6 +277,7 @@ def sample(pipeline: "Pipeline", case: Case, picture: "Tensor", options: Options
             guidance_scale=options.guidance_scale,
             eta=options.eta,
             seed=options.seed,
+            annealed=case.annealed,
         )[0]
 
 

@@ -110,6 +110,19 @@ def test_what_requires_a_gradient_is_as_it_was_after_adapters_off(micro: Pipelin
 
 
 @torch.no_grad()
+def test_adapters_stay_off_until_the_outermost_block_ends(micro: Pipeline) -> None:
+    model, batch = adapted(micro), inputs(micro, b=1)
+    perturb(list(model.trainable()["lora"].values()))
+    on = model(*batch, 0.0)
+    with adapters_off(micro.unet):
+        off = model(*batch, 0.0)
+        with adapters_off(micro.unet):
+            assert torch.equal(model(*batch, 0.0), off)
+        assert torch.equal(model(*batch, 0.0), off) and not torch.equal(off, on)
+    assert torch.equal(model(*batch, 0.0), on)
+
+
+@torch.no_grad()
 def test_adapters_off_without_a_lora_is_the_model_itself(micro: Pipeline) -> None:
     model, batch = AdaptedModel(micro.unet, SoftPrompt(waypoints())), inputs(micro, b=1)
     perturb([model.prompt.learned])

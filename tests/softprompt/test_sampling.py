@@ -1,15 +1,21 @@
 """Six views from one picture: FaceLift's own numbers, and noise that belongs to the object."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
+from softprompt.conditioning import class_labels, image_embeddings, input_latents
+from softprompt.micro import MICRO_MODEL
+from softprompt.model import adapters_off, add_lora
 from softprompt.pipeline import Pipeline
-from softprompt.sampling import decode_latents, sample_latents, sample_views
+from softprompt.sampling import RISES, Annealed, Rise, decode_latents, sample_latents, sample_views
 from softprompt.unet import load_unet
 
 FAST = {"steps": 2, "guidance_scale": 2.0, "eta": 0.0}
@@ -118,3 +124,114 @@ def test_decoding_is_the_vae_s_one_picture_at_a_time(micro_models: Pipeline) -> 
     with torch.no_grad():
         expected = micro_models.vae.decode(latents[1, 4][None] / scale).sample[0] / 2 + 0.5
     torch.testing.assert_close(found[1, 4], expected.clamp(0, 1), atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------- annealed importance guidance
+
+
+@pytest.fixture(scope="module")
+def adapted(micro_models: Pipeline) -> Pipeline:
+    """The packaged pipeline with a LoRA that changes what it samples."""
+    unet = load_unet(MICRO_MODEL / "unet")
+    add_lora(unet, rank=2, alpha=4.0, targets=["to_q", "to_k", "to_v"])
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return replace(micro_models, unet=unet)
+
+
+@pytest.mark.parametrize(
+    ("rise", "expected"),
+    [
+        ("linear", [0, 0.2, 0.4, 0.6, 0.8]),
+        ("square", [0, 0.04, 0.16, 0.36, 0.64]),
+        ("fourth", [0, 0.0016, 0.0256, 0.1296, 0.4096]),
+        ("step", [0, 0, 0, 1, 1]),
+    ],
+)
+def test_weights_rise_from_the_noisiest_step(rise: Rise, expected: list[float]) -> None:
+    assert [RISES[rise](step / 5) for step in range(5)] == pytest.approx(expected)
+    assert tuple(RISES) == get_args(Rise)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_with_a_weight_of_1_or_0_the_views_are_those_of_one_model_bit_for_bit(adapted: Pipeline, eta: float) -> None:
+    start, learned, picture, options = some_prompt(0), some_prompt(1), some_pictures(1), FAST | {"eta": eta}
+    plain = sample_views(adapted, learned, picture, **options)
+    with adapters_off(adapted.unet):
+        untouched = sample_views(adapted, start, picture, **options)
+    assert (plain - untouched).abs().max() > 0.01
+    calls: list[int] = []
+    hook = adapted.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    for weight, expected in ((1.0, plain), (0.0, untouched)):
+        found = sample_views(adapted, learned, picture, **options, annealed=Annealed(start, lambda _, w=weight: w))
+        assert torch.equal(found, expected)
+    hook.remove()
+    assert len(calls) == 2 * FAST["steps"], "nothing is predicted that is not used"
+
+
+def mixed_by_hand(
+    pipeline: Pipeline, learned: Tensor, start: Tensor, picture: Tensor, z: Tensor, noise: Tensor, weights: list[float]
+) -> Tensor:
+    """DDIM without noise of its own, with guidance 2, as the paper mixes: eps of the two models, each guided by itself."""
+    labels = class_labels(pipeline, image_embeddings(pipeline, picture).expand(6, -1), noise)
+    given = input_latents(pipeline, picture).expand(6, -1, -1, -1)
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(len(weights))
+    alphabar = scheduler.alphas_cumprod
+    for t, w in zip(scheduler.timesteps, weights, strict=True):
+        eps = torch.zeros_like(z)
+        a, s = alphabar[t] ** 0.5, (1 - alphabar[t]) ** 0.5
+        for share, prompt, is_untouched in ((1 - w, start, True), (w, learned, False)):
+            with adapters_off(pipeline.unet) if is_untouched else nullcontext():
+                unguided, guided = (
+                    pipeline.unet(
+                        torch.cat([z, seen * given], dim=1),
+                        t,
+                        encoder_hidden_states=prompt,
+                        class_labels=seen * labels,
+                        cross_attention_kwargs={"prompt_of": torch.arange(6)},
+                    ).sample
+                    for seen in (0, 1)
+                )
+            v = unguided + 2.0 * (guided - unguided)
+            eps += share * (a * v + s * z)
+        before = t - 1000 // len(weights)
+        a_before = (alphabar[before] if before >= 0 else scheduler.final_alpha_cumprod) ** 0.5
+        z = a_before * (z - s * eps) / a + (1 - a_before**2) ** 0.5 * eps
+    return z
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rise", ["square", "step"])
+def test_annealed_latents_are_those_of_a_loop_by_hand(adapted: Pipeline, rise: Rise) -> None:
+    start, learned, picture = some_prompt(0), some_prompt(1), some_pictures(1)
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(6, *adapted.latent_shape, generator=generator)
+    noise = torch.randn(6, adapted.unet.config["projection_class_embeddings_input_dim"] // 2, generator=generator)
+
+    def sample(annealed: Annealed | None) -> Tensor:
+        return sample_latents(
+            adapted,
+            learned,
+            picture,
+            steps=3,
+            guidance_scale=2.0,
+            eta=0.0,
+            seed=0,
+            latents=z,
+            embed_noise=noise,
+            annealed=annealed,
+        )[0]
+
+    found = sample(Annealed(start, RISES[rise]))
+    expected = mixed_by_hand(adapted, learned, start, picture, z, noise, [RISES[rise](step / 3) for step in range(3)])
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    assert (found - sample(None)).abs().max() > 0.1
+
+
+def test_a_pretrained_prompt_of_another_shape_is_refused_before_it_is_needed(adapted: Pipeline) -> None:
+    annealed = Annealed(some_prompt()[:5], lambda _: 1.0)
+    with pytest.raises(ValueError, match=r"prompt is \[5, 77, 1024\]; expected \[6, T, D\]"):
+        sample_views(adapted, some_prompt(), some_pictures(1), **FAST, annealed=annealed)

@@ -11,6 +11,7 @@ from PIL import Image
 from softprompt.embeddings import load_prompt
 from softprompt.micro import MICRO_MODEL
 from softprompt.pipeline import load_pipeline
+from softprompt.sampling import RISES
 from train.config import Config
 from train.loop import train
 from train.sample import Options, find_pictures, main, make_cases
@@ -64,7 +65,7 @@ def test_at_strength_0_they_are_those_of_the_pretrained_model(run: Path, picture
         assert np.array_equal(pixels(tmp_path / "off" / name), tiles[64:128, (view + 1) * 64 : (view + 2) * 64])
 
 
-@pytest.mark.parametrize(("rows", "count"), [("strengths", 9), ("path", 5), ("ablation", 5)])
+@pytest.mark.parametrize(("rows", "count"), [("strengths", 9), ("path", 5), ("ablation", 5), ("rises", 6)])
 def test_several_rows_are_drawn_and_the_full_strength_written(
     run: Path, picture: Path, tmp_path: Path, rows: str, count: int
 ) -> None:
@@ -101,6 +102,40 @@ def test_the_ablation_is_each_part_alone_both_and_the_prompts_handed_on(run: Pat
     assert torch.equal(handed_on.prompt[0], learned[1]) and torch.equal(handed_on.prompt[5], learned[0])
 
 
+def test_rises_are_compared_at_the_given_strengths(run: Path, picture: Path) -> None:
+    given = {"pictures": [str(picture)], "export": str(run / "export"), "prompt_strength": 0.5, "lora_strength": 0.7}
+    pipeline = load_pipeline(MICRO_MODEL)
+    pretrained, *rows = make_cases(Options(**given, rows="rises"), pipeline)
+    assert [case.label for case in rows] == [f"rise {rise}" for rise in ("none", *RISES)]
+    assert pretrained.lora == 0 and pretrained.annealed is None and rows[0].annealed is None
+    for case, rise in zip(rows, ("none", *RISES), strict=True):
+        [one] = make_cases(Options(**given, rise=rise), pipeline)
+        assert torch.equal(case.prompt, one.prompt) and case.lora == one.lora == 0.7
+        if rise != "none":
+            assert case.annealed is not None and one.annealed is not None
+            assert torch.equal(case.annealed.pretrained, one.annealed.pretrained)
+            assert torch.equal(case.annealed.pretrained, pretrained.prompt)
+            assert case.annealed.weight is one.annealed.weight is RISES[rise]
+
+
+@pytest.mark.parametrize("rows", ["strengths", "path", "ablation"])
+def test_every_row_rises_but_that_of_the_pretrained_model(run: Path, picture: Path, rows: str) -> None:
+    options = Options(pictures=[str(picture)], export=str(run / "export"), rows=rows, rise="square")
+    pretrained, *others = make_cases(options, load_pipeline(MICRO_MODEL))
+    assert pretrained.annealed is None
+    assert all(case.annealed is not None and case.annealed.weight is RISES["square"] for case in others)
+
+
+def test_what_rises_begins_as_the_pretrained_model(run: Path, picture: Path, tmp_path: Path) -> None:
+    given = [f"--pictures=[{picture}]", f"--export={run / 'export'}", *QUICK, "--rows=ablation", "--rise=linear"]
+    for steps, is_pretrained in ((1, True), (2, False)):  # the weights are 0, and 0 and 1/2
+        out = tmp_path / f"steps-{steps}"
+        assert main([*given, f"--steps={steps}", f"--output={out}"]) == 0
+        grid = pixels(out / "cam_000.png")[18 : 18 + 5 * 128, 92 + 128 :]  # without names and the given picture
+        pretrained, *others = np.split(grid, 5)
+        assert [np.array_equal(row, pretrained) for row in others] == [is_pretrained] * 4
+
+
 def test_pictures_of_one_name_are_told_apart_by_their_folders(mice: Path) -> None:
     given = sorted(map(str, (mice / "val").glob("*/cam_000.png")))
     assert list(find_pictures(given)) == [f"{Path(one).parent.name}_cam_000" for one in given]
@@ -123,6 +158,10 @@ def test_a_picture_without_transparency_is_told_of(picture: Path, tmp_path: Path
             "holds no clr_embeds.safetensors or .pt; expected a run's export folder; d",
         ),
         (["--pictures=[PICTURE]", "--rows=path"], "error: rows: is path, which leads to a prompt"),
+        (["--pictures=[PICTURE]", "--rows=rises"], "error: rows: is rises, from the pretrained model to an adapted one; give"),
+        (["--pictures=[PICTURE]", "--rise=step"], "error: rise: is step, from the pretrained model to an adapted one; give"),
+        (["--pictures=[PICTURE]", "--export=RUN", "--rows=rises", "--rise=step"], "error: rise: is step, and rows is rises"),
+        (["--pictures=[PICTURE]", "--rise=cubic"], "error: rise: is cubic; expected"),
         (["--pictures=[PICTURE]", "--prompt=realstic"], "did you mean 'realistic'?"),
         (["--pictures=[PICTURE]", "--setps=3"], "error: unknown option 'setps'; did you mean 'steps'?"),
         (["--pictures=[PICTURE]", "--eta=2"], "error: eta: is 2.0; expected 0 to 1"),
