@@ -166,30 +166,35 @@ def preview(job: Job, prompt: Tensor, pretrained: Tensor | None) -> Preview:
     )
     order = view_order(reference, job.pipeline.num_views)
 
-    def sample(view_prompt: Tensor) -> Tensor:
-        return torch.cat(
-            [
-                sample_views(
-                    job.pipeline,
-                    view_prompt[order.to(view_prompt.device)],
-                    picture,
-                    steps=config.monitor.preview_steps,
-                    guidance_scale=config.monitor.guidance_scale,
-                    eta=config.monitor.eta,
-                    seed=config.train.seed,
-                )
-                for picture in truth[:, 0]  # one by one, to need no more memory than training does
-            ]
-        )
-
     with job.pipeline.encoders_on_device():  # once there and back for all of them
         if pretrained is None:
             with adapters_off(job.pipeline.unet):
-                pretrained = sample(job.adapted.prompt.start)
-        now = sample(prompt)
+                pretrained = sample_held_out(job, job.adapted.prompt.start[order.to(prompt.device)], truth[:, 0])
+        now = sample_held_out(job, prompt[order.to(prompt.device)], truth[:, 0])
     names = view_names(job.pipeline.num_views)
     masks = torch.stack([rotate_views(job.held_out.masks(i), reference) for i in range(count)]).to(truth)
     return Preview(truth[:, 0], truth, masks, pretrained, now, tuple(names[int(i)] for i in order))
+
+
+def sample_held_out(job: Job, prompt: Tensor, pictures: Tensor) -> Tensor:
+    """Views of each picture as the previews are sampled.
+
+    prompt: [V, T, D], in slot order. pictures: [B, 3, S, S]. Returns: [B, V, 3, S, S].
+    """
+    config = job.config
+    views = [
+        sample_views(
+            job.pipeline,
+            prompt,
+            picture,
+            steps=config.monitor.preview_steps,
+            guidance_scale=config.monitor.guidance_scale,
+            eta=config.monitor.eta,
+            seed=config.train.seed,
+        )
+        for picture in pictures  # one by one, to need no more memory than training does
+    ]
+    return torch.cat(views)
 
 
 def preview_series(shown: Preview) -> dict[str, float]:

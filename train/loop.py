@@ -24,6 +24,7 @@ from softprompt.embeddings import view_names
 from softprompt.errors import RunError
 from softprompt.files import new_file, remove_partial
 from softprompt.templates import view_texts
+from train.ablation import FOLLOW, ablation, ablation_series
 from train.checkpoint import list_checkpoints, restore, save_checkpoint, save_progress, set_aside_newer
 from train.config import Config, option_values, to_yaml
 from train.evaluate import averaged, learned_effect, pretrained_original_loss, preview, preview_series, validation_series
@@ -32,7 +33,9 @@ from train.incidents import write_incident
 from train.monitor import Monitor, preview_grid, preview_tiles, prompt_series
 from train.options import MICRO
 from train.pacing import Pace, after_step, after_validation
+from train.report.page import write_report
 from train.run import Run
+from train.series import read_series
 from train.setup import Job
 from train.step import KL_TIMESTEP_GROUPS, StepResult, training_step
 from train.stop import StopSignal
@@ -83,7 +86,10 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
     if config.export.pipeline and run.step >= config.train.steps:
         _export_pipeline(run, folder / "export")
     run.monitor.hparams(option_values(config), run.last or {})
+    if main:
+        _report(run)
     run.monitor.close()
+    job.accelerator.wait_for_everyone()
     return run
 
 
@@ -190,9 +196,11 @@ def _taken(run: Run, result: StepResult) -> StepResult:
     """Take in what a step gave. Returns: it, marked where its loss was a spike."""
     if result.not_finite is not None:
         return result
-    spike = is_spike(result.denoising, run.running_loss)
-    before = result.denoising if run.running_loss is None else run.running_loss
-    run.running_loss = SMOOTHING * before + (1 - SMOOTHING) * result.denoising
+    spike = False
+    if result.denoising is not None:
+        spike = is_spike(result.denoising, run.running_loss)
+        before = result.denoising if run.running_loss is None else run.running_loss
+        run.running_loss = SMOOTHING * before + (1 - SMOOTHING) * result.denoising
     if not result.skipped:
         run.skipped_in_a_row = 0
     _move_on(run, after_step(run.job.config, run.pace, run.step, denoising=result.denoising, kl=result.kl))
@@ -232,11 +240,13 @@ def _log(run: Run, since: float) -> dict[str, float]:
     limit = config.train.max_grad_norm
     window = [result for result in run.window if result.not_finite is None]
     series = {"gradient/skipped_share": sum(r.skipped for r in run.window) / len(run.window)}
-    if window:
-        losses = [r.denoising for r in window]
+    if losses := [r.denoising for r in window if r.denoising is not None]:
         series |= {"loss/train": sum(losses) / len(losses), "loss/train_highest": max(losses)}
     series["loss/spikes_share"] = sum(r.spike for r in run.window) / len(run.window)
     series |= _kl_series(run, window)
+    for name in dict.fromkeys(name for r in window for name in r.objectives):
+        values = [r.objectives[name] for r in window if name in r.objectives]
+        series[f"objective/{name}"] = sum(values) / len(values)
     for group in job.optimizer.param_groups:
         name = group["name"]
         series[f"learning_rate/{name}"] = group["lr"]
@@ -295,11 +305,11 @@ def _evaluate_if_due(run: Run) -> None:
         if with_preview and job.accelerator.is_main_process:
             with torch.no_grad():
                 shown = preview(job, job.adapted.prompt(run.position), run.pretrained_views)
-            run.pretrained_views = shown.pretrained
+            run.pretrained_views, run.shown = shown.pretrained, shown
             rows = [("truth", shown.truth), ("pretrained", shown.pretrained), ("now", shown.now)]
             run.monitor.picture(run.step, "held_out", preview_grid(rows, shown.pictures, shown.names))
             run.monitor.tiles(run.step, preview_tiles([views for _, views in rows], shown.pictures))
-            series |= preview_series(shown)
+            series |= preview_series(shown) | job.objectives.measure(job, run.position, shown)
         if job.accelerator.is_main_process:
             series |= _watch(run, series, with_preview=with_preview)
     _refuse_moved_weights(run)
@@ -427,6 +437,29 @@ def _export_pipeline(run: Run, folder: Path) -> None:
                 f"it out: --resume {run.folder} --export.pipeline false"
             ) from error
     job.accelerator.wait_for_everyone()
+
+
+def _report(run: Run) -> None:
+    """Leave the prompts to TensorBoard's projector, and the run's report."""
+    job, config = run.job, run.job.config
+    with averaged(job, run.ema), torch.no_grad():
+        prompt = job.adapted.prompt(run.position)
+        run.monitor.projector(run.step, prompt, job.adapted.prompt.waypoints, config.prompt.waypoints)
+        if not config.export.report:
+            return
+        if run.step >= config.train.steps and not _ablated(run):
+            shown = run.shown or preview(job, prompt, run.pretrained_views)
+            rows = ablation(job, prompt, shown)
+            labelled = [(name.replace("_", " "), views) for name, views in rows.items()]
+            run.monitor.picture(run.step, "ablation", preview_grid(labelled, shown.pictures, shown.names))
+            run.monitor.tiles(run.step, preview_tiles([shown.truth, *rows.values()], shown.pictures), "ablation-tiles")
+            run.monitor.scalars(run.step, ablation_series(rows, shown))
+    write_report(run.folder)
+
+
+def _ablated(run: Run) -> bool:
+    """Whether this step has its ablation already: a finished run is gone on with."""
+    return any(point["step"] == run.step and FOLLOW in point for point in read_series(run.folder))
 
 
 def _export_picture(job: Job) -> Tensor:

@@ -1,8 +1,10 @@
 """What a run leaves to be looked at: metrics.jsonl, TensorBoard, preview grids."""
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,12 @@ from train.series import FILE, is_evaluation, read_series
 
 GROUPS = (
     "loss",
+    "objective",
     "watch",
     "views",
+    "ablation",
+    "ablation_psnr",
+    "ablation_ssim",
     "loss_view",
     "views_psnr",
     "views_ssim",
@@ -42,6 +48,21 @@ GROUPS = (
     "speed",
 )
 """Of the series, what matters most first."""
+
+
+WORKING = {
+    "loss/train": "1_training_loss_falls",
+    "loss/validation": "2_held_out_loss_falls_too",
+    "loss/original": "3_loss_on_the_pretrained_domain_stays",
+    "loss/kl_to_pretrained": "4_KL_to_the_pretrained_model_levels_off",
+    "curriculum/position": "5_position_on_the_path_arrives",
+    "views/psnr": "6_PSNR_of_the_views_rises",
+    "views/ssim": "7_SSIM_of_the_views_rises",
+    "views/copy_score": "8_copies_of_the_input_go_to_0",
+    "views/separation_ratio": "9_separation_of_the_views_nears_1",
+    "prompt_views_alike/mean_cosine": "10_prompts_of_the_views_part",
+}
+"""The ten series that answer whether a run works, by what they do where it does: TensorBoard's first group."""
 
 
 def tensorboard_name(name: str) -> str:
@@ -88,7 +109,10 @@ class Monitor:
     def _to_tensorboard(self, step: int, values: Mapping[str, float | None]) -> None:
         assert self.writer is not None
         for name, value in values.items():
-            self.writer.add_scalar(tensorboard_name(name), math.nan if value is None else value, step)
+            number = math.nan if value is None else value
+            self.writer.add_scalar(tensorboard_name(name), number, step)
+            if name in WORKING:
+                self.writer.add_scalar(f"00_is_it_working/{WORKING[name]}", number, step)
         self.writer.flush()
 
     def picture(self, step: int, name: str, image: Image.Image) -> Path | None:
@@ -102,11 +126,27 @@ class Monitor:
         self.writer.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
         return path
 
-    def tiles(self, step: int, image: Image.Image) -> None:
-        """RUN/previews/tiles-step-N.png: the same pictures with nothing around them, for other programs."""
+    def tiles(self, step: int, image: Image.Image, name: str = "tiles") -> None:
+        """RUN/previews/NAME-step-N.png: the same pictures with nothing around them, for other programs."""
         if self.writer is not None:
-            with new_file(self.folder / "previews" / f"tiles-step-{step:06d}.png") as partial:
+            with new_file(self.folder / "previews" / f"{name}-step-{step:06d}.png") as partial:
                 image.save(partial)
+
+    def projector(self, step: int, prompt: Tensor, waypoints: Tensor, names: Sequence[str]) -> None:
+        """The prompt of each view and its waypoints, as points in TensorBoard's projector.
+
+        prompt: E [V, T, D]. waypoints: [S + 1, V, T, D]. names: of the waypoints.
+        """
+        if self.writer is None:
+            return
+        points = torch.cat([prompt[None], waypoints]).flatten(2).flatten(0, 1).double().cpu()  # (S + 2) V, T D
+        # Of so few points, as many principal axes as there are points keep each distance; all T x D numbers would take 10 MB.
+        left, lengths, _ = torch.linalg.svd(points - points.mean(dim=0), full_matrices=False)
+        labels = [[name, view] for name in ("E", *names) for view in view_names(len(prompt))]
+        with redirect_stdout(io.StringIO()):  # it remarks upon a step that is written again, as after a resume
+            self.writer.add_embedding(
+                (left * lengths).float(), metadata=labels, metadata_header=["prompt", "view"], global_step=step, tag="prompts"
+            )
 
     def hparams(self, options: Mapping[str, Any], last: Mapping[str, float]) -> None:
         """The run's line in TensorBoard's table of hyper-parameters. options: by dotted name; last: its newest evaluation.

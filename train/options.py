@@ -190,6 +190,8 @@ class LoraConfig:
 class LossConfig:
     """The denoising loss."""
 
+    weight: float = 1.0
+    """Of the denoising loss beside other objectives; 0 leaves it out, and its forward pass where nothing else needs it."""
     snr_weighting: Literal["facelift", "v", "none"] = "v"
     """min-SNR weight: `v` min(snr, g) / (snr + 1), right for v-prediction; `facelift` min(snr, g) / snr, as FaceLift trains
     (and right for epsilon-prediction); `none`."""
@@ -201,6 +203,7 @@ class LossConfig:
     """False leaves the reference's own view, a mere copy of the input, out of the loss."""
 
     def __post_init__(self) -> None:
+        require(self.weight >= 0, "loss.weight", self.weight, "zero or a positive number")
         require(self.snr_gamma > 0, "loss.snr_gamma", self.snr_gamma, "a positive number")
         require(0 <= self.condition_drop_rate <= 1 / 3, "loss.condition_drop_rate", self.condition_drop_rate, "0 to 1/3")
 
@@ -357,6 +360,9 @@ class MonitorConfig:
     """Of previews; 1 is none."""
     eta: float = 0.0
     """Of previews: 0 is deterministic DDIM, 1 as noisy as DDPM (FaceLift's inference)."""
+    objectives: list[str] = field(default_factory=list)
+    """Objectives that are measured on held-out objects with each preview although their weight is 0, e.g. [custom]; those with a
+    weight always are."""
     checkpoint_every: int = 50
     """Steps between checkpoints; also at the end and when interrupted."""
     checkpoints_kept: int = 3
@@ -364,7 +370,7 @@ class MonitorConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            if f.name not in ("guidance_scale", "eta"):
+            if f.name not in ("guidance_scale", "eta", "objectives"):
                 require(getattr(self, f.name) >= 1, f"monitor.{f.name}", getattr(self, f.name), "1 or more")
         require(0 <= self.eta <= 1, "monitor.eta", self.eta, "0 to 1")
 
@@ -377,6 +383,8 @@ class ExportConfig:
     """At the end, a whole FaceLift pipeline folder with the LoRA merged (as large as the model)."""
     tolerance: float = 1e-4
     """Largest difference allowed, in pictures of range 0 to 1, between the model in memory and each export read back."""
+    report: bool = True
+    """At the end, RUN/report.html, with an ablation where the run is finished: what prompt and LoRA do each alone."""
 
     def __post_init__(self) -> None:
         require(self.tolerance > 0, "export.tolerance", self.tolerance, "a positive number")

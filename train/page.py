@@ -1,7 +1,6 @@
-"""HTML pages of commands, from the template beside each."""
+"""HTML pages of commands, from the template beside each; what they share is in parts.html.jinja."""
 
 from collections.abc import Mapping
-from importlib.resources import files
 from typing import Any
 
 TEMPLATE = "report.html.jinja"
@@ -10,7 +9,9 @@ TEMPLATE = "report.html.jinja"
 def render(package: str, context: Mapping[str, Any]) -> str:
     """A package's template filled in. Every text is escaped, but for what is Markup; a name that is not in `context` is an
     error."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string((files(package) / TEMPLATE).read_text(encoding="utf-8")).render(context)
+    environment = Environment(
+        loader=PackageLoader("train", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(f"{package.removeprefix('train.')}/{TEMPLATE}").render(context)

@@ -10,6 +10,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from train.evaluate import Preview
 from train.export import Exported
 from train.monitor import Monitor
 from train.pacing import Pace, lowest_timestep_of, position_of
@@ -46,6 +47,8 @@ class Run:
     """{"step", "loss"} of the lowest validation loss so far."""
     pretrained_views: Tensor | None = None
     """The untouched model's previews."""
+    shown: Preview | None = None
+    """The newest previews of this process."""
     exported: Exported | None = None
     merged: float | None = None
     """Views of the exported pipeline folder against UNet and LoRA apart; None where none was written."""
@@ -76,6 +79,7 @@ class Run:
             "schedule": self.schedule,
             "ema": self.ema,
             "scaler": self.job.accelerator.scaler,
+            "objectives": self.job.objectives,
         }
 
     def progress(self) -> dict[str, Any]:

@@ -276,7 +276,9 @@ def _dry_run(job: "Job", folder: Path) -> int:
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     total = seconds * job.config.train.steps
     if job.accelerator.is_main_process:
-        print(f"\ndry run: one step forward and back works; loss {result.denoising:.4g}; no run was written")
+        measured = {"loss": result.denoising, **result.objectives}
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items() if value is not None)
+        print(f"\ndry run: one step forward and back works; {shown}; no run was written")
         for name, group in job.adapted.trainable().items():
             count = sum(p.numel() for p in group.values())
             print(
@@ -294,6 +296,7 @@ def _dry_run(job: "Job", folder: Path) -> int:
 def _outcome(run: "Run", signal_number: int | None) -> str:
     """The run's last lines: what was made, how much better it is, and how to use it."""
     from train.export import how_to_use
+    from train.report.page import NAME as REPORT
 
     config, exported = run.job.config, run.exported
     assert exported is not None and run.first is not None, "every run ends in an export and starts with an evaluation"
@@ -312,6 +315,8 @@ def _outcome(run: "Run", signal_number: int | None) -> str:
         f"{dtype} arithmetic)" + ("" if run.merged is None else f"; merged pipeline {run.merged:.1e}")
     )
     lines += [f"           {line}" for line in _improvement(run)]
+    if config.export.report:
+        lines.append(f"report     {run.folder / REPORT}")
     return "\n".join(lines + [""] + how_to_use(exported.folder))
 
 

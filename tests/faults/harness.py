@@ -40,6 +40,7 @@ OPTIONS = {
     "monitor.checkpoint_every": "2",
     "monitor.checkpoints_kept": "2",
     "export.pipeline": "false",
+    "export.report": "false",
 }
 """The smallest run that has everything a checkpoint must keep: an average, a curriculum and a KL weight that adapt."""
 

@@ -32,6 +32,7 @@ SMALL = {
     "monitor.preview_steps": "2",
     "monitor.checkpoint_every": "2",
     "export.pipeline": "false",
+    "export.report": "false",
 }
 
 

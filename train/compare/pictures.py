@@ -1,29 +1,19 @@
-"""What the report of a comparison shows: curves as SVG, and strips of sampled views as PNG."""
+"""What the report of a comparison shows: curves over seeds as SVG, and strips of sampled views."""
 
-import base64
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from train.compare.results import Curve, RunResult, Summary
+from train.figures import COLOURS, INK, blank, cut_strips, to_svg
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Told apart by colour-blind eyes, readable on white and on black (M. Okabe and K. Ito's set, less yellow and black)."""
 BASELINE = "#808080"
 STYLES = ("-", "--", ":", "-.")
 """Where there are more variants than colours, and for print."""
-INK = "#010203"
-"""Stands for the colour of the page's text, whichever it is."""
-LARGEST_TILE = 256
-"""Side in pixels; larger pictures are made smaller, or the report would be too large to open."""
+KINDS = ("truth", "pretrained", "now")
+"""Rows of the tiles that a run writes."""
 
 
 def look(variants: Sequence[str], baseline: str) -> dict[str, dict[str, Any]]:
@@ -55,7 +45,7 @@ def curves_figure(curves: Mapping[str, Sequence[Curve]], styles: Mapping[str, Ma
     means = {name: points for name, points in means.items() if points[0]}
     if not means:
         return ""
-    figure, axes = _blank(width=6.2, height=3.6)
+    figure, axes = blank(width=6.2, height=3.6)
     for name, (steps, mean, low, high) in means.items():
         axes.fill_between(steps, low, high, color=styles[name]["color"], alpha=0.18, linewidth=0)
         axes.plot(steps, mean, label=name, linewidth=2, marker="o", markersize=3.5, **styles[name])
@@ -79,7 +69,7 @@ def changes_figure(summaries: Sequence[Summary], styles: Mapping[str, Mapping[st
     shown = [s for s in summaries if any(math.isfinite(c) for c in s.changes)]
     if not shown:
         return ""
-    figure, axes = _blank(width=6.2, height=1.1 + 0.45 * len(shown))
+    figure, axes = blank(width=6.2, height=1.1 + 0.45 * len(shown))
     seen = [100 * change for s in shown for change in s.changes if math.isfinite(change)] + [0.0]
     margin = 0.6 * (max(seen) - min(seen)) or 1.0
     axes.axvline(0, color=BASELINE, linestyle="--", linewidth=1)
@@ -96,66 +86,15 @@ def changes_figure(summaries: Sequence[Summary], styles: Mapping[str, Mapping[st
     return to_svg(figure, salt="changes")
 
 
-def _blank(*, width: float, height: float) -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.15, color=INK)
-    for spine in axes.spines.values():
-        spine.set_color(INK)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(INK)
-    axes.tick_params(colors=INK)
-    return figure, axes
-
-
-def to_svg(figure: "Figure", *, salt: str) -> str:
-    """An <svg> to put into a page: transparent, in the colour of its text, the same for the same data."""
-    from matplotlib import rc_context
-
-    file = io.StringIO()
-    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none", "font.size": 11}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda m: m.group(0) if m.group(1) in used else "", svg)  # else twice in a page
-    return svg.replace(INK, "currentColor")
-
-
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
 def strips(result: RunResult) -> list[dict[str, Image.Image]]:
     """For each object its rows: `truth`, led by the picture given, `pretrained` and `now`, led by an empty tile.
 
-    The file has three rows of V + 1 square tiles for each object and nothing else (train.monitor.preview_tiles).
     Returns: RGBA pictures; none where the run wrote no tiles.
     """
     if result.tiles is None:
         return []
-    with Image.open(result.tiles) as opened:
-        image = opened.convert("RGBA")
-    columns = len(result.views("views_psnr")) + 1
-    size = image.width // columns
-    if image.width != columns * size or size == 0 or image.height % (3 * size):
-        return []  # another number of views than was measured: better no picture than one cut wrongly
-    found = []
-    for top in range(0, image.height, 3 * size):
-        rows = [image.crop((0, top + r * size, image.width, top + (r + 1) * size)) for r in range(3)]
-        for row in rows[1:]:
-            row.paste((0, 0, 0, 0), (0, 0, size, size))
-        found.append(dict(zip(("truth", "pretrained", "now"), rows, strict=True)))
-    return found
-
-
-def data_uri(strip: Image.Image) -> str:
-    """PNG in a data: URI, made smaller where its tiles are larger than a report needs."""
-    if strip.height > LARGEST_TILE:
-        width = round(strip.width * LARGEST_TILE / strip.height)
-        strip = strip.resize((width, LARGEST_TILE), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    strip.save(file, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    cut = cut_strips(result.tiles, views=len(result.views("views_psnr")), rows=len(KINDS))
+    return [dict(zip(KINDS, rows, strict=True)) for rows in cut]

@@ -10,7 +10,7 @@ from typing import Any
 
 from softprompt.files import new_file
 from train import page
-from train.compare.pictures import LARGEST_TILE, changes_figure, curves_figure, data_uri, look, strips
+from train.compare.pictures import changes_figure, curves_figure, look, strips
 from train.compare.plan import Comparison, Plan, comparison_yaml, flat_options, own_files
 from train.compare.results import RunResult, Summary, summarise
 from train.compare.tables import (
@@ -23,6 +23,7 @@ from train.compare.tables import (
     summary_rows,
     views_table,
 )
+from train.figures import LARGEST_TILE, data_uri
 
 
 def write_report(

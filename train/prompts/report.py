@@ -171,15 +171,13 @@ def write_page(shown: Sequence[Shown], path: Path, command: str) -> None:
 def as_context(one: Shown) -> dict[str, Any]:
     """A prompt as its part of the page shows it."""
     m, views = one.measures, [view.replace("_", " ") for view in one.source.views]
-    matrix = m.cosines.tolist()
-    least = min(min(row) for row in matrix)
     carriers = set(m.carriers)
     return {
         "name": one.source.name,
         "rows": rows(one),
         "texts": list(zip(views, one.source.texts, strict=True)) if one.source.texts else [],
         "views": views,
-        "matrix": [[{"cosine": c, "ink": (c - least) / ((1 - least) or 1)} for c in row] for row in matrix],
+        "matrix": matrix_cells(m.cosines, float(m.cosines.min())),
         "norms": [
             {"view": view, "min": float(n.min()), "mean": float(n.mean()), "max": float(n.max())}
             for view, n in zip(views, m.norms, strict=True)
@@ -196,6 +194,11 @@ def as_context(one: Shown) -> dict[str, Any]:
             for view, change, cosine in zip(views, one.drift.by_view.tolist(), one.drift.cosines.tolist(), strict=True)
         ],
     }
+
+
+def matrix_cells(cosines: Tensor, least: float) -> list[list[dict[str, float]]]:
+    """cosines: [V, V]. least: that is drawn without ink; 1 has all of it."""
+    return [[{"cosine": c, "ink": (c - least) / ((1 - least) or 1)} for c in row] for row in cosines.tolist()]
 
 
 def chart(title: str, values: Tensor, marked: set[int]) -> dict[str, Any]:

@@ -1,0 +1,38 @@
+"""What a run was asked, what happened, what came of it, and what to do with it, as one page: `python -m train.report`.
+
+Every run leaves this page, RUN/report.html, at its end; this makes it again, or makes that of a run that was killed.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from softprompt.errors import InputError
+from train.command_line import PlainParser, calm_environment
+from train.report.page import NAME, write_report
+
+EXIT_BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns: the exit code."""
+    calm_environment()
+    parser = PlainParser(
+        prog="python -m train.report",
+        description=__doc__,
+        epilog="Examples: python -m train.report runs/micro-001 | python -m train.report runs/micro-001 --output mice.html",
+    )
+    parser.add_argument("run", type=Path, help="Folder of a run, as train.softprompt leaves it.")
+    parser.add_argument("--output", type=Path, help=f"The page to write; RUN/{NAME} by default.")
+    given = parser.parse_args(argv)
+    try:
+        page, headline = write_report(given.run, given.output)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(f"{headline}\n\nmade       {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""A run's story => its page: one HTML file that needs nothing else."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from PIL import Image
+
+from softprompt.errors import InputError
+from softprompt.files import new_file
+from train import page
+from train.ablation import FOLLOW, HANDED_ON, PSNR, SSIM
+from train.figures import cut_strips, data_uri
+from train.prompts.measure import drift, in_ranges, measure
+from train.prompts.report import chart, matrix_cells
+from train.report.figures import panels
+from train.report.read import Story, read_story
+
+NAME = "report.html"
+MADE_BY = "softprompt train.report"
+"""Marks a page as ours."""
+OVERFITTED = 0.02
+"""Share by which the held-out loss at the end is above its lowest from which on the report says so."""
+
+
+def write_report(run: Path, output: Path | None = None) -> tuple[Path, str]:
+    """Write the page of a run, whole or not at all.
+
+    output: where to; None: RUN/report.html. Returns: the page, and its headline.
+    Raises: InputError for a folder that is no run, or where something lies that is no earlier page.
+    """
+    story, target = read_story(run), output or run / NAME
+    if target.is_dir():
+        raise InputError(f"--output {target}: is a folder; expected the name of a page, e.g. {NAME}")
+    if target.is_file() and MADE_BY not in target.read_text(encoding="utf-8", errors="replace")[:1000]:
+        raise InputError(f"--output {target}: is no earlier page of this command; choose another name, or move it away first")
+    command = f"python -m train.report {shlex.quote(str(run))}"
+    if output is not None:
+        command += f" --output {shlex.quote(str(output))}"
+    context = _context(story) | {"made_by": MADE_BY, "command": command}
+    with new_file(target) as partial:
+        partial.write_text(page.render("train.report", context), encoding="utf-8")
+    return target, str(context["headline"])
+
+
+def _context(story: Story) -> dict[str, Any]:
+    options = story.options
+    return {
+        "title": f"Run {story.folder.absolute().name}",
+        "about": f"{options['model']} adapted to {options['data.train']}: "
+        + ("finished" if story.finished else "not finished")
+        + f", step {story.step} of {options['train.steps']}.",
+        "headline": headline(story),
+        "warnings": warnings(story),
+        "columns": ["input", *(_words(name) for name in story.slots)],
+        "grid": _rows(story.pictures.get("tiles"), ("truth", "pretrained", "now"), story),
+        "shown_step": story.shown["step"],
+        "view_columns": [
+            f"{kind}, {when}" for kind in ("loss", "PSNR (dB)", "SSIM") for when in ("step 0", f"step {story.shown['step']}")
+        ],
+        "views": view_rows(story),
+        "worst": _worst(story),
+        "ablation": _ablation(story),
+        "prompt": _prompt(story),
+        "asked": _asked(story),
+        "changed": [(name, _value(default), _value(value)) for name, default, value in story.changed],
+        "config": (story.folder / "config.yaml").read_text(encoding="utf-8"),
+        "panels": [(panel, Markup(svg)) for panel, svg in panels(story)],
+        "commands": commands(story),
+    }
+
+
+def headline(story: Story) -> str:
+    """What came of the run, in a sentence or two."""
+    first, last, shown = story.first, story.last, story.shown
+    said = "The held-out loss was not finite at the end"
+    if _finite(first["loss/validation"], last["loss/validation"]):
+        before, now = first["loss/validation"], last["loss/validation"]
+        verb = "fell" if now < before else "rose"
+        said = f"The held-out loss {verb} from {before:.4g} to {now:.4g} ({now / before - 1:+.0%}) in {last['step']} steps"
+    if _finite(first.get("views/psnr"), shown.get("views/psnr")):
+        said += f", and the sampled views went from {first['views/psnr']:.1f} to {shown['views/psnr']:.1f} dB PSNR"
+    said += "."
+    if _finite(first.get("loss/original_pretrained"), last.get("loss/original")):
+        times = last["loss/original"] / first["loss/original_pretrained"]
+        said += f" On the pretrained model's own domain the loss is now {times:.2g} times what it was."
+    return said
+
+
+def warnings(story: Story) -> list[str]:
+    """What a reader should know before all else."""
+    said = [f"{name}: {words}" for name, words in story.warned.items()]
+    best, last = story.best, story.last
+    if not story.finished:
+        said.append(f"The run is not finished: it stands at step {story.step} of {story.options['train.steps']}.")
+    if _finite(best["loss/validation"], last["loss/validation"]):
+        over = last["loss/validation"] / best["loss/validation"] - 1
+        if best["step"] == 0 < last["step"]:
+            said.append("On held-out objects no step was better than the pretrained model.")
+        elif over > OVERFITTED:
+            said.append(
+                f"The held-out loss was {over:.0%} lower at step {best['step']} than at the end: the run has overfitted since. "
+                f"What it was then is in {story.folder / 'export' / 'best'}."
+            )
+    if story.prompt is None:
+        said.append("There is no export yet, so the prompt is not shown.")
+    return said
+
+
+def view_rows(story: Story) -> list[dict[str, Any]]:
+    """Loss, PSNR and SSIM of each view at the start and at the newest previews; the view that came out worst is marked."""
+    first, shown = story.first, story.shown
+    psnr = {view: shown.get(f"views_psnr/{view}") for view in story.slots[1:]}
+    known = [(value, view) for view, value in psnr.items() if value is not None]
+    worst = min(known)[1] if known else None
+    return [
+        {
+            "view": _words(view),
+            "worst": view == worst,
+            "given": view == story.slots[0],
+            "cells": [
+                _number(point.get(f"{kind}/{view}"), form)
+                for kind, form in (("loss_view", ".4f"), ("views_psnr", ".2f"), ("views_ssim", ".3f"))
+                for point in (first, shown)
+            ],
+        }
+        for view in story.slots
+    ]
+
+
+def _worst(story: Story) -> str:
+    worst = next((row["view"] for row in view_rows(story) if row["worst"]), None)
+    if worst is None:
+        return "The views were not measured."
+    return f"The worst view is {worst} (by PSNR; the view that was given is left out, since it only has to be copied)."
+
+
+def _ablation(story: Story) -> dict[str, Any] | None:
+    if not story.ablation:
+        return None
+    names = [name.split("/", 1)[1] for name in story.ablation if name.startswith(f"{PSNR}/")]
+    objects = _rows(story.pictures.get("ablation-tiles"), ("truth", *names, HANDED_ON), story)
+    share = story.ablation[FOLLOW]
+    return {
+        "objects": objects,
+        "rows": [
+            {"name": _words(name), "psnr": story.ablation[f"{PSNR}/{name}"], "ssim": story.ablation[f"{SSIM}/{name}"]}
+            for name in names
+        ],
+        "follow": f"In the last row each place has the next view's prompt: {share:.0%} of the views then are nearer to the "
+        f"true view of that prompt than to that of their own place. 100 % means that the prompt alone decides which view is "
+        f"drawn, 0 % that it does not matter.",
+    }
+
+
+def _prompt(story: Story) -> dict[str, Any] | None:
+    if story.prompt is None or story.start is None:
+        return None
+    before, after = measure(story.start, story.views), measure(story.prompt, story.views)
+    moved = drift(story.prompt, story.start, None)
+    least = min(float(m.cosines.min()) for m in (before, after))
+    sides = []
+    for title, m in (("W_0, the pretrained prompt", before), ("E, as exported", after)):
+        one, other, cosine = m.closest
+        said = f"Cosines between views: {title}. Closest: {_words(one)} and {_words(other)}, {cosine:.3f}."
+        sides.append({"title": said, "rows": matrix_cells(m.cosines, least)})
+    most = sorted(moved.by_token.topk(3).indices.tolist())
+    carriers = in_ranges(before.carriers)
+    return {
+        "views": [_words(view) for view in story.views],
+        "matrices": sides,
+        "chart": chart("Change from W_0, by token, of the token's norm", moved.by_token, set(before.carriers)),
+        "said": f"Change from W_0 by token, mean over views, of the token's norm there. Marked: the tokens that carry the view "
+        f"in W_0 ({carriers}). Most moved: {', '.join(map(str, most))}. By view: "
+        + ", ".join(f"{_words(view)} {change:.0%}" for view, change in zip(story.views, moved.by_view.tolist(), strict=True))
+        + " of its norm.",
+    }
+
+
+def _asked(story: Story) -> list[tuple[str, str]]:
+    options = story.options
+    batch = f"{options['train.batch_size']} x {options['train.accumulation']} objects"
+    _, speed = story.curve("speed/steps_per_second")
+    pace = f", {sorted(speed)[len(speed) // 2]:.2g} a second" if speed else ""
+    lora = "none" if options["lora.rank"] == 0 else f"rank {options['lora.rank']} on {', '.join(options['lora.targets'])}"
+    learned = f"at {options['prompt.learning_rate']:g}" if options["prompt.learn"] else "not trained"
+    held = f"weight {options['kl.weight']:g} on the {options['kl.domain']} domain" if options["kl.weight"] else "none"
+    return [
+        ("model", str(options["model"])),
+        ("data", f"{options['data.train']}, held out: {options['data.val'] or 'a part of it'}"),
+        ("length", f"{options['train.steps']} steps of {batch}{pace}"),
+        ("prompt", f"from {' over '.join(options['prompt.waypoints'])}, learned {learned} ({options['prompt.carry']})"),
+        ("LoRA", lora if options["lora.rank"] == 0 else f"{lora}, at {options['lora.learning_rate']:g}"),
+        ("KL", held),
+    ]
+
+
+def commands(story: Story) -> list[tuple[str, str]]:
+    """(what for, the command), to be copied."""
+    run, export = (shlex.quote(str(path)) for path in (story.folder, story.folder / "export"))
+    model = "" if story.options["model"] == "micro" else f" --model {shlex.quote(str(story.options['model']))}"
+    found = []
+    if not story.finished:
+        found.append(("Go on with it:", f"python -m train.softprompt --resume {run}"))
+    found += [
+        ("Six views of pictures of your own:", f"python -m train.sample --pictures '[PICTURE.png]' --export {export}{model}"),
+        (
+            "How much of prompt and LoRA to use:",
+            f"python -m train.sample --pictures '[PICTURE.png]' --export {export}{model} --rows strengths",
+        ),
+        (
+            "Into FaceLift, whose own prompt is kept beside it; --undo puts it back:",
+            f"python -m train.export {export} --into FACELIFT",
+        ),
+        ("The prompt in detail, beside the pretrained one:", f"python -m train.prompts show facelift {export}/clr_embeds.pt"),
+        ("The curves, live and to zoom into:", f"tensorboard --logdir {run}"),
+    ]
+    if story.finished:
+        more = 2 * int(story.options["train.steps"])
+        found.append(("Train it for longer:", f"python -m train.softprompt --resume {run} --train.steps {more}"))
+    return found
+
+
+def _rows(tiles: Path | None, names: Sequence[str], story: Story) -> list[list[dict[str, Any]]]:
+    """Strips of pictures for each object; none where there is no file, or it is of other rows."""
+    if tiles is None:
+        return []
+    return [
+        [_strip(name, strip, number) for name, strip in zip(names, strips, strict=True)]
+        for number, strips in enumerate(cut_strips(tiles, views=len(story.slots), rows=len(names)), start=1)
+    ]
+
+
+def _strip(name: str, strip: Image.Image, number: int) -> dict[str, Any]:
+    return {
+        "name": _words(name),
+        "uri": data_uri(strip),
+        "alt": f"Object {number}: {_words(name)}",
+        "width": strip.width,
+        "height": strip.height,
+    }
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _value(value: Any) -> str:
+    return "null" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _finite(*values: float | None) -> bool:
+    return all(value is not None and math.isfinite(value) for value in values)
