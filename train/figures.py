@@ -36,6 +36,17 @@ def blank(*, width: float, height: float) -> "tuple[Figure, Axes]":
     return figure, axes
 
 
+def make_logarithmic(axes: "Axes") -> None:
+    """The y axis, with its numbers written out; what is drawn must be positive. Over a wide range each power of ten alone."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if high < 30 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def to_svg(figure: "Figure", *, salt: str) -> str:
     """An <svg> to put into a page: transparent, in the colour of its text, the same for the same data."""
     from matplotlib import rc_context

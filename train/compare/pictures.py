@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from train.compare.results import Curve, RunResult, Summary
-from train.figures import COLOURS, INK, blank, cut_strips, to_svg
+from train.figures import COLOURS, INK, blank, cut_strips, make_logarithmic, to_svg
 
 BASELINE = "#808080"
 STYLES = ("-", "--", ":", "-.")
@@ -39,8 +39,6 @@ def curves_figure(curves: Mapping[str, Sequence[Curve]], styles: Mapping[str, Ma
 
     curves: by variant, one for each seed. Returns: SVG; empty where no variant has a point.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     means = {name: mean_curve([c for c in group if c.steps]) for name, group in curves.items()}
     means = {name: points for name, points in means.items() if points[0]}
     if not means:
@@ -50,10 +48,7 @@ def curves_figure(curves: Mapping[str, Sequence[Curve]], styles: Mapping[str, Ma
         axes.fill_between(steps, low, high, color=styles[name]["color"], alpha=0.18, linewidth=0)
         axes.plot(steps, mean, label=name, linewidth=2, marker="o", markersize=3.5, **styles[name])
     if min(min(low) for _, _, low, _ in means.values()) > 0:  # else what is not positive would not be drawn
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        make_logarithmic(axes)
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)
     columns = max(1, min(3, 60 // max((len(name) for name in means), default=1)))

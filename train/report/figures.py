@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train.figures import COLOURS, INK, blank, to_svg
+from train.figures import COLOURS, INK, blank, make_logarithmic, to_svg
 from train.report.read import Story
 
 MANY = 30
@@ -44,7 +44,8 @@ PANELS = (
     Panel(
         "Learning rates",
         (("learning_rate/prompt", "prompt"), ("learning_rate/lora", "LoRA")),
-        "Warm-up, then the schedule; 0 where a part does not train.",
+        "Warm-up, then the schedule; a part that does not train has no point.",
+        log=True,
     ),
     Panel(
         "Gradient norms",
@@ -55,17 +56,18 @@ PANELS = (
     Panel(
         "The prompt",
         (
-            ("prompt_views_alike/mean_cosine", "likeness of the views' prompts"),
-            ("prompt_norm/most_to_path", "largest token norm, of the path's"),
-            ("prompt_norm/least_to_path", "smallest token norm, of the path's"),
+            ("prompt_views_alike/mean_cosine", "views alike"),
+            ("prompt_norm/most_to_path", "largest norm"),
+            ("prompt_norm/least_to_path", "smallest norm"),
         ),
-        "Likeness that falls means that the views' prompts part. Norms far from 1 are tokens that the model never saw.",
+        "Views alike: mean cosine between the views' prompts; it falls where they part. Norms: of tokens, as shares of the "
+        "path's; far from 1 are tokens that the model never saw.",
     ),
     Panel(
         "Sampled views",
-        (("views/ssim", "SSIM"), ("views/copy_score", "copy score"), ("views/separation_ratio", "separation of the views")),
-        "SSIM rises; copy score falls toward 0 (1: each view copies the input); separation is 1 where the views differ as the "
-        "true ones do.",
+        (("views/ssim", "SSIM"), ("views/copy_score", "copy score"), ("views/separation_ratio", "separation")),
+        "SSIM rises; copy score falls toward 0 (1: each view copies the input); separation is 1 where the views differ as "
+        "much as the true ones.",
     ),
 )
 
@@ -76,8 +78,14 @@ def panels(story: Story) -> list[tuple[Panel, str]]:
     objectives = [Panel("Objectives", tuple((name, name.removeprefix("objective/")) for name in extra), "Of each step.")]
     found = []
     for panel in (*PANELS, *(objectives if extra else [])):
-        curves = [(label, *story.curve(series)) for series, label in panel.lines]
-        curves = [(label, steps, values) for label, steps, values in curves if len(steps) > 1]
+        curves: list[tuple[str, list[int], list[float]]] = []
+        for series, label in panel.lines:
+            steps, values = story.curve(series)
+            if panel.log:
+                kept = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
+                steps, values = [step for step, _ in kept], [value for _, value in kept]
+            if len(steps) > 1 and all((steps, values) != curve[1:] for curve in curves):  # one line where two are the same
+                curves.append((label, steps, values))
         if curves:
             found.append((panel, _draw(panel, curves)))
     return found
@@ -88,8 +96,8 @@ def _draw(panel: Panel, curves: Sequence[tuple[str, list[int], list[float]]]) ->
     for index, (label, steps, values) in enumerate(curves):
         mark = "o" if len(steps) < MANY else None
         axes.plot(steps, values, label=label, linewidth=1.8, marker=mark, markersize=3, color=COLOURS[index % len(COLOURS)])
-    if panel.log and min(value for _, _, values in curves for value in values) > 0:
-        axes.set_yscale("log")
+    if panel.log:
+        make_logarithmic(axes)
     axes.set_xlabel("step")
     figure.legend(loc="outside lower center", ncols=min(3, len(curves)), frameon=False, labelcolor=INK, fontsize=9)
     return to_svg(figure, salt=panel.title)

@@ -1,5 +1,6 @@
 """A run's story => its page: one HTML file that needs nothing else."""
 
+import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from softprompt.files import new_file
 from train import page
 from train.ablation import FOLLOW, HANDED_ON, PSNR, SSIM
 from train.figures import cut_strips, data_uri
+from train.options import MICRO
 from train.prompts.measure import drift, in_ranges, measure
 from train.prompts.report import chart, matrix_cells
 from train.report.figures import panels
@@ -50,7 +52,7 @@ def _context(story: Story) -> dict[str, Any]:
     options = story.options
     return {
         "title": f"Run {story.folder.absolute().name}",
-        "about": f"{options['model']} adapted to {options['data.train']}: "
+        "about": f"{_place(options['model'], 'The embedded model')} adapted to {_place(options['data.train'], 'its mice')}; "
         + ("finished" if story.finished else "not finished")
         + f", step {story.step} of {options['train.steps']}.",
         "headline": headline(story),
@@ -142,7 +144,7 @@ def _ablation(story: Story) -> dict[str, Any] | None:
     if not story.ablation:
         return None
     names = [name.split("/", 1)[1] for name in story.ablation if name.startswith(f"{PSNR}/")]
-    objects = _rows(story.pictures.get("ablation-tiles"), ("truth", *names, HANDED_ON), story)
+    objects = _rows(story.pictures.get("ablation-tiles"), ("truth", *names, HANDED_ON), story)[:1]  # the others are in the PNG
     share = story.ablation[FOLLOW]
     return {
         "objects": objects,
@@ -189,8 +191,11 @@ def _asked(story: Story) -> list[tuple[str, str]]:
     learned = f"at {options['prompt.learning_rate']:g}" if options["prompt.learn"] else "not trained"
     held = f"weight {options['kl.weight']:g} on the {options['kl.domain']} domain" if options["kl.weight"] else "none"
     return [
-        ("model", str(options["model"])),
-        ("data", f"{options['data.train']}, held out: {options['data.val'] or 'a part of it'}"),
+        ("model", _place(options["model"], "the embedded model")),
+        (
+            "data",
+            _place(options["data.train"], "the embedded mice") + f", held out: {options['data.val'] or 'a part of them'}",
+        ),
         ("length", f"{options['train.steps']} steps of {batch}{pace}"),
         ("prompt", f"from {' over '.join(options['prompt.waypoints'])}, learned {learned} ({options['prompt.carry']})"),
         ("LoRA", lora if options["lora.rank"] == 0 else f"{lora}, at {options['lora.learning_rate']:g}"),
@@ -201,7 +206,7 @@ def _asked(story: Story) -> list[tuple[str, str]]:
 def commands(story: Story) -> list[tuple[str, str]]:
     """(what for, the command), to be copied."""
     run, export = (shlex.quote(str(path)) for path in (story.folder, story.folder / "export"))
-    model = "" if story.options["model"] == "micro" else f" --model {shlex.quote(str(story.options['model']))}"
+    model = "" if story.options["model"] == MICRO else f" --model {shlex.quote(str(story.options['model']))}"
     found = []
     if not story.finished:
         found.append(("Go on with it:", f"python -m train.softprompt --resume {run}"))
@@ -245,11 +250,17 @@ def _strip(name: str, strip: Image.Image, number: int) -> dict[str, Any]:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return name.replace("_", " ").replace("lora", "LoRA")
+
+
+def _place(given: str, embedded: str) -> str:
+    """A path, or what `micro` stands for there."""
+    return embedded if given == MICRO else str(given)
 
 
 def _value(value: Any) -> str:
-    return "null" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """As the command line takes it."""
+    return json.dumps(value).replace('"', "") if not isinstance(value, str) else value
 
 
 def _number(value: float | None, form: str) -> str:
