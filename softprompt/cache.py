@@ -160,11 +160,16 @@ class EncodedObjects:
 
     def pictures(self, index: int, generator: torch.Generator) -> Tensor:
         """[V, 3, S, S] in [0, 1]: the pictures themselves, on a background drawn from `generator`."""
-        return composite(self.source.load(index), pick_background(self.background, generator))
+        return self.views(index, generator)[0]
 
     def masks(self, index: int) -> Tensor:
         """[V, 1, S, S] in [0, 1]: where the object is; 1 throughout for pictures without alpha."""
         return self.source.load(index)[:, 3:].float() / 255
+
+    def views(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`pictures` and `masks`, read once."""
+        rgba = self.source.load(index)
+        return composite(rgba, pick_background(self.background, generator)), rgba[:, 3:].float() / 255
 
     def _not_kept(self) -> Sequence[int]:
         """Objects that are not whole in the cache, as far as can be told without a look at their files."""

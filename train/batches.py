@@ -67,7 +67,11 @@ class Batches:
     def names(self, wanted: Wanted) -> list[str]:
         """Of the batch's samples, in its order."""
         source = self._source(wanted)
-        return [source.names[index] for _, index in self._places(wanted, len(source))]
+        return [source.names[index] for _, index in self.places(wanted)]
+
+    def places(self, wanted: Wanted) -> list[tuple[int, int]]:
+        """(place in the step's global batch, which object of its source) of each of this process's objects in a batch."""
+        return self._places(wanted, len(self._source(wanted)))
 
     def _source(self, wanted: Wanted) -> EncodedObjects:
         if not wanted.original:
@@ -82,16 +86,31 @@ class Batches:
         before = wanted.step * train.batch_size * self._processes * train.accumulation
         return [(p, object_at(before + p, count, train.seed)) for p in range(first, first + train.batch_size)]
 
-    def make(self, wanted: Wanted) -> Batch:
-        """As `take`, without a look at what was made ahead."""
+    def true_views(self, wanted: Wanted, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch's objects as pictures, [B, V, 3, S, S] in [0, 1] on its backgrounds, and masks, [B, V, 1, S, S].
+
+        order: [B, V], of the batch: which view is in each slot. Returns: on the pipeline's device.
+        """
+        source, device = self._source(wanted), self._pipeline.device
+        found = [source.views(index, self._generator(wanted, place)) for place, index in self.places(wanted)]
+        pictures, masks = (
+            torch.stack([views[slots] for views, slots in zip(kind, order.cpu(), strict=True)]).to(device)
+            for kind in zip(*found, strict=True)
+        )
+        return pictures, masks
+
+    def _generator(self, wanted: Wanted, place: int) -> torch.Generator:
+        """Of one object's background and draw."""
+        domain = ("original",) if wanted.original else ()
+        return seeded(self._config.train.seed, *domain, wanted.step, place)
+
+    def make(self, wanted: Wanted, *, drop_rate: float | None = None) -> Batch:
+        """As `take`, without a look at what was made ahead. drop_rate: of conditions, in place of the configuration's."""
         config, source = self._config, self._source(wanted)
         references = [0] if wanted.original else config.data.references(self._pipeline.num_views)
-        key: tuple[int | str, ...] = (
-            (config.train.seed, "original", wanted.step) if wanted.original else (config.train.seed, wanted.step)
-        )
         objects, draws = [], []
-        for position, index in self._places(wanted, len(source)):
-            generator = seeded(*key, position)
+        for place, index in self.places(wanted):
+            generator = self._generator(wanted, place)
             objects.append(source.get(index, generator))
             draws.append(
                 draw(
@@ -99,7 +118,7 @@ class Batches:
                     encoded=objects[-1],
                     num_timesteps=len(self._pipeline.scheduler.alphas_cumprod),
                     references=references,
-                    drop_rate=config.loss.condition_drop_rate,
+                    drop_rate=config.loss.condition_drop_rate if drop_rate is None else drop_rate,
                     lowest=wanted.lowest,
                 )
             )

@@ -16,11 +16,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from softprompt.errors import InputError, RunError
 from softprompt.files import load_pickle, new_folder, remove_folder, write_json
 from softprompt.model import AdaptedModel
+from train.objectives.terms import Objectives
 
 STATE = "state.pt"
 MANIFEST = "manifest.json"
 """Of a checkpoint, written last: size and checksum of its state, how far the run was, and a checksum of all that."""
-_STATE = {"trainable", "waypoints", "optimizer", "schedule", "ema", "scaler"}
+_STATE = {"trainable", "waypoints", "optimizer", "schedule", "ema", "scaler", "objectives"}
 _PROGRESS = {
     "step",
     "first",
@@ -64,6 +65,7 @@ def save_checkpoint(
     schedule: LambdaLR,
     ema: EMAModel | None,
     scaler: Any | None,
+    objectives: Objectives | None = None,
     progress: Mapping[str, Any],
     keep: int,
 ) -> Path:
@@ -71,14 +73,23 @@ def save_checkpoint(
 
     The order of the data and all random numbers are functions of (seed, step, position in the batch), so the step is their
     state. progress: of `train.run.Run.progress`.
-    scaler: of fp16's gradients, where there is one.
+    scaler: of fp16's gradients, where there is one. objectives: what they remember; None: they have nothing to.
     Raises: RunError where the disk is too full, or gives back something else; the checkpoints before stay.
     """
     target = checkpoint_folder(run, int(progress["step"]))
     if not _is_sound(target):  # else a finished run that is exported again, or one that was killed before it removed old ones
         if target.is_dir():
             remove_folder(target)
-        write_state(target, adapted=adapted, optimizer=optimizer, schedule=schedule, ema=ema, scaler=scaler, progress=progress)
+        write_state(
+            target,
+            adapted=adapted,
+            optimizer=optimizer,
+            schedule=schedule,
+            ema=ema,
+            scaler=scaler,
+            objectives=objectives,
+            progress=progress,
+        )
     best = progress["best"] and checkpoint_folder(run, int(progress["best"]["step"]))
     for old in list_checkpoints(run)[:-keep]:
         if old != best:
@@ -102,6 +113,7 @@ def write_state(
     schedule: LambdaLR,
     ema: EMAModel | None,
     scaler: Any | None,
+    objectives: Objectives | None = None,
     progress: Mapping[str, Any],
 ) -> None:
     """A checkpoint in a folder of any name; see `save_checkpoint`."""
@@ -114,6 +126,7 @@ def write_state(
             "schedule": schedule.state_dict(),
             "ema": None if ema is None else ema.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "objectives": {} if objectives is None else objectives.state(),
         },
         buffer,
     )
@@ -237,6 +250,34 @@ def _refuse_a_full_disk(target: Path, needed: int) -> None:
         )
 
 
+def restore_trained(state: Mapping[str, Any], *, adapted: AdaptedModel, ema: EMAModel | None, option: str) -> None:
+    """Put back what trains, its moving average, and the path it was trained on. option: named in errors.
+
+    Raises: InputError when the model is another: other trained parts, ranks or waypoints.
+    """
+    parameters = adapted.all_trainable()
+    saved = state["trainable"]
+    differing = sorted(set(parameters) ^ set(saved)) or [n for n in saved if saved[n].shape != parameters[n].shape]
+    if differing:
+        raise InputError(
+            f"{option}: the checkpoint's trained parameters are not this configuration's ({len(differing)} differ, e.g. "
+            f"{differing[0]}); likely lora.rank, lora.targets or prompt.learn was changed"
+        )
+    if state["waypoints"].shape != adapted.prompt.waypoints.shape:
+        raise InputError(f"{option}: the checkpoint's path has another number of waypoints than prompt.waypoints")
+    if (ema is None) != (state["ema"] is None):
+        raise InputError(f"{option}: train.ema_decay was switched on or off since the checkpoint")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+        adapted.prompt.waypoints.copy_(state["waypoints"])
+    if ema is not None:
+        decay = ema.decay
+        ema.load_state_dict(state["ema"])
+        ema.decay = decay
+        ema.to(adapted.prompt.waypoints.device)
+
+
 def restore(
     state: Mapping[str, Any],
     *,
@@ -245,27 +286,13 @@ def restore(
     schedule: LambdaLR,
     ema: EMAModel | None,
     scaler: Any | None,
+    objectives: Objectives | None = None,
 ) -> None:
     """Put a checkpoint's state into a freshly prepared run. Learning rates and decay are the configuration's, not the state's.
 
     Raises: InputError when the run is another: other trained parts, ranks or waypoints.
     """
-    parameters = adapted.all_trainable()
-    saved = state["trainable"]
-    differing = sorted(set(parameters) ^ set(saved)) or [n for n in saved if saved[n].shape != parameters[n].shape]
-    if differing:
-        raise InputError(
-            f"resume: the checkpoint's trained parameters are not this configuration's ({len(differing)} differ, e.g. "
-            f"{differing[0]}); likely lora.rank, lora.targets or prompt.learn was changed"
-        )
-    if state["waypoints"].shape != adapted.prompt.waypoints.shape:
-        raise InputError("resume: the checkpoint's path has another number of waypoints than prompt.waypoints")
-    if (ema is None) != (state["ema"] is None):
-        raise InputError("resume: train.ema_decay was switched on or off since the checkpoint")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-        adapted.prompt.waypoints.copy_(state["waypoints"])
+    restore_trained(state, adapted=adapted, ema=ema, option="resume")
     asked = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
@@ -274,10 +301,7 @@ def restore(
         group["initial_lr"], group["weight_decay"] = rate, decay
     for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
-    if ema is not None:
-        decay = ema.decay
-        ema.load_state_dict(state["ema"])
-        ema.decay = decay
-        ema.to(adapted.prompt.waypoints.device)
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
+    if objectives is not None:
+        objectives.go_on_from(state["objectives"])

@@ -1,5 +1,5 @@
 """The one typed configuration of the main job, read from YAML and options by train.command_line; its groups of options are in
-train.options."""
+train.options and train.objective_options."""
 
 import math
 import re
@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from train.objective_options import OBJECTIVES, CustomConfig
 from train.options import (
     MICRO,
     CurriculumConfig,
@@ -41,6 +42,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     kl: KLConfig = field(default_factory=KLConfig)
+    custom: CustomConfig = field(default_factory=CustomConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -71,8 +73,29 @@ class Config:
             0,
             "1 or more where prompt.learn is false: nothing would train",
         )
+        self._check_objectives()
         self._check_curriculum()
         self._check_windows()
+
+    def _check_objectives(self) -> None:
+        require(
+            self.loss.weight > 0 or any(getattr(self, name).weight > 0 for name in OBJECTIVES),
+            "loss.weight",
+            0,
+            f"a positive number, or a weight for one of the objectives ({', '.join(OBJECTIVES)}): nothing would be trained on",
+        )
+        known = set(self.monitor.objectives) <= set(OBJECTIVES)
+        require(known, "monitor.objectives", self.monitor.objectives, f"some of {', '.join(OBJECTIVES)}")
+        require(
+            not self.uses("custom") or self.custom.function is not None,
+            "custom.function",
+            "null",
+            "module:function, e.g. my_losses:smooth, where the objective is trained or measured",
+        )
+
+    def uses(self, objective: str) -> bool:
+        """Whether an objective is trained or measured."""
+        return getattr(self, objective).weight > 0 or objective in self.monitor.objectives
 
     def _check_curriculum(self) -> None:
         require(

@@ -361,8 +361,8 @@ class MonitorConfig:
     eta: float = 0.0
     """Of previews: 0 is deterministic DDIM, 1 as noisy as DDPM (FaceLift's inference)."""
     objectives: list[str] = field(default_factory=list)
-    """Objectives that are measured on held-out objects with each preview although their weight is 0, e.g. [custom]; those with a
-    weight always are."""
+    """Objectives that are measured on held-out objects with each preview although their weight is 0, e.g. [custom]; those with
+    a weight always are."""
     checkpoint_every: int = 50
     """Steps between checkpoints; also at the end and when interrupted."""
     checkpoints_kept: int = 3

@@ -103,10 +103,10 @@ def unfinished(config: Config, pace: Pace, step: int) -> list[str]:
     return found
 
 
-def after_step(config: Config, pace: Pace, step: int, *, denoising: float, kl: float | None) -> Pace:
+def after_step(config: Config, pace: Pace, step: int, *, denoising: float | None, kl: float | None) -> Pace:
     """Move on after an optimizer step.
 
-    step: optimizer steps done, this one included. denoising: its loss; kl: None where it was not measured.
+    step: optimizer steps done, this one included. denoising, kl: its loss and KL; None where not measured.
     """
     timesteps = wait_for_plateau(
         pace.timesteps,

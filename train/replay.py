@@ -1,6 +1,7 @@
 """Do a step again whose numbers were not finite, and say where it comes from: `python -m train.replay INCIDENT`.
 
-Each of its samples by itself, with the weights, noise and timestep that it had; LoRA dropout and the separation are left out.
+Each of its samples by itself, with the weights, noise and timestep that it had, then the other objectives on each batch; LoRA
+dropout and the separation are left out.
 """
 
 import dataclasses
@@ -56,9 +57,12 @@ def replay(folder: Path, options: Sequence[str]) -> int:
         print(f"{name:24s} {domain:9s} {timestep:8d} {reference:9d} {loss:12.5g}")
     if found.first_layer is not None:
         print(f"\nthe first layer whose output is not finite: {found.first_layer}")
+    for name, value in found.objectives:
+        print(f"objective/{name}: {value:.5g}")
     for name, norm in found.norms.items():
         print(f"gradient norm of {name}: {norm:.5g}")
-    sound = found.first_layer is None and all(map(math.isfinite, [*found.losses, *found.norms.values()]))
+    numbers = [*found.losses, *(value for _, value in found.objectives), *found.norms.values()]
+    sound = found.first_layer is None and all(map(math.isfinite, numbers))
     print("all finite this time" if sound else "not finite again")
     return 0 if sound else EXIT_NOT_FINITE
 
@@ -67,8 +71,10 @@ def replay(folder: Path, options: Sequence[str]) -> int:
 class _Found:
     losses: list[float] = field(default_factory=list)
     """Of each sample, in the incident's order, with the KL where the step held it."""
+    objectives: list[tuple[str, float]] = field(default_factory=list)
+    """What each batch of training objects gives for each of their series."""
     norms: dict[str, float] = field(default_factory=dict)
-    """Of the gradients, by group, of the samples' sum."""
+    """Of the gradients, by group, of all that."""
     first_layer: str | None = None
 
 
@@ -79,8 +85,9 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
     from train.batches import Batches, Wanted, kl_domains
     from train.checkpoint import DamagedError, read_state, restore
     from train.loop import make_schedule
+    from train.objectives.terms import Scene
     from train.setup import make_accelerator, prepare
-    from train.step import losses
+    from train.step import losses, other_objectives
 
     job = prepare(config, make_accelerator(config), resumed=True)
     ema = None if config.train.ema_decay is None else EMAModel(job.adapted.all_trainable().values())
@@ -89,7 +96,15 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
     except DamagedError as error:
         raise InputError(f"{folder}: {error}") from error
     schedule = make_schedule(config, job.optimizer)
-    restore(state, adapted=job.adapted, optimizer=job.optimizer, schedule=schedule, ema=ema, scaler=None)
+    restore(
+        state,
+        adapted=job.adapted,
+        optimizer=job.optimizer,
+        schedule=schedule,
+        ema=ema,
+        scaler=None,
+        objectives=job.objectives,
+    )
     found = _Found()
 
     def watch(name: str) -> Any:
@@ -111,16 +126,22 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
     domains = kl_domains(config, incident["step"])
     kl_share = incident["kl_weight"] * config.kl.every / max(1, len(domains))
     for batch in incident["batches"]:
-        batches = Batches(config, job.pipeline, job.train, replay, process=batch["process"], processes=incident["processes"])
+        job.batches = batches = Batches(
+            config, job.pipeline, job.train, replay, process=batch["process"], processes=incident["processes"]
+        )
         wanted = Wanted(incident["step"], batch["part"], incident["lowest_timestep"], batch["domain"] == "original")
         if batches.names(wanted) != batch["samples"]:
             raise InputError(f"{folder}: its samples are not those of data.train any more; give the data as it was")
         made = batches.make(wanted)
         for index in range(len(made.timesteps)):
-            fit, kl = losses(job, made.only(index), incident["position"], with_kl=batch["domain"] in domains)
-            total = kl_share * kl.mean() + (fit if batch["domain"] == "new" else 0)
+            scene = Scene(job, wanted, made.only(index), incident["step"], incident["position"])
+            fit, kl = losses(scene, with_kl=batch["domain"] in domains)
+            total = kl_share * kl.mean() + (config.loss.weight * fit if batch["domain"] == "new" else 0)
             found.losses.append(float(total.detach()))
             total.backward()  # without fp16's scaler, so that the norms are the gradients' own
+        if batch["domain"] == "new":
+            scene = Scene(job, wanted, made, incident["step"], incident["position"])
+            found.objectives += other_objectives(scene).items()
     for group, parameters in job.adapted.trainable().items():
         gradients = [p.grad.norm() for p in parameters.values() if p.grad is not None]
         found.norms[group] = float(torch.stack(gradients).norm()) if gradients else 0.0

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
@@ -27,6 +27,8 @@ from softprompt.shards import key_of
 from train.batches import Batches
 from train.config import Config
 from train.export import start_from
+from train.objectives.make import make_objectives
+from train.objectives.terms import Objectives
 from train.options import MICRO
 from train.pacing import Pace, least_steps, position_of
 
@@ -71,6 +73,8 @@ class Job:
     """What was decided on the user's behalf, to be said."""
     skipped: list[str]
     """Samples that cannot be used and are left out, each with what is wrong."""
+    objectives: Objectives = field(default_factory=Objectives)
+    """Terms of the loss beside the denoising one."""
 
     @property
     def data(self) -> dict[str, str]:
@@ -109,6 +113,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
     folder = MICRO_MODEL if config.model == MICRO else Path(config.model)
     pipeline = load_pipeline(folder, dtype=DTYPES[precision]).to(accelerator.device)
     _check_together(config, pipeline)
+    objectives = make_objectives(config, pipeline)
     waypoints = load_waypoints(
         config.prompt.waypoints,
         folder=folder,
@@ -154,7 +159,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
         needed += [original.held_out, original.replay] if _replays(config) else [original.held_out]
     encoding_notes, skipped = _encode(needed, accelerator, cache, config)
     notes += data_notes + original_notes + encoding_notes + _advice(config)
-    if all(objects.background != "random" for objects in needed):
+    if all(objects.background != "random" for objects in needed) and not objectives.decode:
         with pipeline.encoders_on_device():  # they leave the device as the block ends
             pipeline.encoders_rest = True
     batches = Batches(
@@ -165,7 +170,9 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )
-    return Job(config, accelerator, pipeline, model, adapted, optimizer, *sources, original, batches, notes, skipped)
+    return Job(
+        config, accelerator, pipeline, model, adapted, optimizer, *sources, original, batches, notes, skipped, objectives
+    )
 
 
 def _encode(

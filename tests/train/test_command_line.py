@@ -128,6 +128,7 @@ OTHER_VALUES: dict[str, object] = {
     "lora.weight_decay": 0.5,
     "lora.train_from": 0.25,
     "lora.train_until": 0.5,
+    "loss.weight": 0.5,
     "loss.snr_weighting": "none",
     "loss.snr_gamma": 3.0,
     "loss.condition_drop_rate": 0.25,
@@ -139,6 +140,8 @@ OTHER_VALUES: dict[str, object] = {
     "kl.weighting": "posterior",
     "kl.clip": 0.5,
     "kl.every": 2,
+    "custom.weight": 0.5,
+    "custom.function": "elsewhere:another",
     "data.train": "/elsewhere/train",
     "data.val": "/elsewhere/val",
     "data.limit": 9,
@@ -169,6 +172,7 @@ OTHER_VALUES: dict[str, object] = {
     "monitor.preview_steps": 3,
     "monitor.guidance_scale": 3.0,
     "monitor.eta": 0.5,
+    "monitor.objectives": ["custom"],
     "monitor.checkpoint_every": 3,
     "monitor.checkpoints_kept": 2,
     "export.pipeline": False,
@@ -195,7 +199,11 @@ FREE = {
 
 def a_run(folder: Path) -> Path:
     """A run in which every other option can be changed by itself: its curriculum ends early, and it needs no original data."""
-    yaml_file(folder, to_yaml(parse(["--curriculum.position=[0.0, 0.5]", "--kl.domain=new"]).config), "config.yaml")
+    yaml_file(
+        folder,
+        to_yaml(parse(["--curriculum.position=[0.0, 0.5]", "--kl.domain=new", "--custom.function=elsewhere:one"]).config),
+        "config.yaml",
+    )
     return folder
 
 

@@ -11,6 +11,7 @@ from softprompt.losses import separation_ratios
 from train import step as step_module
 from train.batches import Wanted
 from train.config import Config
+from train.objectives.terms import Scene
 from train.pacing import Pace
 from train.setup import Job, prepare
 from train.step import KL_TIMESTEP_GROUPS, losses, training_step
@@ -61,9 +62,9 @@ def test_the_kl_is_measured_where_it_is_asked_for(
     job = make_job(**{"kl.domain": domain, "data.original": "VAL"})
     asked: list[tuple[bool, bool]] = []
 
-    def watched(job: Job, batch: object, position: float, *, with_kl: bool) -> tuple[Tensor, Tensor]:
+    def watched(scene: Scene, *, with_kl: bool) -> tuple[Tensor, Tensor]:
         asked.append((with_kl, torch.is_grad_enabled()))
-        return losses(job, batch, position, with_kl=with_kl)  # type: ignore[arg-type]
+        return losses(scene, with_kl=with_kl)
 
     monkeypatch.setattr(step_module, "losses", watched)
     result = training_step(job, 0)
@@ -105,8 +106,9 @@ def test_the_kl_is_split_by_view_and_by_range_of_timesteps(make_job: Callable[..
     job = make_job(**{"data.reference_view": "4", "train.batch_size": 3})
     with torch.no_grad():
         job.adapted.prompt.learned.add_(0.5)
-    batch = job.batches.take(Wanted(0, 0, lowest=0))
-    _, kl = losses(job, batch, 0.0, with_kl=True)
+    wanted = Wanted(0, 0, lowest=0)
+    batch = job.batches.take(wanted)
+    _, kl = losses(Scene(job, wanted, batch, step=0, position=0.0), with_kl=True)
     sums, counts = step_module._kl_sums(job, batch, kl)
     expected_sums, expected_counts = [0.0] * (6 + KL_TIMESTEP_GROUPS), [0.0] * (6 + KL_TIMESTEP_GROUPS)
     for b in range(3):

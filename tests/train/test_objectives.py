@@ -1,0 +1,187 @@
+"""Objectives beside the denoising loss, in the trainer: what they move, what they cost where they are off, and resuming."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from softprompt.errors import InputError
+from softprompt.model import AdaptedModel
+from softprompt.objectives.seen import Seen
+from train import loop
+from train.checkpoint import load_checkpoint
+from train.config import Config
+from train.loop import Run, train
+from train.setup import Job, prepare
+from train.step import training_step
+from train.stop import StopSignal
+
+CUSTOM = {"custom.weight": "0.5", "custom.function": f"{__name__}:smooth"}
+OBJECTIVES: dict[str, Mapping[str, str]] = {"custom": CUSTOM}
+"""By name, the options of the smallest run with it."""
+
+
+def smooth(seen: Seen) -> Tensor:
+    """An objective of the test's own: neighbouring latents are to be alike."""
+    return (seen.clean.diff(dim=-1)).square().mean()
+
+
+@pytest.fixture
+def small(small_config: Callable[..., Config], mice: Path) -> Callable[..., Config]:
+    """`small(**{"train.steps": 2})`: the smallest run on a few mice."""
+    return lambda **options: small_config(mice, **options)
+
+
+def run_to_end(config: Config, folder: Path, *, resume: bool = False, stop: StopSignal | None = None) -> Run:
+    return train(prepare(config), folder, state=load_checkpoint(folder) if resume else None, stop=stop or StopSignal())
+
+
+def series(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+def weights(job: Job) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in job.adapted.all_trainable().items()}
+
+
+def gradients(job: Job, step: int = 0) -> dict[str, Tensor]:
+    """Of one step, as the optimizer sees them but for clipping."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in job.adapted.all_trainable().items():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: found.update({name: p.grad.clone()}))
+    training_step(job, step)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- each of them
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_alone_takes_steps_that_move_only_prompt_and_lora(small, name):
+    job = prepare(small(**OBJECTIVES[name], **{"loss.weight": 0, "kl.weight": 0}))
+    before, frozen = weights(job), job.adapted.frozen_sums()
+    results = [training_step(job, step) for step in range(2)]
+    assert job.adapted.frozen_sums() == frozen
+    moved = {name.partition(".")[0] for name, tensor in weights(job).items() if not torch.equal(tensor, before[name])}
+    assert moved == {"prompt", "unet"}
+    assert all(name in r.objectives and not r.skipped and r.not_finite is None for r in results)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_interrupted_run_with_an_objective_equals_one_that_was_not(small, tmp_path, stop_after, monkeypatch, name):
+    monkeypatch.setattr(loop, "_export", lambda run, folder: None)
+    config = small(**OBJECTIVES[name], **{"train.steps": 3, "lora.dropout": 0.1, "monitor.preview_every": 3})
+    whole = run_to_end(config, tmp_path / "whole")
+    assert run_to_end(config, tmp_path / "parts", stop=stop_after(1)).step == 1
+    resumed = run_to_end(config, tmp_path / "parts", resume=True)
+    assert series(tmp_path / "parts") == series(tmp_path / "whole")
+    assert any(f"objective/{name}" in line for line in series(tmp_path / "whole"))
+    assert all(torch.equal(tensor, weights(resumed.job)[name]) for name, tensor in weights(whole.job).items())
+
+
+# --------------------------------------------------------------------------------------------------- weights, combinations
+
+
+def test_an_objective_without_a_weight_changes_nothing(small):
+    plain, off = (
+        prepare(small()),
+        prepare(
+            small(
+                **{option: v for o in OBJECTIVES.values() for option, v in o.items()}
+                | {f"{name}.weight": 0 for name in OBJECTIVES}
+            )
+        ),
+    )
+    assert not off.objectives.terms
+    results = [[training_step(job, step) for step in range(2)] for job in (plain, off)]
+    assert results[0] == results[1] and not results[0][0].objectives
+    assert all(torch.equal(tensor, weights(off)[name]) for name, tensor in weights(plain).items())
+
+
+def test_the_gradients_of_a_combination_are_the_sum_of_each_alone(small):
+    alone = {"kl.weight": 0, "train.max_grad_norm": 1e9}
+    both = gradients(prepare(small(**CUSTOM, **alone)))
+    plain = gradients(prepare(small(**alone)))
+    custom = gradients(prepare(small(**CUSTOM, **alone, **{"loss.weight": 0})))
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, plain[name] + custom[name], rtol=1e-3, atol=1e-6)
+
+
+def test_without_a_plain_loss_its_forward_pass_is_left_out(small, monkeypatch):
+    passes: list[int] = []
+    forward = AdaptedModel.forward
+    monkeypatch.setattr(AdaptedModel, "forward", lambda self, *inputs: passes.append(1) or forward(self, *inputs))
+    job = prepare(small(**CUSTOM, **{"loss.weight": 0, "kl.every": 2}))
+    job.objectives.terms[0].due = lambda step: False  # type: ignore[method-assign]
+    assert training_step(job, 0).denoising is not None, "the KL needs the pass"
+    assert len(passes) == 1
+    result = training_step(job, 1)
+    assert len(passes) == 1 and result.denoising is None and result.kl is None and not result.objectives
+
+
+def test_the_untouched_model_is_asked_once_a_batch(small, monkeypatch):
+    asked: list[int] = []
+    reference = AdaptedModel.reference
+    monkeypatch.setattr(AdaptedModel, "reference", lambda self, *inputs: asked.append(1) or reference(self, *inputs))
+    job = prepare(small(**CUSTOM, **{"kl.every": 1}))
+    job.objectives.terms[0].function = lambda seen: (
+        (seen.prediction - seen.untouched()).square().mean() + seen.untouched().mean()
+    )
+    training_step(job, 0)
+    assert len(asked) == 1
+
+
+def test_an_objective_that_is_not_finite_is_named_and_moves_nothing(small):
+    job = prepare(small(**CUSTOM))
+    job.objectives.terms[0].function = lambda seen: seen.clean.mean() * float("nan")
+    before = weights(job)
+    result = training_step(job, 0)
+    assert result.skipped and result.not_finite is not None and "custom nan" in result.not_finite
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(job).items())
+
+
+# ------------------------------------------------------------------------------------------------------- one's own
+
+
+def test_a_function_of_ones_own_is_found_in_the_current_folder(small, tmp_path, monkeypatch):
+    (tmp_path / "own_losses.py").write_text("def pull(seen):\n    return (seen.prompt - seen.start).square().mean()\n")
+    monkeypatch.chdir(tmp_path)
+    job = prepare(small(**{"custom.weight": 1, "custom.function": "own_losses:pull"}))
+    assert training_step(job, 0).objectives == {"custom": 0}, "nothing has moved before the first step"
+    assert training_step(job, 1).objectives["custom"] > 0
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            "no_such_module:pull",
+            r"custom\.function: is no_such_module:pull; there is no module no_such_module \(on the Python path",
+        ),
+        (f"{__name__}:smoothe", r"module .*test_objectives has no function smoothe; it has .*smooth"),
+        (f"{__name__}:OBJECTIVES", r"has a dict, no function, OBJECTIVES"),
+        ("broken:pull", r"module broken cannot be imported \(ValueError: not today\)"),
+        ("needs:pull", r"there is no module nowhere \(which needs imports\)"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused(small, tmp_path, monkeypatch, function, message):
+    (tmp_path / "broken.py").write_text("raise ValueError('not today')\n")
+    (tmp_path / "needs.py").write_text("import nowhere\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        prepare(small(**{"custom.weight": 1, "custom.function": function}))
+
+
+def test_a_function_that_gives_no_scalar_is_refused(small):
+    job = prepare(small(**CUSTOM))
+    wrong: list[tuple[Any, str]] = [(torch.ones(2), r"\[2\]"), (1.0, "float")]
+    for value, found in wrong:
+        job.objectives.terms[0].function = lambda seen, value=value: value
+        with pytest.raises(InputError, match=rf"test_objectives:smooth returned {found}; expected a tensor with one number"):
+            training_step(job, 0)

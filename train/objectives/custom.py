@@ -1,0 +1,51 @@
+"""An objective of one's own: `custom.function: module:function`."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from softprompt.errors import InputError
+from softprompt.objectives.seen import Seen
+from train.objectives.terms import Scene, Term
+
+
+class Custom(Term):
+    """The function's own value on each batch."""
+
+    name = "custom"
+
+    def __init__(self, weight: float, function: Callable[[Seen], Any], spec: str) -> None:
+        super().__init__(weight)
+        self.function = function
+        self.spec = spec
+
+    def losses(self, scene: Scene) -> Iterator[Tensor]:
+        """Raises: InputError where the function returns something else than a scalar tensor."""
+        value = self.function(seen_of(scene))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"custom.function: {self.spec} returned {found}; expected a tensor with one number")
+        yield value.float().reshape(())
+
+
+def seen_of(scene: Scene) -> Seen:
+    """A batch as a function of the user's sees it."""
+    assert scene.prediction is not None, "it has its turn after the plain loss's forward pass"
+    batch, prompt = scene.batch, scene.job.adapted.prompt
+    return Seen(
+        prediction=scene.prediction,
+        target=scene.target,
+        clean=scene.clean(scene.prediction),
+        latents=batch.latents,
+        noisy=scene.noisy,
+        given=batch.given,
+        timesteps=batch.timesteps,
+        alphas_cumprod=scene.job.pipeline.scheduler.alphas_cumprod.to(batch.timesteps.device),
+        order=batch.order,
+        prompt=prompt(scene.position),
+        start=prompt.start,
+        step=scene.step,
+        prediction_type=scene.prediction_type,
+        untouched=lambda: scene.reference,
+    )

@@ -1,0 +1,41 @@
+"""`module:function` => the function."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from softprompt.errors import InputError
+
+
+def load_function(spec: str, option: str) -> Callable[..., Any]:
+    """Import a function from the Python path or from the current folder. option: named in errors.
+
+    Raises: InputError when there is no such module, when it cannot be imported, or has no such function.
+    """
+    module_name, _, name = spec.partition(":")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = f"there is no module {error.name}"
+        own = f"{module_name}.".startswith(f"{error.name}.")
+        place = f"on the Python path or in {here}" if own else f"which {module_name} imports"
+        raise InputError(f"{option}: is {spec}; {missing} ({place})") from error
+    except Exception as error:  # whatever the user's module raises while it is imported
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{option}: is {spec}; module {module_name} cannot be imported ({problem[:300]})") from error
+    finally:
+        if added:
+            sys.path.remove(here)
+    found = getattr(module, name, None)
+    if not callable(found):
+        functions = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
+        what = "has no function" if found is None else f"has a {type(found).__name__}, no function,"
+        raise InputError(f"{option}: is {spec}; module {module_name} {what} {name}; it has {', '.join(functions) or 'none'}")
+    return found
