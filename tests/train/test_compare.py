@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import yaml
 
 from softprompt.errors import InputError
+from tests.browser import PROGRAM
 from train.compare.__main__ import Request, compare, comparison_folder, main, read_request
 from train.compare.plan import Comparison, make_plan, read_file
 from train.compare.runner import Children, last_error, prepare
@@ -32,6 +32,7 @@ QUICK = {
     "monitor.preview_steps": 2,
     "monitor.checkpoint_every": 30,
     "export.pipeline": False,
+    "export.report": False,
     "lora.rank": 2,
 }
 VARIANTS = {"plain": {"prompt.learn": False}, "learned": {}}
@@ -349,10 +350,9 @@ def test_three_variants_and_two_seeds_from_nothing_to_a_report(mice, tmp_path, r
     assert "6 runs of 60 steps: 0 are finished, 6 to do" in said and "6 of 6" in said
     report = (out / "comparison-asked.html").read_text()
     assert "6 of 6 runs are finished" in report and report.count("<svg") == 3
-    if shutil.which("chromium") is not None:
-        seen = request.getfixturevalue("open_in_browser")(out / "comparison-asked.html", 1280)
-        assert (seen["pictures"], seen["drawn"], seen["figures"]) == (5, 5, 3), "truth, pretrained, three variants"
-        assert seen["overflow"] <= 0
+    if PROGRAM is not None:
+        seen = request.getfixturevalue("check_page")(out / "comparison-asked.html")
+        assert (seen.pictures, seen.figures) == (5, 3), "truth, pretrained, three variants"
     assert len((out / "comparison-asked-results.csv").read_text().splitlines()) == 7
     before = written()
     assert "6 are finished, 0 to do" in command(base=["configs/micro.yaml"], variants=variants)

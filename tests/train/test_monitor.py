@@ -69,7 +69,11 @@ def test_tensorboard_holds_the_same_series_pictures_and_text(tmp_path: Path) -> 
         assert stored.tobytes() == picture.tobytes() and stored.size == (20, 10)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"01_loss/train", "09_prompt_cosine_to_waypoint_1/front"}
+    assert set(events.Tags()["scalars"]) == {
+        "00_is_it_working/1_training_loss_falls",
+        "01_loss/train",
+        tensorboard_name("prompt_cosine_to_waypoint_1/front"),
+    }
     (image,) = events.Images("held_out")
     assert (image.step, image.width, image.height) == (3, 20, 10)
     assert any("config" in tag for tag in events.Tags()["tensors"])

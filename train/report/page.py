@@ -25,7 +25,7 @@ NAME = "report.html"
 MADE_BY = "softprompt train.report"
 """Marks a page as ours."""
 OVERFITTED = 0.02
-"""Share by which the held-out loss at the end is above its lowest from which on the report says so."""
+"""Share by which the lowest held-out loss is below that at the end from which on the report says so."""
 
 
 def write_report(run: Path, output: Path | None = None) -> tuple[Path, str]:
@@ -99,12 +99,12 @@ def warnings(story: Story) -> list[str]:
     if not story.finished:
         said.append(f"The run is not finished: it stands at step {story.step} of {story.options['train.steps']}.")
     if _finite(best["loss/validation"], last["loss/validation"]):
-        over = last["loss/validation"] / best["loss/validation"] - 1
+        lower = 1 - best["loss/validation"] / last["loss/validation"]
         if best["step"] == 0 < last["step"]:
             said.append("On held-out objects no step was better than the pretrained model.")
-        elif over > OVERFITTED:
+        elif lower > OVERFITTED:
             said.append(
-                f"The held-out loss was {over:.0%} lower at step {best['step']} than at the end: the run has overfitted since. "
+                f"The held-out loss was {lower:.0%} lower at step {best['step']} than at the end: the run has overfitted since. "
                 f"What it was then is in {story.folder / 'export' / 'best'}."
             )
     if story.prompt is None:

@@ -14,7 +14,7 @@ from train.ablation import FOLLOW
 from train.checkpoint import list_checkpoints, load_checkpoint
 from train.command_line import read_yaml
 from train.config import Config, option_values
-from train.export import exported_prompt
+from train.export.read import exported_prompt
 from train.series import is_evaluation, read_series
 
 
