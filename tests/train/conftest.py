@@ -1,11 +1,8 @@
 """What the tests of the main job share: a few mice on disk, and a configuration small enough to run."""
 
-import json
-import re
-import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from accelerate.state import AcceleratorState
 
 from softprompt.data import write_source
 from softprompt.micro.world import MicroWorld
+from tests.browser import MISSING, PROGRAM, Browser, Seen, check
 from train.command_line import parse
 from train.config import Config
 from train.stop import StopSignal
@@ -85,44 +83,11 @@ def small_config() -> Callable[..., Config]:
     return build
 
 
-LOOK = """<script>addEventListener("load", () => {
-  const images = [...document.images];
-  document.title = JSON.stringify({
-    pictures: images.length,
-    drawn: images.filter(image => image.complete && image.naturalWidth > 0).length,
-    figures: [...document.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().width > 50).length,
-    overflow: document.documentElement.scrollWidth - innerWidth,
-  });
-})</script>"""
-
-
-@pytest.fixture
-def open_in_browser(tmp_path: Path) -> Callable[[Path, int], dict[str, int]]:
-    """`open_in_browser(page, width)`: a page from the disk as headless Chromium shows it, `width` pixels wide.
-
-    Returns: how many pictures it has and how many are drawn, how many figures, and by how much it is wider than the window.
-    Fails on an error in the console; the test is skipped where there is no Chromium.
-    """
-    if shutil.which("chromium") is None:
-        pytest.skip("needs chromium, to open a page as a reader does")
-
-    def look(page: Path, width: int) -> dict[str, int]:
-        watched = page.with_suffix(".watched.html")
-        watched.write_text(page.read_text() + LOOK)
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}",
-        ]
-        argv = ["chromium", *flags, f"--window-size={width},2000", "--virtual-time-budget=5000", "--dump-dom", watched.as_uri()]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-        title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
-        assert title is not None
-        seen: dict[str, int] = json.loads(title.group(1))
-        return seen
-
-    return look
+@pytest.fixture(scope="session")
+def check_page() -> Iterator[Callable[[Path], Seen]]:
+    """`check_page(page)`: opens a page from the disk at the width of a desk and of a telephone, fails on what is wrong with it,
+    and returns what is seen (see tests/browser.py); the test is skipped where there is no Chromium."""
+    if PROGRAM is None:
+        pytest.skip(MISSING)
+    with Browser() as browser:
+        yield partial(check, browser)

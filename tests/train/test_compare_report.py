@@ -197,15 +197,7 @@ def test_report_needs_nothing_else(report):
     assert len(identifiers) == len(set(identifiers))
 
 
-@pytest.mark.parametrize("width", [1280, 500])  # a window of Chromium's is never narrower than 500
-def test_report_opens_in_a_browser_without_an_error(report, open_in_browser, tmp_path, width):
-    report()
-    seen = open_in_browser(tmp_path / "out" / "report.html", width)
-    assert seen["pictures"] == seen["drawn"] == 8, "each picture is decoded"
-    assert seen["figures"] == 3 and seen["overflow"] <= 0, "only tables and pictures scroll, inside their own boxes"
-
-
-def test_a_picture_that_cannot_be_drawn_is_noticed(report, open_in_browser, tmp_path):
-    page = tmp_path / "broken.html"
-    page.write_text(report().replace("base64,iVBOR", "base64,AAAAA", 1))
-    assert open_in_browser(page, 1280)["drawn"] == 7
+def test_report_opens_on_a_telephone_and_on_a_desk(report, check_page, tmp_path):
+    report(variants=("base", "better", "a-variant-with-a-long-name-of-its-own"))
+    seen = check_page(tmp_path / "out" / "report.html")
+    assert seen.pictures == 2 * 5 and seen.figures == 3

@@ -27,7 +27,7 @@ from train.prompts.sources import TOY, Source
 
 MADE_BY = "softprompt train.prompts"
 """Marks a page as ours."""
-BAR_HEIGHT, BAR_STEP, LABEL = 90, 10, 34
+BAR_HEIGHT, BAR_STEP, LABEL = 90, 10, 44
 """Of a chart over tokens: height, width of a token, and room for the numbers at its left; in pixels before scaling."""
 
 
