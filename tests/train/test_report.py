@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from softprompt.embeddings import load_prompt, prompt_cosines
@@ -129,6 +130,16 @@ def test_a_run_that_was_killed_before_its_export_has_a_report_on_request(copy, c
     assert main([str(copy)]) == 0
     assert "no export yet" in (copy / "report.html").read_text()
     assert str(copy / "report.html") in capsys.readouterr().out
+
+
+def test_a_picture_of_the_run_at_a_glance_is_drawn_on_request(copy, tmp_path):
+    assert main([str(copy), "--picture", str(tmp_path / "glance.png")]) == 0
+    with Image.open(tmp_path / "glance.png") as picture:
+        with_views = picture.size
+    shutil.rmtree(copy / "previews")
+    assert main([str(copy), "--picture", str(tmp_path / "curves.png")]) == 0
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width == with_views[0] and picture.height < with_views[1], "the curves alone"
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from train.figures import COLOURS, INK, blank, make_logarithmic, to_svg
+from softprompt.files import new_file
+from train.figures import COLOURS, INK, blank, cut_strips, make_logarithmic, to_svg
 from train.report.read import Story
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MANY = 30
 """Points of a curve from which on it is drawn without marks."""
@@ -78,26 +84,58 @@ def panels(story: Story) -> list[tuple[Panel, str]]:
     objectives = [Panel("Objectives", tuple((name, name.removeprefix("objective/")) for name in extra), "Of each step.")]
     found = []
     for panel in (*PANELS, *(objectives if extra else [])):
-        curves: list[tuple[str, list[int], list[float]]] = []
-        for series, label in panel.lines:
-            steps, values = story.curve(series)
-            if panel.log:
-                kept = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
-                steps, values = [step for step, _ in kept], [value for _, value in kept]
-            if len(steps) > 1 and all((steps, values) != curve[1:] for curve in curves):  # one line where two are the same
-                curves.append((label, steps, values))
-        if curves:
-            found.append((panel, _draw(panel, curves)))
+        if curves := _curves(panel, story):
+            figure, axes = blank(width=4.6, height=2.9)
+            _draw(axes, panel, curves)
+            figure.legend(loc="outside lower center", ncols=min(3, len(curves)), frameon=False, labelcolor=INK, fontsize=9)
+            found.append((panel, to_svg(figure, salt=panel.title)))
     return found
 
 
-def _draw(panel: Panel, curves: Sequence[tuple[str, list[int], list[float]]]) -> str:
-    figure, axes = blank(width=4.6, height=2.9)
+def picture(story: Story, path: Path) -> None:
+    """A run at a glance, as a PNG: its losses, its views in numbers, its prompt, and the first object's views."""
+    from matplotlib.figure import Figure
+
+    strips = cut_strips(story.pictures["tiles"], views=len(story.slots), rows=3) if "tiles" in story.pictures else []
+    figure = Figure(figsize=(11, 6.4 if strips else 3.2), layout="constrained", facecolor="white")
+    above, *below = figure.subfigures(2 if strips else 1, 1, height_ratios=[1, 1] if strips else [1], squeeze=False).flatten()
+    for axes, title in zip(above.subplots(1, 3), ("Loss", "Sampled views", "The prompt"), strict=True):
+        panel = next(panel for panel in PANELS if panel.title == title)
+        curves = _curves(panel, story)
+        axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+        axes.spines[["top", "right"]].set_visible(False)
+        if not curves:
+            axes.text(0.5, 0.5, "one point or none", ha="center", transform=axes.transAxes)
+            continue
+        _draw(axes, panel, curves)
+        axes.legend(frameon=False, fontsize=8)
+        axes.tick_params(labelsize=8)
+    for part in below:
+        for axes, name, strip in zip(part.subplots(3, 1), ("truth", "pretrained", "now"), strips[0], strict=True):
+            axes.imshow(strip.convert("RGBA"), interpolation="nearest")
+            axes.set_axis_off()
+            axes.text(-0.01, 0.5, name, ha="right", va="center", fontsize=9, transform=axes.transAxes)
+    with new_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
+def _curves(panel: Panel, story: Story) -> list[tuple[str, list[int], list[float]]]:
+    """(label, steps, values) of what can be drawn as a line."""
+    curves: list[tuple[str, list[int], list[float]]] = []
+    for series, label in panel.lines:
+        steps, values = story.curve(series)
+        if panel.log:
+            kept = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
+            steps, values = [step for step, _ in kept], [value for _, value in kept]
+        if len(steps) > 1 and all((steps, values) != curve[1:] for curve in curves):  # one line where two are the same
+            curves.append((label, steps, values))
+    return curves
+
+
+def _draw(axes: "Axes", panel: Panel, curves: Sequence[tuple[str, list[int], list[float]]]) -> None:
     for index, (label, steps, values) in enumerate(curves):
         mark = "o" if len(steps) < MANY else None
         axes.plot(steps, values, label=label, linewidth=1.8, marker=mark, markersize=3, color=COLOURS[index % len(COLOURS)])
     if panel.log:
         make_logarithmic(axes)
     axes.set_xlabel("step")
-    figure.legend(loc="outside lower center", ncols=min(3, len(curves)), frameon=False, labelcolor=INK, fontsize=9)
-    return to_svg(figure, salt=panel.title)

@@ -104,8 +104,8 @@ def warnings(story: Story) -> list[str]:
             said.append("On held-out objects no step was better than the pretrained model.")
         elif lower > OVERFITTED:
             said.append(
-                f"The held-out loss was {lower:.0%} lower at step {best['step']} than at the end: the run has overfitted since. "
-                f"What it was then is in {story.folder / 'export' / 'best'}."
+                f"The held-out loss was {lower:.0%} lower at step {best['step']} than at the end: the run has overfitted "
+                f"since. What it was then is in {story.folder / 'export' / 'best'}."
             )
     if story.prompt is None:
         said.append("There is no export yet, so the prompt is not shown.")
