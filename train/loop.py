@@ -23,15 +23,13 @@ from softprompt.curriculum import learning_rate_factor
 from softprompt.embeddings import view_names
 from softprompt.errors import RunError
 from softprompt.files import new_file, remove_partial
-from softprompt.templates import view_texts
 from train.ablation import FOLLOW, ablation, ablation_series
 from train.checkpoint import list_checkpoints, restore, save_checkpoint, save_progress, set_aside_newer
 from train.config import Config, option_values, to_yaml
 from train.evaluate import averaged, learned_effect, pretrained_original_loss, preview, preview_series, validation_series
-from train.export import export, export_pipeline
+from train.export.write import describe, export, export_pipeline
 from train.incidents import write_incident
 from train.monitor import Monitor, preview_grid, preview_tiles, prompt_series
-from train.options import MICRO
 from train.pacing import Pace, after_step, after_validation
 from train.report.page import write_report
 from train.run import Run
@@ -50,7 +48,6 @@ from train.watch import (
     worse_sign,
 )
 
-BASE_LICENCE = "the terms of its weights hold for this file too (FaceLift's: Adobe Research License)"
 SMOOTHING = 0.98
 """Share of the training loss's running mean that a step leaves in place."""
 
@@ -398,16 +395,7 @@ def _checkpoint(run: Run) -> None:
 def _export(run: Run, folder: Path) -> None:
     job, config = run.job, run.job.config
     if job.accelerator.is_main_process:
-        metadata = {
-            "origin": "softprompt",
-            "model": config.model,
-            "licence": "Apache-2.0" if config.model == MICRO else f"derived from {config.model}: {BASE_LICENCE}",
-            "waypoints": [{"given": spec, "texts": _texts(config, spec)} for spec in config.prompt.waypoints],
-            "position": run.position,
-            "carry": config.prompt.carry,
-            "steps": run.step,
-            "validation": {"loss": (run.last or {}).get("loss/validation"), "step": (run.last or {}).get("step")},
-        }
+        metadata = describe(config, position=run.position, step=run.step, last=run.last)
         try:
             with averaged(job, run.ema), torch.no_grad():
                 run.exported = export(
@@ -465,10 +453,3 @@ def _ablated(run: Run) -> bool:
 def _export_picture(job: Job) -> Tensor:
     """[3, S, S]: what exports are compared on."""
     return job.held_out.pictures(0, seeded("preview", 0))[0]
-
-
-def _texts(config: Config, waypoint: str) -> list[str] | None:
-    """The texts a waypoint was encoded from; None for a file."""
-    if waypoint.endswith((".pt", ".safetensors")):
-        return None
-    return view_texts(waypoint, subject=config.prompt.subject, angle=config.prompt.angle)

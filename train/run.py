@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from train.evaluate import Preview
-from train.export import Exported
+from train.export.write import Exported
 from train.monitor import Monitor
 from train.pacing import Pace, lowest_timestep_of, position_of
 from train.setup import Job

@@ -145,7 +145,7 @@ def _sample(options: Options) -> int:
     from softprompt.files import new_folder
     from softprompt.micro import MICRO_MODEL
     from softprompt.pipeline import load_pipeline
-    from train.export import with_lora_of
+    from train.export.read import with_lora_of
     from train.setup import DTYPES, choose_precision, quiet_libraries
 
     quiet_libraries(True)
@@ -201,7 +201,7 @@ def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:
 
     from softprompt.embeddings import load_prompt, load_waypoints
     from softprompt.sampling import RISES, Annealed
-    from train.export import exported_prompt
+    from train.export.read import exported_prompt
 
     views, width = pipeline.num_views, pipeline.prompt_width
 

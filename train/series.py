@@ -8,6 +8,14 @@ from typing import Any
 from softprompt.errors import InputError
 
 FILE = "metrics.jsonl"
+OUTCOMES = {
+    "loss/validation": "held-out loss",
+    "views/psnr": "PSNR of views, dB",
+    "views/psnr_foreground": "the same on the object alone, dB",
+    "views/ssim": "SSIM of views",
+    "views/copy_score": "copy score (1: copies of the input, 0: as different from it as the truth)",
+}
+"""The series that say how good a run is, in words."""
 
 
 def read_series(run: Path) -> list[dict[str, Any]]:

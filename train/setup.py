@@ -26,7 +26,7 @@ from softprompt.prompt import SoftPrompt
 from softprompt.shards import key_of
 from train.batches import Batches
 from train.config import Config
-from train.export import start_from
+from train.export.read import start_from
 from train.objectives.make import make_objectives
 from train.objectives.terms import Objectives
 from train.options import MICRO
@@ -141,7 +141,8 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
     if config.train.compile:
         compile_blocks(pipeline.unet)
     adapted = AdaptedModel(pipeline.unet, prompt).to(accelerator.device).train()
-    if config.init_from is not None and not resumed:
+    # A prompt that does not train is in no checkpoint: a resumed run takes it from where it began, too.
+    if config.init_from is not None and not (resumed and config.prompt.learn):
         start_from(Path(config.init_from), adapted, position_of(config, Pace.start(config), 0))
         notes.append(f"start      prompt and LoRA of {config.init_from}, at step 0")
     model, optimizer = accelerator.prepare(adapted, make_optimizer(config, adapted, scaled=precision == "fp16"))

@@ -14,6 +14,7 @@ from softprompt.errors import InputError, RunError
 from train.command_line import Request, calm_environment, parse
 from train.config import to_yaml
 from train.runs import ERROR, LOCK
+from train.series import OUTCOMES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,7 +47,7 @@ def _run(request: Request) -> int:
     import torch
 
     from train.checkpoint import load_checkpoint
-    from train.export import check_free_space
+    from train.export.write import check_free_space
     from train.loop import train
     from train.setup import make_accelerator, prepare
     from train.stop import StopSignal
@@ -295,7 +296,7 @@ def _dry_run(job: "Job", folder: Path) -> int:
 
 def _outcome(run: "Run", signal_number: int | None) -> str:
     """The run's last lines: what was made, how much better it is, and how to use it."""
-    from train.export import how_to_use
+    from train.export.facelift import how_to_use
     from train.report.page import NAME as REPORT
 
     config, exported = run.job.config, run.exported
@@ -328,13 +329,7 @@ def _improvement(run: "Run") -> list[str]:
 
     first, last = run.first or {}, run.last or {}
     lines = []
-    for key, name in (
-        ("loss/validation", "held-out loss"),
-        ("views/psnr", "PSNR of views, dB"),
-        ("views/psnr_foreground", "the same on the object alone, dB"),
-        ("views/ssim", "SSIM of views"),
-        ("views/copy_score", "copy score (1: copies of the input, 0: as different from it as the truth)"),
-    ):
+    for key, name in OUTCOMES.items():
         if key in first and key in last:
             change = f" ({last[key] / first[key] - 1:+.0%})" if key == "loss/validation" else ""
             lines.append(f"{name}: {first[key]:.4g} at step 0, {last[key]:.4g} at step {last['step']:.0f}{change}")

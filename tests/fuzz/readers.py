@@ -56,7 +56,7 @@ from train.checkpoint import (
 from train.command_line import parse, read_yaml
 from train.compare.__main__ import read_request
 from train.config import Config, to_yaml
-from train.export import LORA_WEIGHTS, start_from
+from train.export.read import LORA_WEIGHTS, start_from
 from train.series import FILE, read_series
 
 REPOSITORY = Path(__file__).parents[2]

@@ -35,7 +35,7 @@ from tests.fuzz.readers import PROGRESS, loras, make_checkpoint, make_samples, p
 from train.checkpoint import MANIFEST, STATE, DamagedError, _digest, _write_manifest, load_checkpoint, read_state, verify
 from train.command_line import parse
 from train.compare.__main__ import read_request
-from train.export import LORA_WEIGHTS
+from train.export.read import LORA_WEIGHTS
 from train.series import FILE, read_series
 
 

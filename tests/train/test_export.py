@@ -24,8 +24,10 @@ from softprompt.pipeline import Pipeline, load_pipeline, save_pipeline
 from softprompt.sampling import sample_views
 from softprompt.templates import VIEWS
 from softprompt.unet import load_unet
-from train import export as export_module
-from train.export import Exported, export, export_pipeline, how_to_use
+from train.export import read as read_module
+from train.export import write as write_module
+from train.export.facelift import how_to_use
+from train.export.write import Exported, export, export_pipeline
 
 METADATA = {
     "origin": "softprompt",
@@ -241,7 +243,7 @@ def test_merging_is_compared_without_tf32(
     model: Trained, first_step: Path, done: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "_full_float32", nullcontext)
+        patch.setattr(write_module, "full_float32", nullcontext)
         with pytest.raises(RunError, match="export: pipeckpts read back differs"):
             model.export_pipeline(first_step)
     shutil.rmtree(first_step / "pipeckpts.unverified")
@@ -256,7 +258,7 @@ def test_tf32_is_put_back_when_the_comparison_fails(model: Trained, first_step: 
         assert not torch.backends.cudnn.allow_tf32
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(export_module, "save_pipeline", fails)
+    monkeypatch.setattr(write_module, "save_pipeline", fails)
     with pytest.raises(OSError, match="no space"):
         model.export_pipeline(first_step)
     assert torch.backends.cudnn.allow_tf32
@@ -302,10 +304,10 @@ def test_an_export_that_reads_back_otherwise_is_none_and_the_earlier_one_stays(
     shutil.copytree(done.folder, tmp_path / "export")
     before = contents(tmp_path / "export")
     spoilt = {
-        "weights": ("load_unet", spoilt_unet),
-        "nan": ("load_prompt", lambda *a, **k: load_prompt(*a, **k) * float("nan")),
+        "weights": (read_module, "load_unet", spoilt_unet),
+        "nan": (write_module, "load_prompt", lambda *a, **k: load_prompt(*a, **k) * float("nan")),
     }
-    monkeypatch.setattr(export_module, *spoilt[broken])
+    monkeypatch.setattr(*spoilt[broken])
     said = (
         r"export: clr_embeds\.pt and lora read back differs .* more than export\.tolerance 0\.0001\. It is kept as "
         r"\S*/export\.unverified to be"
@@ -347,7 +349,7 @@ def test_a_pipeline_that_reads_back_otherwise_is_kept_aside_and_prompt_and_lora_
         r"\S*/export/pipeckpts\.unverified to be looked at"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "save_pipeline", broken)
+        patch.setattr(write_module, "save_pipeline", broken)
         with pytest.raises(RunError, match=said):
             model.export_pipeline(first_step)
     after = contents(first_step)

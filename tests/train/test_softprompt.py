@@ -68,7 +68,7 @@ def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_fo
     done = run(*options)
     assert done.returncode == 0, done.stderr
     assert "the only object is both trained on and validated on" in done.stdout
-    assert "read back in a fresh model" in done.stdout and "mv FACELIFT/" in done.stdout
+    assert "read back in a fresh model" in done.stdout and "--into FACELIFT" in done.stdout
     prompt = torch.load(out / "export" / "clr_embeds.pt", weights_only=True)
     assert prompt.shape == (6, 77, 1024) and prompt.dtype == torch.float16
     assert not torch.equal(prompt, torch.load(facelift / "clr_embeds.pt", weights_only=True))

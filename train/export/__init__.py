@@ -1,0 +1,1 @@
+"""What a run learned, written, read back, and put to use."""

@@ -1,0 +1,81 @@
+"""What is in an export, put back: its prompt and its LoRA."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from softprompt.embeddings import load_prompt
+from softprompt.errors import InputError
+from softprompt.model import AdaptedModel
+from softprompt.pipeline import Pipeline
+from softprompt.unet import load_unet, place
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def exported_prompt(folder: Path, *, option: str) -> Path:
+    """The prompt in an export, float32 where it has that. option: that named the folder.
+
+    Raises: InputError when there is none.
+    """
+    for name in ("clr_embeds.safetensors", "clr_embeds.pt"):
+        if (folder / name).is_file():
+            return folder / name
+    inside = f"; did you mean {folder / 'export'}?" if (folder / "export").is_dir() else ""
+    raise InputError(f"{option}: {folder} holds no clr_embeds.safetensors or .pt; expected a run's export folder{inside}")
+
+
+def with_lora_of(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
+    """The pretrained pipeline as the disk has it, with the LoRA of an export (`folder`), where it has one, beside frozen parts
+    that are shared. dtype: of the UNet; the LoRA is float32."""
+    unet = place(load_unet(pipeline.folder / "unet", dtype=dtype), pipeline.device)
+    if (folder / "lora").is_dir():
+        unet.load_lora_adapter(folder / "lora", prefix="unet", weight_name=LORA_WEIGHTS, adapter_name="default")
+        for name, parameter in unet.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+        # Again, since the first time its float32 was rounded to the precision of the UNet.
+        weights = load_file(folder / "lora" / LORA_WEIGHTS)
+        set_peft_model_state_dict(unet, {name.removeprefix("unet."): weight for name, weight in weights.items()})
+        unet.requires_grad_(False).eval()
+    return replace(pipeline, unet=unet)
+
+
+def start_from(folder: Path, adapted: AdaptedModel, position: float) -> None:
+    """Put an export's prompt and LoRA into a fresh model. position: s at which E is to be that prompt.
+
+    Raises: InputError when the folder is no export, or its LoRA is another kind than the configuration's.
+    """
+    prompt = adapted.prompt
+    file = exported_prompt(folder, option="init_from")
+    views, _, width = prompt.start.shape
+    if prompt.share(position) == 0:
+        raise InputError(f"init_from: with prompt.carry fade nothing learned is in the prompt at position {position:g}")
+    prompt.begin_at(load_prompt(file, num_views=views, width=width), position)
+    file = folder / "lora" / LORA_WEIGHTS
+    has_lora = bool(getattr(adapted.unet, "peft_config", None))
+    if file.is_file() != has_lora:
+        found, asked = ("a LoRA", "0") if file.is_file() else ("no LoRA", "more than 0")
+        raise InputError(f"init_from: {folder} holds {found}; lora.rank is {asked}. Prompt and LoRA belong together")
+    if not has_lora:
+        return
+    try:
+        weights = {name.removeprefix("unet."): weight for name, weight in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{file}: cannot be read ({' '.join(str(error).split())}); expected a LoRA as a run exports it"
+        ) from error
+    ours = get_peft_model_state_dict(adapted.unet)
+    differing = sorted(weights.keys() ^ ours.keys()) or [n for n, w in weights.items() if w.shape != ours[n].shape]
+    if differing:
+        raise InputError(
+            f"init_from: {file} is not this configuration's LoRA ({len(differing)} of its tensors differ, e.g. "
+            f"{differing[0]}); likely lora.rank or lora.targets is another"
+        )
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise InputError(f"init_from: {file} holds NaN or infinite values; it comes from a run that diverged, or is damaged")
+    set_peft_model_state_dict(adapted.unet, weights)

@@ -1,0 +1,170 @@
+"""What is exported: a checkpoint of a run as the run itself would export it, or an export that is there already."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from softprompt.embeddings import load_prompt
+from softprompt.errors import InputError
+from softprompt.files import read_json
+from softprompt.micro import MICRO_MODEL
+from softprompt.model import AdaptedModel, add_lora
+from softprompt.pipeline import Pipeline, load_pipeline
+from softprompt.prompt import SoftPrompt
+from train.checkpoint import DamagedError, checkpoint_folder, list_checkpoints, read_state, restore_trained, verify
+from train.command_line import parse
+from train.config import Config
+from train.export.read import exported_prompt, start_from, with_lora_of
+from train.export.write import describe
+from train.options import MICRO, ExportConfig
+from train.pacing import Pace, position_of
+
+_DESCRIBED = {"origin", "model", "licence", "waypoints", "position", "carry", "steps", "validation"}
+"""What `train.export.write.describe` says."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model with what it has learned, in float32, and where it comes from."""
+
+    folder: Path
+    """Checkpoint or export that it was read from."""
+    run: Path | None
+    """The run it is of; None for an export that lies alone."""
+    config: Config | None
+    """Of that run."""
+    metadata: Mapping[str, Any]
+    """See `train.export.write.describe`."""
+    pipeline: Pipeline
+    """Its UNet carries the LoRA, where there is one."""
+    prompt: Tensor
+    """E [V, T, D], float32."""
+    averaged: bool = False
+    """Whether prompt and LoRA are the run's moving average."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that it was trained for."""
+        return int(self.metadata["steps"])
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference allowed between views in memory and of what is read back."""
+        return (ExportConfig() if self.config is None else self.config.export).tolerance
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, not an export."""
+    return (folder / "config.yaml").is_file() and not (folder / "clr_embeds.json").is_file()
+
+
+def open_run(run: Path, which: str, *, model: str | None, device: torch.device) -> Source:
+    """A checkpoint of a run: prompt and LoRA as the run would export them there, the moving average where it keeps one.
+
+    which: `newest`, `best` (of the lowest validation loss) or a step. model: pipeline folder; None: the run's.
+    Raises: InputError for a step that there is not, a damaged checkpoint, or another model than the run's.
+    """
+    folder = find_checkpoint(run, which)
+    try:
+        state = read_state(folder)
+    except DamagedError as error:
+        raise _damaged(run, folder, error) from error
+    config = parse(["--config", str(run / "config.yaml"), *([] if model is None else ["--model", model])]).config
+    pipeline = open_pipeline(config.model, device)
+    waypoints = state["waypoints"]  # as they were then, whatever the files or texts they came from are now
+    if (views := waypoints.shape[1], width := waypoints.shape[3]) != (pipeline.num_views, pipeline.prompt_width):
+        raise InputError(
+            f"{pipeline.folder}: takes prompts of {pipeline.num_views} views, {pipeline.prompt_width} wide; the run's have "
+            f"{views} and are {width} wide. Likely another model than the run's: give that with --model"
+        )
+    prompt = SoftPrompt(waypoints, carry=config.prompt.carry, interpolation=config.prompt.interpolation)
+    prompt.requires_grad_(config.prompt.learn)
+    lora = config.lora
+    if lora.rank:
+        add_lora(pipeline.unet, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+    adapted = AdaptedModel(pipeline.unet, prompt).to(device).eval()
+    if config.init_from is not None and not config.prompt.learn:  # the prompt it began with never changed, and is not saved
+        start_from(Path(config.init_from), adapted, position_of(config, Pace.start(config), 0))
+    ema = None if state["ema"] is None else EMAModel(adapted.all_trainable().values())
+    restore_trained(state, adapted=adapted, ema=ema, option=str(folder))
+    if ema is not None:
+        ema.copy_to(adapted.all_trainable().values())
+    position = position_of(config, Pace.from_json(state["pace"]), state["step"])
+    return Source(
+        folder=folder,
+        run=run,
+        config=config,
+        metadata=describe(config, position=position, step=state["step"], last=state["last"]),
+        pipeline=pipeline,
+        prompt=prompt(position).detach().cpu(),
+        averaged=ema is not None,
+    )
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """The checkpoint that is meant; see `open_run`. Raises: InputError naming the steps there are."""
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise InputError(f"{run / 'checkpoints'}: holds no checkpoint; the run stopped before its first one")
+    steps = [int(folder.name.removeprefix("step-")) for folder in checkpoints]
+    there = f"the run has checkpoints of step {', '.join(map(str, steps))}"
+    if which == "newest":
+        return checkpoints[-1]
+    if which == "best":
+        try:
+            best = verify(checkpoints[-1])["best"]
+        except DamagedError as error:
+            raise _damaged(run, checkpoints[-1], error) from error
+        step = 0 if best is None else int(best["step"])
+        if step == 0:
+            raise InputError(f"--step best: no step of {run} was better than the pretrained model; {there}")
+    elif which.isdecimal():
+        step = int(which)
+    else:
+        raise InputError(f"--step: is {which}; expected newest, best, or a step; {there}")
+    if step not in steps:
+        raise InputError(f"--step {which}: {run} holds no checkpoint of step {step}; {there}")
+    return checkpoint_folder(run, step)
+
+
+def _damaged(run: Path, folder: Path, error: DamagedError) -> InputError:
+    others = [str(int(other.name.removeprefix("step-"))) for other in list_checkpoints(run) if other != folder]
+    hint = f"; --step takes another: {', '.join(others)}" if others else "; there is no other"
+    return InputError(f"{folder}: is damaged ({error}){hint}")
+
+
+def open_export(folder: Path, *, model: str | None, device: torch.device) -> Source:
+    """An export as it lies. model: pipeline folder; None: the one it was trained from.
+
+    Raises: InputError when it is none, or does not belong to the model.
+    """
+    file = exported_prompt(folder, option="export")
+    metadata = read_json(folder / "clr_embeds.json", what="what a run says of the prompt that it exported")
+    if missing := _DESCRIBED - metadata.keys():
+        raise InputError(
+            f"{folder / 'clr_embeds.json'}: has no {', '.join(sorted(missing))}; expected what a run writes beside the prompt "
+            f"that it exports; likely the file is of python -m train.prompts, or edited"
+        )
+    pipeline = open_pipeline(model or str(metadata["model"]), device)
+    prompt = load_prompt(file, num_views=pipeline.num_views, width=pipeline.prompt_width)
+    try:
+        adapted = with_lora_of(pipeline, folder, torch.float32)
+    except Exception as error:  # which one depends on what is wrong in the file
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{folder / 'lora'}: cannot be loaded into {pipeline.folder} ({problem[:300]})") from error
+    if broken := [n for n, p in adapted.unet.named_parameters() if ".lora_" in n and not p.isfinite().all()]:
+        raise InputError(f"{folder / 'lora'}: NaN or infinite values, e.g. in {broken[0]}; it comes from a run that diverged")
+    run = next((parent for parent in folder.absolute().parents[:2] if is_run(parent)), None)
+    config = None if run is None else parse(["--config", str(run / "config.yaml")]).config
+    described = {name: metadata[name] for name in metadata if name in _DESCRIBED}
+    return Source(folder, run, config, described, adapted, prompt)
+
+
+def open_pipeline(model: str, device: torch.device) -> Pipeline:
+    """A pipeline folder, or the embedded one, in float32."""
+    return load_pipeline(MICRO_MODEL if model == MICRO else Path(model), dtype=torch.float32).to(device)
