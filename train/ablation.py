@@ -7,11 +7,8 @@ from softprompt.data import view_order
 from softprompt.metrics import psnr_per_view, ssim_per_view
 from softprompt.model import adapters_off
 from train.evaluate import Preview, sample_held_out
+from train.series import ABLATION_PSNR, ABLATION_SSIM, HANDED_ON, VIEWS_FOLLOW
 from train.setup import Job
-
-PSNR, SSIM, FOLLOW = "ablation_psnr", "ablation_ssim", "ablation/views_follow"
-"""Names of its series: PSNR/ROW and SSIM/ROW, but for HANDED_ON, whose views are not to be those of their places."""
-HANDED_ON = "prompts_handed_on"
 
 
 @torch.no_grad()
@@ -39,9 +36,9 @@ def ablation_series(rows: dict[str, Tensor], shown: Preview) -> dict[str, float]
     series: dict[str, float] = {}
     for name, views in rows.items():
         if name != HANDED_ON:
-            series[f"{PSNR}/{name}"] = float(psnr_per_view(views, shown.truth).mean())
-            series[f"{SSIM}/{name}"] = float(ssim_per_view(views, shown.truth).mean())
-    return series | {FOLLOW: views_follow(rows[HANDED_ON], shown.truth)}
+            series[f"{ABLATION_PSNR}/{name}"] = float(psnr_per_view(views, shown.truth).mean())
+            series[f"{ABLATION_SSIM}/{name}"] = float(ssim_per_view(views, shown.truth).mean())
+    return series | {VIEWS_FOLLOW: views_follow(rows[HANDED_ON], shown.truth)}
 
 
 def views_follow(handed_on: Tensor, truth: Tensor) -> float:

@@ -23,7 +23,7 @@ from softprompt.curriculum import learning_rate_factor
 from softprompt.embeddings import view_names
 from softprompt.errors import RunError
 from softprompt.files import new_file, remove_partial
-from train.ablation import FOLLOW, ablation, ablation_series
+from train.ablation import ablation, ablation_series
 from train.checkpoint import list_checkpoints, restore, save_checkpoint, save_progress, set_aside_newer
 from train.config import Config, option_values, to_yaml
 from train.evaluate import averaged, learned_effect, pretrained_original_loss, preview, preview_series, validation_series
@@ -33,7 +33,7 @@ from train.monitor import Monitor, preview_grid, preview_tiles, prompt_series
 from train.pacing import Pace, after_step, after_validation
 from train.report.page import write_report
 from train.run import Run
-from train.series import read_series
+from train.series import is_ablation, read_series
 from train.setup import Job
 from train.step import KL_TIMESTEP_GROUPS, StepResult, training_step
 from train.stop import StopSignal
@@ -67,6 +67,7 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
             partial.write_text("".join(f"{one}\n" for one in job.skipped), encoding="utf-8")
     if state is None:
         run.monitor.text("config", f"```\n{to_yaml(config)}\n```")
+    _begin_objectives(run, stop)
     _evaluate_if_due(run)
 
     with tqdm(
@@ -123,8 +124,17 @@ def _train(run: Run, stop: StopSignal, bar: tqdm) -> None:
         if stop.agreed(job.accelerator) and run.step < config.train.steps:
             break  # whoever stops it does not wait for an evaluation
         began = time.monotonic()
+        _begin_objectives(run, stop)
         _evaluate_if_due(run)
         since += time.monotonic() - began
+
+
+def _begin_objectives(run: Run, stop: StopSignal) -> None:
+    """Let objectives make what they need of the model as it is now."""
+    job = run.job
+    if job.objectives.begins(run.step):
+        _checkpoint(run)  # what follows may take long; a killed run then goes on from here
+        job.objectives.begin(job, run.folder, run.step, run.position, stopped=lambda: stop.number is not None)
 
 
 def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
@@ -447,7 +457,7 @@ def _report(run: Run) -> None:
 
 def _ablated(run: Run) -> bool:
     """Whether this step has its ablation already: a finished run is gone on with."""
-    return any(point["step"] == run.step and FOLLOW in point for point in read_series(run.folder))
+    return any(point["step"] == run.step and is_ablation(point) for point in read_series(run.folder))
 
 
 def _export_picture(job: Job) -> Tensor:

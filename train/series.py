@@ -8,6 +8,10 @@ from typing import Any
 from softprompt.errors import InputError
 
 FILE = "metrics.jsonl"
+ABLATION_PSNR, ABLATION_SSIM, VIEWS_FOLLOW = "ablation_psnr", "ablation_ssim", "ablation/views_follow"
+"""Series of an ablation: the first two by row, as ablation_psnr/both."""
+HANDED_ON = "prompts_handed_on"
+"""The row of an ablation whose views are not to be those of their places."""
 OUTCOMES = {
     "loss/validation": "held-out loss",
     "views/psnr": "PSNR of views, dB",
@@ -44,3 +48,8 @@ def _point(line: bytes, path: Path, number: int) -> dict[str, Any]:
 def is_evaluation(point: Mapping[str, float]) -> bool:
     """Whether a point is one of validation and previews; the others are of training."""
     return "loss/validation" in point
+
+
+def is_ablation(point: Mapping[str, float]) -> bool:
+    """Whether a point is the ablation at a run's end."""
+    return VIEWS_FOLLOW in point

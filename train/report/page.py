@@ -13,13 +13,13 @@ from PIL import Image
 from softprompt.errors import InputError
 from softprompt.files import new_file
 from train import page
-from train.ablation import FOLLOW, HANDED_ON, PSNR, SSIM
 from train.figures import cut_strips, data_uri
 from train.options import MICRO
 from train.prompts.measure import drift, in_ranges, measure
 from train.prompts.report import chart, matrix_cells
 from train.report.figures import panels
 from train.report.read import Story, read_story
+from train.series import ABLATION_PSNR, ABLATION_SSIM, HANDED_ON, VIEWS_FOLLOW
 
 NAME = "report.html"
 MADE_BY = "softprompt train.report"
@@ -143,13 +143,18 @@ def _worst(story: Story) -> str:
 def _ablation(story: Story) -> dict[str, Any] | None:
     if not story.ablation:
         return None
-    names = [name.split("/", 1)[1] for name in story.ablation if name.startswith(f"{PSNR}/")]
+    names = [name.split("/", 1)[1] for name in story.ablation if name.startswith(f"{ABLATION_PSNR}/")]
+    psnr, ssim = ({n: story.ablation[f"{kind}/{n}"] for n in names} for kind in (ABLATION_PSNR, ABLATION_SSIM))
     objects = _rows(story.pictures.get("ablation-tiles"), ("truth", *names, HANDED_ON), story)[:1]  # the others are in the PNG
-    share = story.ablation[FOLLOW]
+    share = story.ablation[VIEWS_FOLLOW]
     return {
-        "objects": objects,
+        "objects": objects[:1],  # the others are in the PNG
         "rows": [
-            {"name": _words(name), "psnr": story.ablation[f"{PSNR}/{name}"], "ssim": story.ablation[f"{SSIM}/{name}"]}
+            {
+                "name": _words(name),
+                "psnr": story.ablation[f"{ABLATION_PSNR}/{name}"],
+                "ssim": story.ablation[f"{ABLATION_SSIM}/{name}"],
+            }
             for name in names
         ],
         "follow": f"In the last row each place has the next view's prompt: {share:.0%} of the views then are nearer to the "

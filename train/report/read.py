@@ -10,12 +10,11 @@ from torch import Tensor
 
 from softprompt.embeddings import load_prompt
 from softprompt.errors import InputError
-from train.ablation import FOLLOW
 from train.checkpoint import list_checkpoints, load_checkpoint
 from train.command_line import read_yaml
 from train.config import Config, option_values
 from train.export.read import exported_prompt
-from train.series import is_evaluation, read_series
+from train.series import is_ablation, is_evaluation, read_series
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,12 @@ def read_story(run: Path) -> Story:
     evaluations = [point for point in points if is_evaluation(point)]
     if not evaluations:
         raise InputError(f"{run}: has no evaluation yet, so there is nothing to report; a run makes one before its first step")
-    ablated = [point for point in points if FOLLOW in point]
+    ablated = [point for point in points if is_ablation(point)]
     state = load_checkpoint(run) if list_checkpoints(run) else None
     return Story(
         folder=run,
         options=dict(_flat(read_yaml(run / "config.yaml"), "")),
-        training=[point for point in points if not is_evaluation(point) and FOLLOW not in point],
+        training=[point for point in points if not is_evaluation(point) and not is_ablation(point)],
         evaluations=evaluations,
         ablation={name: value for name, value in ablated[-1].items() if value is not None} if ablated else {},
         warned=state["warned"] if state else {},
