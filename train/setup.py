@@ -171,9 +171,11 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )
-    return Job(
+    job = Job(
         config, accelerator, pipeline, model, adapted, optimizer, *sources, original, batches, notes, skipped, objectives
     )
+    notes += objectives.open(job)
+    return job
 
 
 def _encode(

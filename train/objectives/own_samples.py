@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from softprompt.conditioning import EncodedViews
 from softprompt.data import rotate_views, view_order
 from softprompt.errors import InputError, RunError
 from softprompt.model import AdaptedModel, predict
+from softprompt.objectives.rewards import Reward
 from softprompt.sampling import decode_latents, sample_latents
 from softprompt.shards import ShardStore, key_of
-from train.setup import Job
 
-Reward = Callable[[Tensor, Tensor], Tensor]
-"""Views and true views, [B, V, 3, S, S] each in [0, 1] => [B], higher is better."""
+if TYPE_CHECKING:
+    from train.setup import Job
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,14 @@ class Snapshot:
         return cls(step, position, adapted.prompt(position).clone(), lora)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "Snapshot":
-        """What `state` gave."""
-        lora = {name: weight.to(device) for name, weight in state["lora"].items()}
-        return cls(state["step"], state["position"], state["prompt"].to(device), lora)
+    def from_state(cls, state: Mapping[str, Any]) -> "Snapshot":
+        """What `state` gave, on the CPU."""
+        return cls(state["step"], state["position"], state["prompt"], dict(state["lora"]))
+
+    def to(self, device: torch.device) -> "Snapshot":
+        """The same there."""
+        lora = {name: weight.to(device) for name, weight in self.lora.items()}
+        return Snapshot(self.step, self.position, self.prompt.to(device), lora)
 
     def state(self) -> dict[str, Any]:
         """As a checkpoint takes it."""
@@ -119,12 +123,12 @@ class OwnSamples:
     """Sets of views of the first objects of a source, by one snapshot.
 
     folder: where they are kept. sets: of each object. references: views that may be given; one is drawn for each object, and
-    its background with it. reward, reward_name: what sets are rated by, and what it is called.
+    its background with it. reward: what it is called, and what sets are rated by.
     """
 
     def __init__(
         self,
-        job: Job,
+        job: "Job",
         objects: EncodedObjects,
         count: int,
         folder: Path,
@@ -133,9 +137,9 @@ class OwnSamples:
         *,
         sets: int,
         references: Sequence[int],
-        reward: Reward,
-        reward_name: str,
+        reward: tuple[str, Reward],
     ) -> None:
+        self.folder = folder
         self.snapshot = snapshot
         self._job = job
         self._objects = objects
@@ -144,9 +148,9 @@ class OwnSamples:
         self._sampling = sampling
         self._sets = sets
         self._references = references
-        self._reward = reward
+        self._reward_name, self._reward = reward
         settings = (sampling.steps, sampling.guidance_scale, sampling.eta, sampling.seed, repr(list(references)))
-        self._key = key_of("own samples", snapshot.key, *settings, objects.background, reward_name)
+        self._key = key_of("own samples", snapshot.key, *settings, objects.background, self._reward_name)
 
     def __len__(self) -> int:
         """Objects that there are sets of."""
@@ -192,12 +196,12 @@ class OwnSamples:
         """One set of an object, from the noise of its set `number`, by the model as it is, and its reward.
 
         prompt: E [V, T, D], by view. Returns: [V, C, H, W], by view, unscaled, on the CPU; the reward.
-        Raises: InputError for a reward that is no finite number.
+        Raises: RunError for a reward that cannot be computed, or is no finite number.
         """
         generator = self._generator(index)
-        pictures = self._objects.pictures(index, generator)
-        reference = self._pick(generator)
-        pipeline, truth = self._job.pipeline, rotate_views(pictures, reference)
+        pictures, masks = self._objects.views(index, generator)
+        reference, pipeline = self._pick(generator), self._job.pipeline
+        truth, masks = rotate_views(pictures, reference), rotate_views(masks, reference)
         with pipeline.encoders_on_device():
             z = sample_latents(
                 pipeline,
@@ -209,12 +213,20 @@ class OwnSamples:
                 seed=seed_of(self._sampling.seed, "own samples", self._objects.names[index], number),
             )
             views = decode_latents(pipeline, z)
-            rewards = self._reward(views, truth[None].to(views))
-        if rewards.shape != (1,) or not rewards.isfinite().all():
-            found = f"{rewards.tolist()}" if rewards.numel() < 9 else f"shape {list(rewards.shape)}"
-            raise InputError(f"reward of {self._objects.names[index]}: is {found}; expected one finite number per object")
+            reward = self._rate(index, views, truth[None].to(views), masks[None].to(views))
         by_view = rotate_views(z[0], (len(truth) - reference) % len(truth))
-        return by_view.cpu() / pipeline.vae.config.scaling_factor, float(rewards)
+        return by_view.cpu() / pipeline.vae.config.scaling_factor, reward
+
+    def _rate(self, index: int, views: Tensor, truth: Tensor, masks: Tensor) -> float:
+        where = f"reward {self._reward_name} of {self._objects.names[index]}"
+        try:
+            found = self._reward(views, truth, masks)
+        except ValueError as error:
+            raise RunError(f"{where}: {error}") from error
+        if not isinstance(found, Tensor) or found.shape != (1,) or not bool(found.isfinite()):
+            what = f"shape {list(found.shape)}" if isinstance(found, Tensor) and found.numel() != 1 else found
+            raise RunError(f"{where}: is {what}; expected one finite number an object, a tensor [B]")
+        return float(found)
 
     def _generator(self, index: int) -> torch.Generator:
         """Of an object's background and the view given."""

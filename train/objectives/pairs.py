@@ -72,6 +72,7 @@ def _rows(path: Path, option: str) -> list[tuple[int, Mapping[str, Any]]]:
         return [(number, _json_object(f"{option}: {path}: line {number}", line)) for number, line in lines]
     try:
         reader = csv.DictReader(text.splitlines(), strict=True)
+        found: list[tuple[int, Mapping[str, Any]]]
         found = [(reader.line_num, {name: value for name, value in row.items() if value}) for row in reader]
     except csv.Error as error:
         raise InputError(f"{option}: {path}: cannot be read as a table ({error})") from error
@@ -103,8 +104,8 @@ def _pair(where: str, number: int, row: Mapping[str, Any], folders: dict[str, tu
         raise InputError(f"{where}: has {', '.join(unknown)}; expected {', '.join(COLUMNS)} alone")
     if os.path.normpath(row["winner"]) == os.path.normpath(row["loser"]):
         raise InputError(f"{where}: winner and loser are both {row['winner']}; expected two sample folders")
-    places = [folders.setdefault(os.path.normpath(row[name]), (len(folders), number))[0] for name in COLUMNS[:3]]
-    return ListedPair(*places, gap=_gap(where, row.get("gap")))
+    given, winner, loser = (folders.setdefault(os.path.normpath(row[n]), (len(folders), number))[0] for n in COLUMNS[:3])
+    return ListedPair(given, winner, loser, _gap(where, row.get("gap")))
 
 
 def _gap(where: str, value: Any) -> float | None:

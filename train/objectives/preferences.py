@@ -1,5 +1,5 @@
-"""What Diffusion-DPO and SPIN-Diffusion share: sets of views of one object that are compared under one condition, at one timestep
-and one noise, by the present model and by another that it is held to."""
+"""What Diffusion-DPO and SPIN-Diffusion share: sets of views of one object that are compared under one condition, at one
+timestep and one noise, by the present model and by another that it is held to."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -12,13 +12,15 @@ from torch import Tensor
 from softprompt.batch import Batch, Draw, draw, make_batch, seeded
 from softprompt.conditioning import EncodedViews
 from softprompt.data import view_order
+from softprompt.errors import RunError
 from softprompt.model import noisy_and_target
 from softprompt.objectives.preference import dpo_loss, item_errors, preference, prefers_winner, share_won
+from softprompt.objectives.rewards import Reward
 from softprompt.pipeline import Pipeline
 from train.config import Config
-from train.evaluate import view_weights
-from train.objectives.own_samples import OwnSamples, Reward, Sampling, Snapshot
+from train.objectives.own_samples import OwnSamples, Sampling, Snapshot
 from train.objectives.terms import Scene, Term
+from train.preference_options import DpoConfig, SpinConfig
 
 if TYPE_CHECKING:
     from train.evaluate import Preview
@@ -75,8 +77,10 @@ Predict = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def contest_errors(job: "Job", batch: Batch, predict: Predict) -> Tensor:
-    """D of each object of a batch, [B], float64."""
+    """D of each object of a batch, [B], float64; without the reference's own view where `loss.own_view` is off."""
     scheduler = job.pipeline.scheduler
+    view_weights = torch.ones_like(batch.order)
+    view_weights[:, 0] = int(job.config.loss.own_view)
     noisy, target = noisy_and_target(scheduler, batch)
     with job.accelerator.autocast():
         prediction = predict(noisy, batch.given, batch.timesteps, batch.labels, batch.order)
@@ -85,7 +89,7 @@ def contest_errors(job: "Job", batch: Batch, predict: Predict) -> Tensor:
         target,
         scheduler.alphas_cumprod.to(batch.timesteps.device)[batch.timesteps],
         prediction_type=scheduler.config["prediction_type"],
-        view_weights=view_weights(job, len(noisy)),
+        view_weights=view_weights,
     )
 
 
@@ -94,24 +98,34 @@ class PreferenceTerm(Term):
 
     Series, after the term's name: `accuracy`, the share of pairs of which the present model prefers the winner by more than the
     one it is held to; `winner_gain` and `loser_gain`, by how much their errors are lower than that model's: the loss falls
-    as well where both rise and the loser's rises faster, and then the winner is lost too.
+    as well where both rise and the loser's rises faster, and then the winner is lost too. What `measure` gives is said there.
     """
 
     own_passes = True
 
-    def __init__(self, config: Config, *, weight: float, beta: float, start: float, held_out_objects: int) -> None:
-        super().__init__(weight)
-        self.beta = beta
-        self.first = config.step_of(start)
-        """The step at which it begins."""
-        self.held_out_objects = held_out_objects
-        self._held_out: list[HeldOut] = []
+    def __init__(self, config: Config, settings: DpoConfig | SpinConfig) -> None:
+        super().__init__(settings.weight)
+        self.beta = settings.beta
+        self.first, self.end = config.step_of(settings.start), config.train.steps
+        """The steps in which it trains: [first, end)."""
+        self.started_from: Snapshot | None = None
+        """The model as it was at the first."""
+        self.others: OwnSamples | None = None
+        """What that made of held-out objects."""
+        self.held_out: list[HeldOut] = []
+        self._settings = settings
         self._expected: dict[tuple[int, int], Tensor] = {}
         """Errors of the model that held-out contests are measured against, by contest and timestep."""
+        self._rehearsing = False
 
     def due(self, step: int) -> bool:
         """From its first step on."""
         return step >= self.first
+
+    def rehearse(self, job: "Job") -> None:
+        """Compare true views with themselves, from the first step on: no samples are made for it."""
+        del job
+        self._rehearsing, self.first = True, 0
 
     # ---------------------------------------------------------------------------------------- what a subclass answers
 
@@ -141,9 +155,8 @@ class PreferenceTerm(Term):
             with torch.no_grad():
                 other = contest_errors(job, batch, self.held_to(job)).unflatten(0, (2, -1))
             ours = contest_errors(job, batch, lambda *inputs: job.adapted(*inputs, scene.position)).unflatten(0, (2, -1))
-            errors = ours[0], ours[1], other[0], other[1]
-            yield dpo_loss(*errors, beta=self.beta).float() * len(turns) / len(places)
-            preferred.append(preference(*(e.detach() for e in errors)))
+            yield dpo_loss(*ours, *other, beta=self.beta).float() * len(turns) / len(places)
+            preferred.append(preference(*ours.detach(), *other))
             gains.append(other - ours.detach())
         winner_gain, loser_gain = torch.cat(gains, dim=1).mean(dim=1)
         scene.log(f"{self.name}_accuracy", prefers_winner(torch.cat(preferred)))
@@ -152,8 +165,9 @@ class PreferenceTerm(Term):
 
     def _turn(self, scene: Scene, place: int, index: int) -> tuple[Contest, Draw]:
         config = scene.job.config
+        assert scene.wanted is not None, "held-out objects have no turn"
         generator = seeded(config.train.seed, self.name, scene.step, place)
-        contest = self.turn(scene, index, generator)
+        contest = _rehearsal(scene.job, index, generator) if self._rehearsing else self.turn(scene, index, generator)
         return contest, draw(
             generator,
             encoded=contest.encoded,
@@ -163,19 +177,84 @@ class PreferenceTerm(Term):
             lowest=scene.wanted.lowest,
         )
 
-    # -------------------------------------------------------------------------------------------------------- held out
+    # ------------------------------------------------------------------------------------------------------ own samples
+
+    def start_from(self, job: "Job", step: int, position: float) -> Snapshot:
+        """The model as it was when the objective began: as it is now, if it begins now."""
+        started = self.started_from or Snapshot.take(job.adapted, step, position)
+        self.started_from = started.to(job.accelerator.device)
+        return self.started_from
+
+    def samples_of_training(
+        self, job: "Job", folder: Path, name: str, snapshot: Snapshot, *, sets: int, reward: tuple[str, Reward]
+    ) -> OwnSamples:
+        """What a snapshot makes of training objects; they are still to be made. folder: of the run."""
+        return OwnSamples(
+            job,
+            job.train,
+            self._settings.objects or len(job.train),
+            folder / "samples" / f"{self.name}-{name}",
+            snapshot,
+            self._sampling(job.config),
+            sets=sets,
+            references=job.config.data.references(job.pipeline.num_views),
+            reward=reward,
+        )
+
+    def samples_of_held_out(self, job: "Job", folder: Path, *, sets: int, reward: tuple[str, Reward]) -> OwnSamples:
+        """What the model as it was when the objective began makes of held-out objects, all of it, whatever stops the run: they
+        are few."""
+        assert self.started_from is not None, "it is taken first"
+        others = OwnSamples(
+            job,
+            job.held_out,
+            self._settings.held_out_objects,
+            folder / "samples" / f"{self.name}-held-out",
+            self.started_from,
+            self._sampling(job.config),
+            sets=sets,
+            references=[job.config.data.first_reference],
+            reward=reward,
+        )
+        if not others.fill(stopped=lambda: False, what=f"{self.name}: samples of held-out objects"):
+            raise RunError(f"{others.folder}: what was written there cannot be read back; likely the disk is failing")
+        return others
+
+    def _sampling(self, config: Config) -> Sampling:
+        monitor = config.monitor
+        return Sampling(self._settings.sample_steps, monitor.guidance_scale, monitor.eta, config.train.seed)
+
+    def cost_of_samples(self, job: "Job", *, sets: int, rounds: int) -> str:
+        """In words."""
+        objects = min(self._settings.objects or len(job.train), len(job.train)) * rounds if self.weight else 0
+        held_out = min(self._settings.held_out_objects, len(job.held_out))
+        passes = (objects + held_out) * sets * self._settings.sample_steps
+        when = f"at step {self.first}" if rounds == 1 else f"in each of {rounds} rounds, the first at step {self.first}"
+        wide = "" if job.config.monitor.guidance_scale == 1 else ", twice as wide with guidance"
+        made = f"{objects // rounds} objects {when}, and of {held_out} held out" if objects else f"{held_out} held-out objects"
+        return f"{self.name:<10} own samples, {sets} of each of {made}: {passes:,} passes of the model{wide}"
+
+    # --------------------------------------------------------------------------------------------------------- held out
 
     def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
-        """Series `held_out_accuracy` and `held_out_margin`: share of held-out pairs of which the winner is preferred, and the
-        mean preference, errors averaged over the validation's timesteps; no condition is dropped."""
+        """On held-out objects, series after the term's name.
+
+        `held_out_accuracy`, `held_out_margin`: share of pairs of which the winner is preferred, and the mean preference, each
+        pair's errors averaged over the validation's timesteps, no condition dropped. `held_out_reward`: of one set of each
+        object by the present model; `win_rate`: share of them that have more reward than that of the model as it was when the
+        objective began, from the same noise; a half where the two are the same.
+        """
         del shown
-        if not self._held_out:
-            return {}
-        margins = torch.cat([self._margins(job, position, number, one) for number, one in enumerate(self._held_out)])
-        return {
-            f"{self.name}_held_out_accuracy": float(prefers_winner(margins)),
-            f"{self.name}_held_out_margin": float(margins.mean()),
-        }
+        series = {}
+        if self.held_out:
+            margins = torch.cat([self._margins(job, position, number, one) for number, one in enumerate(self.held_out)])
+            series = {"held_out_accuracy": float(prefers_winner(margins)), "held_out_margin": float(margins.mean())}
+        if (others := self.others) is not None:
+            prompt, objects = job.adapted.prompt(position), range(len(others))
+            ours = torch.tensor([others.draw(index, 0, prompt)[1] for index in objects])
+            theirs = torch.tensor([others.rewards(index)[0] for index in objects])
+            series |= {"held_out_reward": float(ours.mean()), "win_rate": float(share_won(ours, theirs))}
+        return {f"{self.name}_{name}": value for name, value in series.items()}
 
     def _margins(self, job: "Job", position: float, number: int, one: HeldOut) -> Tensor:
         """The preference of each of a contest's pairs, [pairs], on the CPU."""
@@ -206,70 +285,7 @@ class PreferenceTerm(Term):
         return torch.cat(found)
 
 
-class OwnSampling(PreferenceTerm):
-    """One that compares sets of views that the model itself has made.
-
-    Series, after the term's name, of one set of each of a few held-out objects: `held_out_reward`, its mean, and `win_rate`,
-    the share of objects whose set has more reward than that of the model as it was when the objective began, from the same
-    noise; a half where they are the same.
-    """
-
-    def __init__(
-        self, config: Config, *, weight: float, beta: float, start: float, held_out_objects: int, sample_steps: int
-    ) -> None:
-        super().__init__(config, weight=weight, beta=beta, start=start, held_out_objects=held_out_objects)
-        self.sampling = Sampling(sample_steps, config.monitor.guidance_scale, config.monitor.eta, config.train.seed)
-        self.started_from: Snapshot | None = None
-        """The model as it was when the objective began."""
-        self._started: list[float] = []
-        """Rewards of its sets of held-out objects."""
-        self._others: OwnSamples | None = None
-        """Its sets of held-out objects."""
-
-    def own(
-        self, job: "Job", folder: Path, name: str, snapshot: Snapshot, *, sets: int, objects: int | None, rate: tuple[str, Reward]
-    ) -> OwnSamples:
-        """Sets of training objects. objects: how many at most; None: all."""
-        return OwnSamples(
-            job,
-            job.train,
-            objects or len(job.train),
-            folder / "samples" / f"{self.name}-{name}",
-            snapshot,
-            self.sampling,
-            sets=sets,
-            references=job.config.data.references(job.pipeline.num_views),
-            reward=rate[1],
-            reward_name=rate[0],
-        )
-
-    def own_held_out(self, job: "Job", folder: Path, snapshot: Snapshot, *, sets: int, rate: tuple[str, Reward]) -> OwnSamples:
-        """Sets of held-out objects, all made, whatever stops the run: they are few."""
-        others = OwnSamples(
-            job,
-            job.held_out,
-            self.held_out_objects,
-            folder / "samples" / f"{self.name}-held-out",
-            snapshot,
-            self.sampling,
-            sets=sets,
-            references=[job.config.data.first_reference],
-            reward=rate[1],
-            reward_name=rate[0],
-        )
-        others.fill(stopped=lambda: False, what=f"{self.name}: own samples of held-out objects")
-        self._others = others
-        return others
-
-    def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
-        """See the class, and `PreferenceTerm.measure`."""
-        series = super().measure(job, position, shown)
-        if self._others is None:
-            return series
-        others, prompt = self._others, job.adapted.prompt(position)
-        ours = [others.draw(index, 0, prompt)[1] for index in range(len(others))]
-        theirs = [others.rewards(index)[0] for index in range(len(others))]
-        return series | {
-            f"{self.name}_held_out_reward": sum(ours) / len(ours),
-            f"{self.name}_win_rate": float(share_won(torch.tensor(ours), torch.tensor(theirs))),
-        }
+def _rehearsal(job: "Job", index: int, generator: torch.Generator) -> Contest:
+    encoded = job.train.get(index, generator)
+    true = (encoded.mean, encoded.std)
+    return Contest(encoded, job.config.data.references(job.pipeline.num_views)[0], (true, true))

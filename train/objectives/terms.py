@@ -11,16 +11,19 @@ functions in softprompt.objectives, a subclass of `Term` in train.objectives, an
   that, such as the encoders on the device, is held by a `with` around the `yield`.
 - All randomness comes from `softprompt.batch.seeded(seed, NAME, step, place, ...)`, places being those of the objects in the
   global batch (`scene.places`), so that a resumed step, or one shared out otherwise, is the same.
+- What it needs of its own it looks at in `open`, once the run is prepared. What it needs of the model as it is before a step it
+  makes in `begin`, in the run's folder: called before the step is evaluated and taken, while `begins` says so.
 - What it remembers from step to step is in `state`: tensors and plain values, as a checkpoint takes them. A step may be done
   again after it ran out of memory: to be called twice for the same step must change nothing.
 - `scene.log(name, value)` writes the series objective/NAME: the mean over batches, processes and the steps of a point in the
   log. On a given step all processes log the same names. The unweighted loss itself is objective/<the term's name>.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -128,6 +131,25 @@ class Term:
         self.weight = weight
         """0 where it is only measured (monitor.objectives)."""
 
+    def open(self, job: "Job") -> list[str]:
+        """Look at what it needs of its own, once the run is prepared. Returns: what is to be said of it. Raises: InputError."""
+        del job
+        return []
+
+    def begins(self, step: int) -> bool:
+        """Whether something is to be made before this step, of the model as it is then; the same on every process."""
+        del step
+        return False
+
+    def begin(self, job: "Job", folder: Path, step: int, position: float, stopped: Callable[[], bool]) -> None:
+        """Make it, shared out over the processes. folder: of the run; what is kept there survives it.
+
+        stopped: whether the run is to stop: what takes long is then cut short. It is called again where the run goes on.
+        """
+
+    def rehearse(self, job: "Job") -> None:
+        """Be ready for steps whose time and memory alone are looked at, with nothing made for them."""
+
     def due(self, step: int) -> bool:
         """Whether a step has the term."""
         del step
@@ -170,6 +192,25 @@ class Objectives:
 
     def __init__(self, terms: Sequence[Term] = ()) -> None:
         self.terms = tuple(terms)
+
+    def open(self, job: "Job") -> list[str]:
+        """See `Term.open`."""
+        return [line for term in self.terms for line in term.open(job)]
+
+    def begins(self, step: int) -> bool:
+        """See `Term.begins`."""
+        return any(term.begins(step) for term in self.terms)
+
+    def begin(self, job: "Job", folder: Path, step: int, position: float, stopped: Callable[[], bool]) -> None:
+        """See `Term.begin`."""
+        for term in self.terms:
+            if term.begins(step):
+                term.begin(job, folder, step, position, stopped)
+
+    def rehearse(self, job: "Job") -> None:
+        """See `Term.rehearse`."""
+        for term in self.terms:
+            term.rehearse(job)
 
     def trained(self, step: int, *, own_passes: bool) -> list[Term]:
         """The terms that a step trains, of one kind."""

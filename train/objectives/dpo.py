@@ -1,0 +1,202 @@
+"""Diffusion-DPO, and with chunks Curriculum DPO: ranked pairs of the model's own samples, or of a list on the disk."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from softprompt.cache import EncodedObjects, PictureCache
+from softprompt.errors import InputError, RunError
+from softprompt.objectives.preference import open_pairs, ranked_pairs, stage_at, stages_by_rank, stages_by_reward
+from softprompt.objectives.rewards import Reward
+from softprompt.pipeline import Pipeline
+from train.config import Config
+from train.objectives.own_samples import OwnSamples, Snapshot
+from train.objectives.pairs import ListedPair, gaps_of, read_pairs
+from train.objectives.preferences import Contest, HeldOut, Predict, PreferenceTerm, sampled
+from train.objectives.rewards import load_reward
+from train.objectives.terms import Scene
+from train.preference_options import OWN
+
+if TYPE_CHECKING:
+    from train.setup import Job
+
+
+class Dpo(PreferenceTerm):
+    """Pairs of any kind, joining in stages; the reference is the untouched model: adapters off and prompt W_0."""
+
+    name = "dpo"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, config.dpo)
+        self.options = config.dpo
+        equal_share = math.ceil((config.train.steps - self.first) / self.options.chunks)
+        self._stage_steps = self.options.chunk_steps or equal_share
+        self._open: list[list[int]] = []
+        """By stage, the pairs that it trains on."""
+
+    def stage(self, step: int) -> int:
+        """Which of the curriculum's stages a step belongs to, counted from 0."""
+        return stage_at(step - self.first, self._stage_steps, self.options.chunks)
+
+    def share_out(self, joins: list[int]) -> None:
+        """Take in at which stage each pair joins. Where the first stages have none, they train those of the first that has."""
+        self._open = [open_pairs(joins, max(stage, min(joins))) for stage in range(self.options.chunks)]
+
+    def contest(self, job: "Job", pair: int, generator: torch.Generator) -> Contest:
+        """A pair, its winner first."""
+        raise NotImplementedError
+
+    def turn(self, scene: Scene, index: int, generator: torch.Generator) -> Contest:
+        """Any of the pairs that are open, each as likely: `index`, whose turn it would be, may have none."""
+        del index
+        opened = self._open[self.stage(scene.step)]
+        return self.contest(scene.job, opened[int(torch.randint(len(opened), (), generator=generator))], generator)
+
+    def held_to(self, job: "Job") -> Predict:
+        """The untouched model."""
+        return job.adapted.reference
+
+    def measured_against(self, job: "Job") -> Predict:
+        """The same."""
+        return job.adapted.reference
+
+
+class OwnDpo(Dpo):
+    """Every two sample sets that the model made of an object when the objective began, ranked by a reward."""
+
+    def __init__(self, config: Config, reward: tuple[str, Reward]) -> None:
+        super().__init__(config)
+        self._reward = reward
+        self._own: OwnSamples | None = None
+        self._pairs: list[tuple[int, int, int]] = []
+        """(object, winner, loser)."""
+
+    def open(self, job: "Job") -> list[str]:
+        """Say what sampling will cost."""
+        return [self.cost_of_samples(job, sets=self.options.samples, rounds=1)]
+
+    def begins(self, step: int) -> bool:
+        """Until all sets are there."""
+        trains = self.weight > 0 and self.first <= step < self.end
+        return step >= self.first and (self.others is None or (trains and not self._open))
+
+    def begin(self, job: "Job", folder: Path, step: int, position: float, stopped: Callable[[], bool]) -> None:
+        """Make the sets, and rank them. Raises: RunError where no object has a pair."""
+        started = self.start_from(job, step, position)
+        if self.others is None:
+            self.others = self.samples_of_held_out(job, folder, sets=self.options.samples, reward=self._reward)
+            held_out = [self._held_out_contest(self.others, index) for index in range(len(self.others))]
+            self.held_out = [one for one in held_out if one.pairs]
+        if self.weight > 0 and step < self.end:
+            self._own = self.samples_of_training(job, folder, "own", started, sets=self.options.samples, reward=self._reward)
+            if self._own.fill(stopped=stopped, what="dpo: own samples"):
+                self._rank(self._own)
+
+    def _held_out_contest(self, others: OwnSamples, index: int) -> HeldOut:
+        encoded, reference = others.given(index)
+        sides = tuple(sampled(latents) for latents in others.latents(index))
+        pairs = ranked_pairs(others.rewards(index), min_gap=self.options.min_gap)
+        return HeldOut(Contest(encoded, reference, sides), tuple((pair.winner, pair.loser) for pair in pairs))
+
+    def _rank(self, own: OwnSamples) -> None:
+        rewards = [own.rewards(index) for index in range(len(own))]
+        ranked = [(index, p) for index, given in enumerate(rewards) for p in ranked_pairs(given, min_gap=self.options.min_gap)]
+        if not ranked:
+            widest = max(max(given) - min(given) for given in rewards)
+            raise RunError(
+                f"dpo.min_gap: is {self.options.min_gap:g}; no two own sample sets of an object are further apart: their "
+                f"rewards ({self._reward[0]}) differ by {widest:.3g} at most. Expected less than that, or more dpo.samples"
+            )
+        self._pairs = [(index, pair.winner, pair.loser) for index, pair in ranked]
+        if self.options.difficulty == "rank_gap":
+            joins = stages_by_rank([pair.ranks for _, pair in ranked], self.options.samples, self.options.chunks)
+        else:
+            joins = stages_by_reward([pair.reward for _, pair in ranked], self.options.chunks, self.options.chunk_by)
+        self.share_out(joins)
+
+    def contest(self, job: "Job", pair: int, generator: torch.Generator) -> Contest:
+        """Two sets of one object, given the picture that they were made from."""
+        del job, generator
+        assert self._own is not None, "the pairs were made of it"
+        index, winner, loser = self._pairs[pair]
+        encoded, reference = self._own.given(index)
+        latents = self._own.latents(index)
+        return Contest(encoded, reference, (sampled(latents[winner]), sampled(latents[loser])))
+
+    def state(self) -> dict[str, Any]:
+        """The model that made the sets, so that one that is lost can be made again."""
+        return {} if self.started_from is None else {"start": self.started_from.state()}
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """What `state` gave."""
+        self.started_from = Snapshot.from_state(state["start"])
+
+
+class ListedDpo(Dpo):
+    """Pairs that somebody has ranked; any of data.reference_view is given."""
+
+    def __init__(self, config: Config, pipeline: Pipeline) -> None:
+        """Raises: InputError for a list that cannot be used."""
+        super().__init__(config)
+        cache = None if config.data.cache is None else PictureCache(Path(config.data.cache), pipeline)
+        self._pairs, self._samples = self._read("dpo.pairs", self.options.pairs, config, pipeline, cache)
+        gaps = gaps_of(self._pairs, "dpo.pairs") if self._ranks else [0.0] * len(self._pairs)
+        self.share_out(stages_by_reward(gaps, self.options.chunks, self.options.chunk_by))
+        self._others: list[ListedPair] = []
+        self._other_samples: EncodedObjects | None = None
+        if self.options.held_out_pairs is not None:
+            self._others, self._other_samples = self._read(
+                "dpo.held_out_pairs", self.options.held_out_pairs, config, pipeline, cache
+            )
+
+    @property
+    def _ranks(self) -> bool:
+        """Whether it matters how far apart pairs are."""
+        return self.options.chunks > 1 or self.options.min_gap > 0
+
+    def _read(
+        self, option: str, path: str, config: Config, pipeline: Pipeline, cache: PictureCache | None
+    ) -> tuple[list[ListedPair], EncodedObjects]:
+        """The pairs of a list that are no near-ties, and the samples that it names."""
+        listed = read_pairs(path, size=pipeline.picture_size, num_views=pipeline.num_views, option=option)
+        gaps = gaps_of(listed.pairs, option) if self._ranks else [math.inf] * len(listed.pairs)
+        kept = [pair for pair, gap in zip(listed.pairs, gaps, strict=True) if gap > self.options.min_gap]
+        if not kept:
+            raise InputError(f"dpo.min_gap: is {self.options.min_gap:g}; no pair of {path} is further apart")
+        return kept, EncodedObjects(listed.samples, pipeline, config.data.still_background, cache)
+
+    def open(self, job: "Job") -> list[str]:
+        """Encode the samples. Raises: InputError naming a picture that cannot be used."""
+        accelerator = job.accelerator
+        for samples in filter(None, (self._samples, self._other_samples)):
+            share = (accelerator.process_index, accelerator.num_processes) if samples.cache is not None else (0, 1)
+            samples.fill(progress=accelerator.is_main_process, share=share)
+            accelerator.wait_for_everyone()
+            if samples.cache is not None:
+                samples.cache.refresh()
+        if self._other_samples is not None:
+            given = job.config.data.first_reference
+            contests = [self._contest_of(self._other_samples, pair, given) for pair in self._others]
+            self.held_out = [HeldOut(contest, ((0, 1),)) for contest in contests]
+        return [f"dpo        {len(self._pairs)} pairs to train on, {len(self.held_out)} to measure on"]
+
+    def contest(self, job: "Job", pair: int, generator: torch.Generator) -> Contest:
+        """The two sets, given a view of the input."""
+        references = job.config.data.references(job.pipeline.num_views)
+        reference = references[int(torch.randint(len(references), (), generator=generator))]
+        return self._contest_of(self._samples, self._pairs[pair], reference)
+
+    def _contest_of(self, samples: EncodedObjects, pair: ListedPair, reference: int) -> Contest:
+        still = torch.Generator()  # their background is a single one
+        encoded, winner, loser = (samples.get(index, still) for index in (pair.input, pair.winner, pair.loser))
+        return Contest(encoded, reference, ((winner.mean, winner.std), (loser.mean, loser.std)))
+
+
+def make_dpo(config: Config, pipeline: Pipeline) -> Dpo:
+    """Raises: InputError for a list, or a reward, that cannot be used."""
+    if config.dpo.pairs != OWN:
+        return ListedDpo(config, pipeline)
+    return OwnDpo(config, (config.dpo.reward, load_reward(config.dpo.reward, config.dpo.encoder, pipeline, "dpo")))
