@@ -53,7 +53,7 @@ class Options:
     """0 is the pretrained model, 1 the adapted one."""
     rise: Literal["none", "linear", "square", "fourth", "step"] = "none"
     """How what is adapted rises along the sampling steps, from the pretrained model at the noisiest: with the share of the
-    steps that are done, its square, its fourth power, or at once when it is 0.6. Layout and identity stay closer to the
+    steps that are done, its square, its fourth power, or all at once when it is 0.6. Layout and shape stay nearer to the
     pretrained model's; sampling takes up to twice as long."""
     rows: Literal["one", "strengths", "path", "ablation", "rises"] = "one"
     """What a picture is sampled with: `one`, the strengths above; `strengths`, each pair of 0, 1/2 and 1; `path`, the untouched
