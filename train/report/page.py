@@ -145,18 +145,11 @@ def _ablation(story: Story) -> dict[str, Any] | None:
         return None
     names = [name.split("/", 1)[1] for name in story.ablation if name.startswith(f"{ABLATION_PSNR}/")]
     psnr, ssim = ({n: story.ablation[f"{kind}/{n}"] for n in names} for kind in (ABLATION_PSNR, ABLATION_SSIM))
-    objects = _rows(story.pictures.get("ablation-tiles"), ("truth", *names, HANDED_ON), story)[:1]  # the others are in the PNG
+    objects = _rows(story.pictures.get("ablation-tiles"), ("truth", *names, HANDED_ON), story)
     share = story.ablation[VIEWS_FOLLOW]
     return {
         "objects": objects[:1],  # the others are in the PNG
-        "rows": [
-            {
-                "name": _words(name),
-                "psnr": story.ablation[f"{ABLATION_PSNR}/{name}"],
-                "ssim": story.ablation[f"{ABLATION_SSIM}/{name}"],
-            }
-            for name in names
-        ],
+        "rows": [{"name": _words(name), "psnr": psnr[name], "ssim": ssim[name]} for name in names],
         "follow": f"In the last row each place has the next view's prompt: {share:.0%} of the views then are nearer to the "
         f"true view of that prompt than to that of their own place. 100 % means that the prompt alone decides which view is "
         f"drawn, 0 % that it does not matter.",
