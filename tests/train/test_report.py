@@ -95,7 +95,9 @@ def test_the_commands_it_gives_are_understood(reported):
     assert by_module.keys() == {"train.sample", "train.export", "train.prompts", "train.softprompt"}
     (longer,) = by_module["train.softprompt"]
     assert parse(longer).config.train.steps == 6, "twice as long"
-    assert by_module["train.export"] == [[str(reported / "export"), "--into", "FACELIFT"]]
+    assert by_module["train.export"] == [
+        [str(reported / "export"), "--pipeline", "--output", "FOLDER", "--into", "FACELIFT"]
+    ], "the LoRA has to be merged"
 
 
 def test_a_run_that_is_not_finished_says_so_and_how_to_go_on(small_config, mice, tmp_path, stop_after):

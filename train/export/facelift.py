@@ -88,15 +88,11 @@ def refuse_another_folder(facelift: Path) -> None:
 
 def how_to_use(export: Path) -> list[str]:
     """The exact commands that put an export to use, as lines."""
-    command, to = f"python -m train.export {shlex.quote(str(export))}", "--into FACELIFT"
-    has_lora, has_pipeline = (export / "lora").is_dir(), (export / "pipeckpts").is_dir()
-    lines = ["use it in FaceLift (FACELIFT is its repository; --undo FACELIFT puts back what was there):"]
-    if has_pipeline:
-        lines.append(f"  {command} {to} --pipeline")
-    elif has_lora:  # FaceLift reads no LoRA
-        lines.append(f"  {command} --pipeline --output FOLDER {to}")
-    else:
-        lines.append(f"  {command} {to}")
+    command, has_lora = f"python -m train.export {shlex.quote(str(export))}", (export / "lora").is_dir()
+    lines = [
+        "use it in FaceLift (FACELIFT is its repository; --undo FACELIFT puts back what was there):",
+        f"  {into_facelift(export)}",
+    ]
     if has_lora:
         lines.append("the LoRA in diffusers:")
         lines.append(
@@ -106,6 +102,16 @@ def how_to_use(export: Path) -> list[str]:
         lines.append(f"a model card{', and the LoRA for peft and kohya' if has_lora else ''}:")
         lines.append(f"  {command} --output FOLDER{' --lora peft kohya' if has_lora else ''}")
     return lines
+
+
+def into_facelift(export: Path) -> str:
+    """The command that puts an export into FaceLift, all that belongs together: FaceLift reads no LoRA, so it is merged."""
+    command = f"python -m train.export {shlex.quote(str(export))}"
+    if (export / "pipeckpts").is_dir():
+        return f"{command} --into FACELIFT --pipeline"
+    return (
+        f"{command} --pipeline --output FOLDER --into FACELIFT" if (export / "lora").is_dir() else f"{command} --into FACELIFT"
+    )
 
 
 def _check(facelift: Path, export: Path, wanted: Mapping[str, Path]) -> list[str]:

@@ -13,6 +13,7 @@ from PIL import Image
 from softprompt.errors import InputError
 from softprompt.files import new_file
 from train import page
+from train.export.facelift import into_facelift
 from train.figures import cut_strips, data_uri
 from train.options import MICRO
 from train.prompts.measure import drift, in_ranges, measure
@@ -216,7 +217,7 @@ def commands(story: Story) -> list[tuple[str, str]]:
         ),
         (
             "Into FaceLift, whose own prompt is kept beside it; --undo puts it back:",
-            f"python -m train.export {export} --into FACELIFT",
+            into_facelift(story.folder / "export"),
         ),
         ("The prompt in detail, beside the pretrained one:", f"python -m train.prompts show facelift {export}/clr_embeds.pt"),
         ("The curves, live and to zoom into:", f"tensorboard --logdir {run}"),
