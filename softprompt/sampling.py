@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from softprompt.conditioning import class_labels, image_embeddings, input_latents
 from softprompt.model import adapters_off
@@ -160,7 +161,19 @@ def sample_latents(
 @torch.no_grad()
 def decode_latents(pipeline: Pipeline, latents: Tensor) -> Tensor:
     """[B, V, C, H, W] scaled latents => [B, V, 3, S, S] pictures in [0, 1], float32."""
+    return decode_with_gradient(pipeline, latents)
+
+
+def decode_with_gradient(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    """The same, for objectives that judge pictures. What the decoder computes on the way is not kept but computed anew on the
+    way back, a few pictures at a time: so the encoders must be on the device until the gradient is made."""
     vae = pipeline.vae
     z = rearrange(latents, "b v c h w -> (b v) c h w").to(vae.device, vae.dtype) / vae.config.scaling_factor
-    decoded = torch.cat([vae.decode(part).sample for part in z.split(pipeline.pictures_at_once)])
+
+    def decode(part: Tensor) -> Tensor:
+        decoded: Tensor = vae.decode(part).sample
+        return decoded
+
+    parts = z.split(pipeline.pictures_at_once)
+    decoded = torch.cat([checkpoint(decode, p, use_reentrant=False) if z.requires_grad else decode(p) for p in parts])
     return rearrange((decoded.float() / 2 + 0.5).clamp(0, 1), "(b v) c h w -> b v c h w", v=latents.shape[1])

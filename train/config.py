@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from train.objective_options import OBJECTIVES, CustomConfig
+from train.objective_options import OBJECTIVES, CustomConfig, DraftConfig
 from train.options import (
     MICRO,
     CurriculumConfig,
@@ -42,6 +42,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     kl: KLConfig = field(default_factory=KLConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
     custom: CustomConfig = field(default_factory=CustomConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -5,8 +5,68 @@ Each has a `weight`, 0 by default: then it is left out and costs nothing. Two ob
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from train.options import require
+
+REWARDS = ("psnr", "ssim", "silhouette", "consistency", "sharpness", "clip")
+"""What `draft.reward` may be by name; see softprompt.objectives.rewards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """DRaFT+: a reward for views that are sampled while training, with its gradient through the last sampling steps."""
+
+    weight: float = 0.0
+    """Of the term in the loss; 0 leaves it out."""
+    reward: str = "psnr"
+    """What the sampled views are judged by, against the true ones: psnr, ssim, silhouette, consistency, sharpness, clip, or
+    `module:function` (views, truth, masks => a number an object; see softprompt.objectives.rewards)."""
+    encoder: str | None = None
+    """Folder of the CLIP vision model that the reward `clip` needs, e.g. PIPECKPTS/image_encoder."""
+    steps: int = 10
+    """DDIM steps of a draft, without noise (eta 0)."""
+    guidance_scale: float = 2.0
+    """Of a draft; 1 is none."""
+    backward_steps: int = 1
+    """K: how many of the last steps the gradient goes through. Each more takes as long again on the way back, and no more
+    memory."""
+    truncation: Literal["last", "random"] = "last"
+    """`last`: K steps always; `random`: as many as AlignProp draws, a sixth of the steps on average."""
+    renoise: int = 0
+    """n: DRaFT-LV: the last step alone, from n noises of its level; 0 leaves that out."""
+    kl: float = 0.1
+    """Weight of the KL to the untouched model on the steps that the gradient goes through, within the term."""
+    every: int = 1
+    """On every n-th step, with n times the weight: the same on average for less time."""
+    guard: float | None = 0.5
+    """Stop the run where the edges, colours or object of the drafted views fall below this share of what they were at first, or
+    rise above its inverse (an average over the last few drafts): the reward is gamed. null: go on."""
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, "draft.weight", self.weight, "zero or a positive number")
+        named = self.reward in REWARDS or ":" in self.reward
+        require(named, "draft.reward", self.reward, f"{', '.join(REWARDS)}, or module:function")
+        require_function("draft.reward", None if self.reward in REWARDS else self.reward)
+        require(
+            self.reward != "clip" or self.encoder is not None,
+            "draft.encoder",
+            "null",
+            "the folder of a CLIP vision model with draft.reward: clip, e.g. PIPECKPTS/image_encoder; none is downloaded",
+        )
+        require(self.steps >= 1, "draft.steps", self.steps, "1 or more")
+        fits = 1 <= self.backward_steps <= self.steps
+        require(fits, "draft.backward_steps", self.backward_steps, f"1 to draft.steps, {self.steps}")
+        require(self.renoise >= 0, "draft.renoise", self.renoise, "0 or more")
+        require(
+            self.renoise == 0 or (self.backward_steps == 1 and self.truncation == "last"),
+            "draft.renoise",
+            self.renoise,
+            "0 with draft.backward_steps above 1 or draft.truncation random: DRaFT-LV goes through the last step alone",
+        )
+        require(self.kl >= 0, "draft.kl", self.kl, "zero or a positive number")
+        require(self.every >= 1, "draft.every", self.every, "1 (each step) or more")
+        require(self.guard is None or 0 < self.guard < 1, "draft.guard", self.guard, "a share between 0 and 1, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +84,7 @@ class CustomConfig:
         require_function("custom.function", self.function)
 
 
-OBJECTIVES = ("custom",)
+OBJECTIVES = ("draft", "custom")
 """Their groups' names."""
 
 

@@ -3,14 +3,16 @@
 from softprompt.pipeline import Pipeline
 from train.config import Config
 from train.objectives.custom import Custom
+from train.objectives.draft import make_draft
 from train.objectives.functions import load_function
 from train.objectives.terms import Objectives, Term
 
 
 def make_objectives(config: Config, pipeline: Pipeline) -> Objectives:
     """Those that the configuration gives a weight, or measures. Raises: InputError for one that cannot work with this model."""
-    del pipeline
     terms: list[Term] = []
+    if config.uses("draft"):
+        terms.append(make_draft(config.draft, pipeline))
     if config.uses("custom"):
         assert config.custom.function is not None, "checked when the configuration is read"
         terms.append(

@@ -1,0 +1,198 @@
+"""DRaFT+: sample the batch's objects, judge the views, and send the reward's gradient back through the last sampling steps."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPVisionModelWithProjection
+
+from softprompt.batch import Batch, seeded
+from softprompt.errors import InputError, RunError
+from softprompt.objectives import draft as formulas
+from softprompt.objectives.rewards import REWARDS, Reward, clip_similarity
+from softprompt.objectives.statistics import statistics_of_truth
+from softprompt.pipeline import Pipeline
+from softprompt.sampling import decode_with_gradient
+from train.objective_options import DraftConfig
+from train.objectives.functions import load_function
+from train.objectives.guard import Guard
+from train.objectives.terms import Scene, Term
+
+if TYPE_CHECKING:
+    from train.evaluate import Preview
+    from train.setup import Job
+
+
+class Draft(Term):
+    """Minus the reward of drafted views, plus the KL on the steps that a gradient goes through."""
+
+    name = "draft"
+    own_passes = True
+    decodes = True
+
+    def __init__(self, settings: DraftConfig, reward: Reward) -> None:
+        super().__init__(settings.weight * settings.every)  # on every n-th step, n times the weight
+        self.settings = settings
+        self.reward = reward
+        self.guard = None if settings.guard is None else Guard(settings.guard)
+
+    def due(self, step: int) -> bool:
+        """On every n-th step."""
+        return step % self.settings.every == 0
+
+    def losses(self, scene: Scene) -> Iterator[Tensor]:
+        """Object by object: a draft needs no more memory for a larger batch."""
+        pictures, masks = scene.true_views
+        drafts, rewards, kls = [], [], []
+        with scene.job.pipeline.encoders_on_device():
+            for index, (place, _) in enumerate(scene.places):
+                one = slice(index, index + 1)
+                for views, kl in self._drafts(scene, scene.undropped.only(index), place):
+                    reward = self.judge(views, pictures[one], masks[one])
+                    rewards.append(reward.detach().mean())
+                    kls.append(kl.detach().mean())
+                    share = 1 / len(scene.places) / max(1, self.settings.renoise)
+                    yield share * formulas.draft_loss(reward, kl, self.settings.kl)
+                drafts.append(views.detach())
+        scene.log("draft_reward", torch.stack(rewards).mean())
+        scene.log("draft_kl", torch.stack(kls).mean())
+        for name, value in statistics_of_truth(torch.cat(drafts), pictures, masks).items():
+            scene.log(f"draft_{name}", value)
+
+    def _drafts(self, scene: Scene, batch: Batch, place: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One object's drafted pictures, [1, V, 3, S, S], and KL, [K, 1], both with a gradient; several with DRaFT-LV."""
+        job, settings = scene.job, self.settings
+        scheduler = DDIMScheduler.from_config(job.pipeline.scheduler.config)
+        scheduler.set_timesteps(settings.steps, device=job.pipeline.device)
+        key = (job.config.train.seed, "draft", scene.step, place)
+        z = torch.randn(batch.noise.shape, generator=seeded(*key)).to(batch.noise) * scheduler.init_noise_sigma
+        drawn = seeded(*key, "steps") if settings.truncation == "random" else None
+        count = 0 if settings.renoise else formulas.steps_with_gradient(settings.steps, settings.backward_steps, drawn)
+        with torch.no_grad():
+            for t in scheduler.timesteps[: settings.steps - count]:
+                z, _ = self._step(scene, scheduler, batch, z, t)
+        kls: list[Tensor] = []
+        for t in scheduler.timesteps[settings.steps - count :]:
+            z, kl = self._step(scene, scheduler, batch, z, t, anew=count > 1)
+            kls.append(kl)
+        if settings.renoise == 0:
+            yield decode_with_gradient(job.pipeline, z), torch.stack(kls)
+            return
+        last = scheduler.timesteps[-1]
+        for number in range(settings.renoise):
+            noise = torch.randn(z.shape, generator=seeded(*key, "renoise", number)).to(z)
+            again = formulas.renoised(z, noise, scheduler.alphas_cumprod.to(z)[last])
+            clean, kl = self._step(scene, scheduler, batch, again, last)
+            yield decode_with_gradient(job.pipeline, clean), kl[None]
+
+    def _step(
+        self, scene: Scene, scheduler: DDIMScheduler, batch: Batch, z: Tensor, t: Tensor, *, anew: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """A DDIM step (eta 0) from timestep t. z: [1, V, C, H, W]. Returns: z at the next timestep, and the KL's term, [1].
+
+        Without a gradient the KL is left out, and 0. anew: compute the pass again on the way back, and keep nothing of it:
+        with several steps there would be too much.
+        """
+        adapted, scale, timesteps = scene.job.adapted, self.settings.guidance_scale, t.expand(len(z))
+
+        def ours(noisy: Tensor) -> Tensor:
+            model = partial(adapted, position=scene.position)
+            return _pass(scene, model, batch, scale, noisy, timesteps)
+
+        prediction = checkpoint(ours, z, use_reentrant=False) if anew else ours(z)
+        kl = z.new_zeros(len(z))
+        if torch.is_grad_enabled():
+            untouched = _pass(scene, adapted.reference, batch, scale, z.detach(), timesteps)
+            kl = formulas.trajectory_kl(z, prediction, untouched, scheduler.alphas_cumprod, timesteps, scene.prediction_type)
+        return scheduler.step(prediction, t, z).prev_sample, kl
+
+    def judge(self, views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
+        """The reward, [B]. Raises: InputError for pictures that it cannot judge, or where it gives something else."""
+        name = self.settings.reward
+        try:
+            reward = self.reward(views, truth, masks)
+        except ValueError as error:
+            raise InputError(f"draft.reward: {name}: {error}") from error
+        if not isinstance(reward, Tensor) or reward.shape != views.shape[:1]:
+            found = list(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
+            raise InputError(f"draft.reward: {name} returned {found}; expected a tensor [{len(views)}], a number an object")
+        if torch.is_grad_enabled() and not reward.requires_grad:
+            raise InputError(
+                f"draft.reward: {name} has no gradient; expected one through the views, by operations of torch alone"
+            )
+        return reward.float()
+
+    def look(self, step: int, values: Mapping[str, float]) -> None:
+        """Raises: RunError where the drafted pictures have collapsed."""
+        if self.guard is None:
+            return
+        names = [name for name in ("edges", "colours", "foreground") if f"draft_{name}" in values]
+        collapsed = self.guard.look({name: values[f"draft_{name}"] for name in names})
+        if collapsed is not None:
+            raise RunError(
+                f"step {step}: the reward is gamed: {collapsed}; draft.reward {self.settings.reward} is at "
+                f"{values['draft_reward']:.4g}. The run is stopped; its checkpoints stay, and export/best is the one that was "
+                f"best on held-out objects. Try a lower draft.weight, a higher draft.kl, another draft.reward, or draft.guard "
+                f"null to go on all the same (--resume RUN --resume-override)"
+            )
+
+    def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
+        """The reward of the previews, of the true views, and what the guard looks at."""
+        del job, position
+        views, truth, masks = (p.float() for p in (shown.now, shown.truth, shown.masks))
+        found = {"held_out_reward": self.judge(views, truth, masks).mean()}
+        found |= {f"held_out_{name}": value for name, value in statistics_of_truth(views, truth, masks).items()}
+        return {name: float(value) for name, value in found.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Of the guard."""
+        return {} if self.guard is None else self.guard.state()
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Of the guard."""
+        if self.settings.guard is not None:
+            self.guard = Guard(self.settings.guard, **state)
+
+
+def _pass(scene: Scene, model: Callable[..., Tensor], batch: Batch, scale: float, z: Tensor, timesteps: Tensor) -> Tensor:
+    """A prediction with guidance, [B, V, C, H, W], float32, of z at timesteps [B]. model: takes what `AdaptedModel` does, but
+    for the position."""
+    noisy, given, times, labels, order = z, batch.given, timesteps, batch.labels, batch.order
+    if scale != 1:  # the first half sees no picture; the prompt is the same in both
+        noisy, times, order = (torch.cat([x, x]) for x in (noisy, times, order))
+        given, labels = (torch.cat([torch.zeros_like(x), x]) for x in (given, labels))
+    with scene.job.accelerator.autocast():
+        prediction = model(noisy, given, times, labels, order).float()
+    if scale == 1:
+        return prediction
+    without, with_picture = prediction.chunk(2)
+    return formulas.with_guidance(without, with_picture, scale)
+
+
+def make_draft(settings: DraftConfig, pipeline: Pipeline) -> Draft:
+    """Raises: InputError for a reward that cannot be loaded."""
+    if settings.reward == "clip":
+        assert settings.encoder is not None, "checked when the configuration is read"
+        return Draft(settings, _clip(Path(settings.encoder), pipeline))
+    reward = REWARDS.get(settings.reward)
+    return Draft(settings, reward or load_function(settings.reward, "draft.reward"))
+
+
+def _clip(folder: Path, pipeline: Pipeline) -> Reward:
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"draft.encoder: {folder} holds no config.json; expected the folder of a CLIP vision model with its projection, "
+            f"e.g. PIPECKPTS/image_encoder"
+        )
+    try:
+        encoder = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # which one depends on what is wrong in which file
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"draft.encoder: {folder} cannot be loaded as a CLIP vision model ({problem[:300]})") from error
+    encoder = encoder.requires_grad_(False).eval().to(pipeline.device)
+    return clip_similarity(encoder, int(encoder.config.image_size))
