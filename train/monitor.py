@@ -52,15 +52,15 @@ GROUPS = (
 
 WORKING = {
     "loss/train": "1_training_loss_falls",
-    "loss/validation": "2_held_out_loss_falls_too",
-    "loss/original": "3_loss_on_the_pretrained_domain_stays",
-    "loss/kl_to_pretrained": "4_KL_to_the_pretrained_model_levels_off",
-    "curriculum/position": "5_position_on_the_path_arrives",
-    "views/psnr": "6_PSNR_of_the_views_rises",
-    "views/ssim": "7_SSIM_of_the_views_rises",
-    "views/copy_score": "8_copies_of_the_input_go_to_0",
-    "views/separation_ratio": "9_separation_of_the_views_nears_1",
-    "prompt_views_alike/mean_cosine": "10_prompts_of_the_views_part",
+    "loss/validation": "2_held_out_loss_falls",
+    "loss/original": "3_pretrained_domain_stays",
+    "loss/kl_to_pretrained": "4_KL_levels_off",
+    "curriculum/position": "5_position_arrives",
+    "views/psnr": "6_PSNR_rises",
+    "views/ssim": "7_SSIM_rises",
+    "views/copy_score": "8_copies_go_to_0",
+    "views/separation_ratio": "9_separation_nears_1",
+    "prompt_views_alike/mean_cosine": "10_prompts_part",
 }
 """The ten series that answer whether a run works, by what they do where it does: TensorBoard's first group."""
 

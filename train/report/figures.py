@@ -93,12 +93,16 @@ def panels(story: Story) -> list[tuple[Panel, str]]:
 
 
 def picture(story: Story, path: Path) -> None:
-    """A run at a glance, as a PNG: its losses, its views in numbers, its prompt, and the first object's views."""
+    """A run at a glance, as a PNG: its losses, its views in numbers, its prompt, and views of two objects."""
     from matplotlib.figure import Figure
 
-    strips = cut_strips(story.pictures["tiles"], views=len(story.slots), rows=3) if "tiles" in story.pictures else []
-    figure = Figure(figsize=(11, 6.4 if strips else 3.2), layout="constrained", facecolor="white")
-    above, *below = figure.subfigures(2 if strips else 1, 1, height_ratios=[1, 1] if strips else [1], squeeze=False).flatten()
+    objects = cut_strips(story.pictures["tiles"], views=len(story.slots), rows=3) if "tiles" in story.pictures else []
+    rows = [*zip(("truth", "pretrained", "now"), objects[0], strict=True)] if objects else []
+    if len(objects) > 1:
+        rows += [("truth", objects[1][0]), ("now", objects[1][2])]
+    heights = [3.2, len(rows)] if rows else [3.2]
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained", facecolor="white")
+    above, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flatten()
     for axes, title in zip(above.subplots(1, 3), ("Loss", "Sampled views", "The prompt"), strict=True):
         panel = next(panel for panel in PANELS if panel.title == title)
         curves = _curves(panel, story)
@@ -111,8 +115,8 @@ def picture(story: Story, path: Path) -> None:
         axes.legend(frameon=False, fontsize=8)
         axes.tick_params(labelsize=8)
     for part in below:
-        for axes, name, strip in zip(part.subplots(3, 1), ("truth", "pretrained", "now"), strips[0], strict=True):
-            axes.imshow(strip.convert("RGBA"), interpolation="nearest")
+        for axes, (name, strip) in zip(part.subplots(len(rows), 1), rows, strict=True):
+            axes.imshow(strip, interpolation="nearest")
             axes.set_axis_off()
             axes.text(-0.01, 0.5, name, ha="right", va="center", fontsize=9, transform=axes.transAxes)
     with new_file(path) as partial:
