@@ -261,7 +261,7 @@ def restore_trained(state: Mapping[str, Any], *, adapted: AdaptedModel, ema: EMA
     if differing:
         raise InputError(
             f"{option}: the checkpoint's trained parameters are not this configuration's ({len(differing)} differ, e.g. "
-            f"{differing[0]}); likely lora.rank, lora.targets or prompt.learn was changed"
+            f"{differing[0]}); likely lora.rank, lora.targets or prompt.learn was changed, or the model"
         )
     if state["waypoints"].shape != adapted.prompt.waypoints.shape:
         raise InputError(f"{option}: the checkpoint's path has another number of waypoints than prompt.waypoints")

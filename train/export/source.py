@@ -24,8 +24,17 @@ from train.export.write import describe
 from train.options import MICRO, ExportConfig
 from train.pacing import Pace, position_of
 
-_DESCRIBED = {"origin", "model", "licence", "waypoints", "position", "carry", "steps", "validation"}
-"""What `train.export.write.describe` says."""
+_DESCRIBED: dict[str, type | tuple[type, ...]] = {
+    "origin": str,
+    "model": str,
+    "licence": str,
+    "waypoints": list,
+    "position": (int, float),
+    "carry": str,
+    "steps": int,
+    "validation": dict,
+}
+"""What `train.export.write.describe` says, and of what kind it is."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +153,17 @@ def open_export(folder: Path, *, model: str | None, device: torch.device) -> Sou
     Raises: InputError when it is none, or does not belong to the model.
     """
     file = exported_prompt(folder, option="export")
-    metadata = read_json(folder / "clr_embeds.json", what="what a run says of the prompt that it exported")
-    if missing := _DESCRIBED - metadata.keys():
+    content = read_json(folder / "clr_embeds.json", what="what a run says of the prompt that it exported")
+    metadata = {name: content[name] for name in content if name in _DESCRIBED}
+    wrong = [name for name, kind in _DESCRIBED.items() if not isinstance(metadata.get(name), kind)]
+    if not wrong and not all(isinstance(w, dict) and isinstance(w.get("given"), str) for w in metadata["waypoints"]):
+        wrong = ["waypoints"]
+    if wrong:
         raise InputError(
-            f"{folder / 'clr_embeds.json'}: has no {', '.join(sorted(missing))}; expected what a run writes beside the prompt "
-            f"that it exports; likely the file is of python -m train.prompts, or edited"
+            f"{folder / 'clr_embeds.json'}: {', '.join(wrong)}: missing, or of another kind; expected what a run writes beside "
+            f"the prompt that it exports; likely the file is of python -m train.prompts, or edited"
         )
-    pipeline = open_pipeline(model or str(metadata["model"]), device)
+    pipeline = open_pipeline(model or metadata["model"], device)
     prompt = load_prompt(file, num_views=pipeline.num_views, width=pipeline.prompt_width)
     try:
         adapted = with_lora_of(pipeline, folder, torch.float32)
@@ -161,8 +174,7 @@ def open_export(folder: Path, *, model: str | None, device: torch.device) -> Sou
         raise InputError(f"{folder / 'lora'}: NaN or infinite values, e.g. in {broken[0]}; it comes from a run that diverged")
     run = next((parent for parent in folder.absolute().parents[:2] if is_run(parent)), None)
     config = None if run is None else parse(["--config", str(run / "config.yaml")]).config
-    described = {name: metadata[name] for name in metadata if name in _DESCRIBED}
-    return Source(folder, run, config, described, adapted, prompt)
+    return Source(folder, run, config, metadata, adapted, prompt)
 
 
 def open_pipeline(model: str, device: torch.device) -> Pipeline:
