@@ -220,6 +220,17 @@ def test_prompts_of_two_encoders_are_told_by_their_start(facelift: Path, tmp_pat
     assert code == 0 and f"warning    {toy} is likely of another text encoder than {real}" in said
 
 
+def test_a_learned_prompt_is_not_taken_for_one_of_another_encoder(tmp_path: Path, run: Run, facelift_texts: Source) -> None:
+    start, learned = tmp_path / "start.safetensors", tmp_path / "learned.safetensors"
+    save_prompt(facelift_texts.prompt, start)
+    save_prompt(facelift_texts.prompt.roll(1, dims=1) * 2, learned, metadata={"origin": "softprompt", "steps": 100})
+    code, said, _ = run("show", start, learned, "--output", tmp_path / "page.html")
+    said = " ".join(said.split())
+    assert code == 0 and f"from {start}, learned in 100 steps" in said and "another text encoder" not in said
+    code, said, _ = run("mix", start, learned, "--position", 0.5, "--output", tmp_path / "mix.pt")
+    assert code == 0 and "warning" not in said
+
+
 # ----------------------------------------------------------------------------------------------------------------- check
 
 

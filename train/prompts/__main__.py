@@ -280,7 +280,8 @@ def mix(given: argparse.Namespace, command: str) -> int:
             )
         if {source.toy, first.toy} == {True, False}:
             raise InputError(f"{source.name}: was made with another text encoder than {first.name}; a mix would mean nothing")
-        if start_distance(source.prompt, first.prompt) > ANOTHER_ENCODER:
+        far = start_distance(source.prompt, first.prompt) > ANOTHER_ENCODER
+        if far and source.steps == first.steps == 0:  # training moves the start token too
             print(f"warning    {source.name} is likely of another text encoder than {first.name}: their start tokens differ")
     prompt = point_on_path(torch.stack([source.prompt for source in sources]), given.position, given.interpolation)
     metadata = {

@@ -56,8 +56,10 @@ def look_at(sources: Sequence[Source]) -> list[Shown]:
         elif source.prompt.shape != first.prompt.shape:
             shown.append(Shown(source, measures, None, f"not comparable with {first.name}: another shape", words))
         else:
-            apart = start_distance(source.prompt, first.prompt) > ANOTHER_ENCODER
+            far = start_distance(source.prompt, first.prompt) > ANOTHER_ENCODER
+            apart = far and source.steps == first.steps == 0  # training moves the start token too
             compared = f"from {first.name}" + (", likely made with another text encoder" if apart else "")
+            compared += f", learned in {source.steps} steps" if source.steps else ""
             shown.append(Shown(source, measures, drift(source.prompt, first.prompt, reference_words), compared, words))
     return shown
 

@@ -48,6 +48,12 @@ class Source:
     """Of the JSON beside the file."""
 
     @property
+    def steps(self) -> int:
+        """That it was trained for, as the JSON beside it says; 0: none, or not known."""
+        steps = self.metadata.get("steps")
+        return steps if isinstance(steps, int) else 0
+
+    @property
     def shape(self) -> str:
         """In words."""
         views, tokens, width = self.prompt.shape
