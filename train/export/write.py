@@ -163,13 +163,14 @@ def has_lora(pipeline: Pipeline) -> bool:
 
 
 def views_of(pipeline: Pipeline, prompt: Tensor, picture: Tensor) -> Tensor:
-    """[1, V, 3, S, S] in [0, 1], to compare. Two deterministic steps are enough to show a difference."""
+    """[1, V, 3, S, S] in [0, 1], to compare. Two deterministic steps are enough to show a difference; guidance would run the same
+    weights twice."""
     training = pipeline.unet.training
     pipeline.unet.eval()
     # What is read back is not compiled, and compiled blocks round otherwise: in half precision by far more than any tolerance.
     compiled = any(getattr(module, "_compiled_call_impl", None) for module in pipeline.unet.modules())
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-        views = sample_views(pipeline, prompt, picture, steps=2, guidance_scale=2.0, eta=0.0)
+        views = sample_views(pipeline, prompt, picture, steps=2, guidance_scale=1.0, eta=0.0)
     pipeline.unet.train(training)
     return views
 
