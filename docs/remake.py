@@ -73,7 +73,7 @@ def blocks(page: str) -> list[Block]:
 def filled_in(page: str, run: Callable[[Block], str]) -> str:
     """A page whose bash and python blocks are run in order; the text block behind one becomes what it printed.
 
-    A text block with `from=WORD` begins at the first line that starts with it; what is left out before it is shown as "...".
+    A text block with `from=WORD` begins at the first line whose first word it is; what is left out before it is shown as "...".
     """
     printed: str | None = None
 
@@ -96,9 +96,9 @@ def _shortened(printed: str, info: str) -> str:
     if word == info:
         return printed
     lines = printed.splitlines()
-    first = next((i for i, line in enumerate(lines) if line.startswith(word)), None)
+    first = next((i for i, line in enumerate(lines) if line.split()[:1] == [word]), None)
     if first is None:
-        raise SystemExit(f"no line starts with {word!r} in what was printed:\n{printed}")
+        raise SystemExit(f"no line's first word is {word!r} in what was printed:\n{printed}")
     return "\n".join(["..."] * (first > 0) + lines[first:])
 
 

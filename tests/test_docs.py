@@ -8,18 +8,30 @@ import pytest
 from train.command_line import FREE_ON_RESUME
 
 REPOSITORY = Path(__file__).parents[1]
-DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+DOCS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("doc", DOCS, ids=lambda doc: doc.name)
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda doc: doc.relative_to(REPOSITORY).as_posix())
 def test_tests_and_files_that_are_named_are_there(doc):
     text = doc.read_text(encoding="utf-8")
     for name in set(re.findall(r"`(tests/[\w/.]+(?:::\w+)?)`", text)):
         file, _, test = name.partition("::")
         assert (REPOSITORY / file).exists(), name
         assert not test or f"def {test}(" in (REPOSITORY / file).read_text(encoding="utf-8"), name
-    for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
-        assert (doc.parent / link).exists(), link
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = doc.parent / file if file else doc
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+    for path in set(re.findall(r"(?:configs|softprompt|train|docs|tests)/[\w/.-]*\.(?:yaml|py|md|png|svg|csv)\b", text)):
+        assert (REPOSITORY / path).is_file() or (doc.parent / path).is_file(), path
     for module in set(re.findall(r"python -m ((?:train|tests)\.\w+)", text)):
         path = REPOSITORY / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module

@@ -9,6 +9,7 @@ import io
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -29,11 +30,11 @@ from train.compare.__main__ import read_request
 from train.prompts.__main__ import COMMANDS as PROMPTS
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
-TUTORIAL = "tutorial.md"
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
 
 SHORT = (
-    "--train.steps=2 --train.batch_size=1 --train.accumulation=1 --train.warmup_steps=0 --data.cache=cache --monitor.log_every=1 "
+    "--train.steps=2 --train.batch_size=1 --train.accumulation=1 --train.warmup_steps=0 --monitor.log_every=1 "
     "--monitor.validate_every=2 --monitor.validation_timesteps=1 --monitor.preview_every=2 --monitor.preview_objects=1 "
     "--monitor.preview_steps=2 --monitor.checkpoint_every=1"
 ).split()
@@ -42,6 +43,7 @@ SHORT = (
 # How each command is held, by the first of these patterns that it is like:
 #   run        it is run, with these options added, and has to end with exit code 0
 #   read       its own parser reads it, and what it would do is not done; what a training would leave is put there
+#   shell      it is run as it is
 #   elsewhere  it is not this project's, or another test's: where, is said
 HOW: list[tuple[str, str, Sequence[str] | str]] = [
     ("python -m train.softprompt *--dry-run", "run", SHORT),
@@ -61,6 +63,8 @@ HOW: list[tuple[str, str, Sequence[str] | str]] = [
     ("python -m train.micro*", "read", []),
     ("python docs/formula.py *", "run", []),
     ("python docs/remake.py *", "elsewhere", "tests/test_readme.py, and the tutorial's test below"),
+    ("ls *", "shell", []),
+    ("cp *", "shell", []),
     ("tensorboard *", "elsewhere", "tensorboard's"),
     ("python3 -m venv *", "elsewhere", ".ci/run"),
     (".venv/bin/*", "elsewhere", ".ci/run"),
@@ -82,6 +86,11 @@ VARIABLES = {
     "PICTURE": "PICTURE",
 }
 """What stands for the paths that a page has its reader set."""
+
+
+def name_of(page: Path) -> str:
+    """In the names of tests."""
+    return page.relative_to(REPOSITORY).as_posix()
 
 
 @dataclass(frozen=True)
@@ -120,15 +129,18 @@ REMAKE = load("remake")
 
 
 def commands(page: Path) -> list[Command]:
-    """Those of its bash blocks, in order; lines that only set a variable are none."""
+    """Those of its bash blocks, in order."""
+    blocks = REMAKE.blocks(page.read_text(encoding="utf-8"))
+    return [command for block in blocks if block.kind == "bash" for command in commands_of(page, block.body)]
+
+
+def commands_of(page: Path, body: str) -> list[Command]:
+    """Those of a block; lines that only set a variable are none."""
     found = []
-    for block in REMAKE.blocks(page.read_text(encoding="utf-8")):
-        if block.kind != "bash":
-            continue
-        for line in block.body.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words and not all(re.fullmatch(r"[A-Z]+=.*", word) for word in words):
-                found.append(Command(page.name, re.sub(r"\$([A-Z]+)", lambda m: VARIABLES[m[1]], line)))
+    for line in body.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words and not all(re.fullmatch(r"[A-Z]+=.*", word) for word in words):
+            found.append(Command(name_of(page), re.sub(r"\$([A-Z]+)", lambda m: VARIABLES[m[1]], line)))
     return found
 
 
@@ -189,6 +201,9 @@ def hold(command: Command, monkeypatch: pytest.MonkeyPatch, ground: Path) -> Non
     (how, what), argv = command.rule, command.argv
     if how == "elsewhere":
         return
+    if how == "shell":
+        subprocess.run(command.text, shell=True, check=True)
+        return
     if argv[:2] == ["accelerate", "launch"]:
         launched = launch_command_parser().parse_args(argv[2:])
         assert launched.module, command
@@ -217,9 +232,7 @@ def hold(command: Command, monkeypatch: pytest.MonkeyPatch, ground: Path) -> Non
 # --------------------------------------------------------------------------------------------------------------- promises
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name != TUTORIAL and commands(page)], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != TUTORIAL and commands(page)], ids=name_of)
 def test_the_commands_of_a_page_run_in_their_order(
     page: Path, place: Path, ground: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,10 +240,8 @@ def test_the_commands_of_a_page_run_in_their_order(
         hold(command, monkeypatch, ground)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != TUTORIAL and "```python" in page.read_text()], ids=name_of)
 def test_the_python_of_a_page_runs(page: Path, place: Path) -> None:
-    if page.name == TUTORIAL:
-        pytest.skip("is run with its commands, below")
     names: dict[str, object] = {}
     for block in REMAKE.blocks(page.read_text(encoding="utf-8")):
         if block.kind == "python":
@@ -239,13 +250,11 @@ def test_the_python_of_a_page_runs(page: Path, place: Path) -> None:
 
 def inline(page: Path) -> list[str]:
     """What stands in backticks outside of blocks."""
-    return re.findall(
-        r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    )
+    return re.findall(r"`([^`\n]+)`", REMAKE.FENCE.sub("", page.read_text(encoding="utf-8")))
 
 
-ELSEWHERE = {"--train_text_encoder_ti_frac", "--signal"}
-"""Options of diffusers' scripts and of SLURM that the docs name."""
+ELSEWHERE = {"--train_text_encoder_ti_frac", "--signal", "--logdir"}
+"""Options of diffusers' scripts, of SLURM and of TensorBoard that the docs name."""
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +263,8 @@ def known_options(ground: Path) -> dict[str, set[str]]:
     found = {"accelerate": set(launch_command_parser()._option_string_actions)}
     for module in ("softprompt", "compare", "benchmark", "doctor", "export", "micro", "replay", "report", "runs", "sample"):
         found[f"train.{module}"] = options_of(f"train.{module}", [])
-    found["tests.faults"] = options_of("tests.faults", [])
+    harness = (REPOSITORY / "tests" / "faults" / "__main__.py").read_text(encoding="utf-8")
+    found["tests.faults"] = set(re.findall(r'"(--[\w-]+)"', harness))
     found["train.softprompt"] |= {f"--{name}" for name in option_kinds()}
     found["train.prompts"] = set().union(*(options_of("train.prompts", [name]) for name in PROMPTS))
     return found
@@ -268,7 +278,7 @@ def options_of(module: str, argv: list[str]) -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", printed.getvalue()))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_options_that_a_page_names_are_there(page: Path, known_options: dict[str, set[str]]) -> None:
     everywhere = set().union(*known_options.values(), ELSEWHERE)
     groups = {name.split(".")[0] for name in option_kinds() if "." in name}
@@ -282,3 +292,28 @@ def test_options_that_a_page_names_are_there(page: Path, known_options: dict[str
         for name in re.findall(r"(?<![\w./-])([a-z]+\.[a-z_]+)(?![\w./(])", code):
             if name.split(".")[0] in groups:
                 assert name in option_kinds() or name in known_options, f"{code}: {name} is no option"
+
+
+def test_the_tutorial_runs_and_its_pictures_are_made(place: Path, ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = TUTORIAL.read_text(encoding="utf-8")
+    blocks = REMAKE.blocks(page)
+    for block in blocks:
+        if block.kind == "python":  # fewer objects than there
+            exec(re.sub(r'(MicroWorld\("\w+", [\d_]+), \d+\)', r"\1, 2)", block.body), {})
+        for command in commands_of(TUTORIAL, block.body) if block.kind == "bash" else []:
+            hold(command, monkeypatch, ground)
+    made = list(REMAKE.pictures(page))
+    assert len(made) == 3 and page.count("![") == len(made)
+    for source, shown in made:
+        assert (place / source).is_file() and (TUTORIAL.parent / shown).is_file(), source
+    assert all(block.body.strip() for block in blocks), "python docs/remake.py tutorial puts the output in"
+
+
+def test_what_is_printed_takes_the_place_of_what_was(tmp_path: Path) -> None:
+    page = "```bash\nls\n```\n\n```text from=b\nold\n```\n\n```\nkept\n```\n\n```python\n1\n```\n\n```text\n```\n"
+    printed = iter(["a\nb: no\nb yes\nc\n", "2\n"])
+    assert REMAKE.filled_in(page, lambda block: next(printed)) == page.replace("old", "...\nb yes\nc").replace(
+        "```text\n", "```text\n2\n"
+    )
+    with pytest.raises(SystemExit, match="no line's first word is 'b'"):
+        REMAKE.filled_in(page, lambda block: "nothing")
