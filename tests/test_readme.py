@@ -10,6 +10,7 @@ import yaml
 
 import softprompt
 from train.config import Config
+from train.monitor import GROUPS
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -57,6 +58,12 @@ def test_the_tree_holds_every_module():
     rooms = ("softprompt", "train")
     modules = {p.relative_to(REPOSITORY).as_posix() for room in rooms for p in (REPOSITORY / room).rglob("*.py")}
     assert sorted(name for name in listed if name.startswith(rooms)) == sorted(m for m in modules if "__init__" not in m)
+
+
+def test_every_group_of_series_is_in_the_table_of_what_is_logged():
+    table = DOCS["commands.md"].split("### What is logged")[1].split("###")[0]
+    named = {name.rstrip("_N") for name in re.findall(r"`([a-zA-Z_]+)/", table)}
+    assert set(GROUPS) <= named
 
 
 def test_every_configuration_is_linked():
