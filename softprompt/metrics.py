@@ -48,13 +48,13 @@ def ssim_per_view(generated: Tensor, truth: Tensor, mask: Tensor | None = None) 
     foreground: ours.
     """
     # Object by object: the map takes about ten times the memory of the pictures it is made from.
-    maps = torch.stack([_ssim_map(*views) for views in zip(generated.float(), truth.float(), strict=True)])
+    maps = torch.stack([ssim_map(*views) for views in zip(generated.float(), truth.float(), strict=True)])
     ssim = reduce(maps, "b v c h w -> b v", "mean") if mask is None else _foreground_mean(maps, mask)
     return ssim.mean(dim=0)
 
 
-def _ssim_map(generated: Tensor, truth: Tensor) -> Tensor:
-    """[V, 3, S, S] twice => [V, 3, S, S]."""
+def ssim_map(generated: Tensor, truth: Tensor) -> Tensor:
+    """Structural similarity around each pixel. [V, 3, S, S] twice => [V, 3, S, S]; a gradient goes through it."""
     _, full = structural_similarity_index_measure(generated, truth, data_range=1.0, reduction="none", return_full_image=True)
     return full
 

@@ -1,5 +1,6 @@
 """What a prediction amounts to: clean latents and epsilon, exactly, for v- and for epsilon-prediction."""
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -16,7 +17,7 @@ def signal_and_noise(alphas_cumprod: Tensor, timesteps: Tensor) -> tuple[Tensor,
 def clean_latents(noisy: Tensor, prediction: Tensor, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str) -> Tensor:
     """z_0 = a_t z_t - s_t v, or (z_t - s_t eps) / a_t. noisy, prediction, result: [B, V, C, H, W], at least float32."""
     a, s = signal_and_noise(alphas_cumprod, timesteps)
-    noisy, prediction = (x if x.is_floating_point() and x.element_size() == 8 else x.float() for x in (noisy, prediction))
+    noisy, prediction = _at_least_float32(noisy), _at_least_float32(prediction)
     if prediction_type == "epsilon":
         return (noisy - s * prediction) / a
     return a * noisy - s * prediction
@@ -28,5 +29,9 @@ def epsilon(noisy: Tensor, prediction: Tensor, alphas_cumprod: Tensor, timesteps
     Of two predictions on one z_t: |eps_1 - eps_2|^2 = alphabar_t |v_1 - v_2|^2.
     """
     a, s = signal_and_noise(alphas_cumprod, timesteps)
-    noisy, prediction = (x if x.is_floating_point() and x.element_size() == 8 else x.float() for x in (noisy, prediction))
+    noisy, prediction = _at_least_float32(noisy), _at_least_float32(prediction)
     return prediction if prediction_type == "epsilon" else a * prediction + s * noisy
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

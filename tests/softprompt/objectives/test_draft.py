@@ -1,0 +1,82 @@
+"""DRaFT+'s formulas against slow, obvious ones in float64."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from softprompt.batch import seeded
+from softprompt.objectives import draft
+
+SCHEDULE = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
+T = torch.tensor([1, 501])
+
+
+def tensors(*shape: int, count: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return list(torch.randn(count, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype))
+
+
+def slow_kl(noisy: Tensor, ours: Tensor, untouched: Tensor) -> list[float]:
+    """mean (eps_theta - eps_0)^2 of each object, number by number."""
+    found = []
+    for b, t in enumerate(T.tolist()):
+        alphabar = float(SCHEDULE[t])
+        total, count = 0.0, 0
+        for z, v, v0 in zip(
+            noisy[b].flatten().tolist(), ours[b].flatten().tolist(), untouched[b].flatten().tolist(), strict=True
+        ):
+            eps = math.sqrt(alphabar) * v + math.sqrt(1 - alphabar) * z
+            eps0 = math.sqrt(alphabar) * v0 + math.sqrt(1 - alphabar) * z
+            total, count = total + (eps - eps0) ** 2, count + 1
+        found.append(total / count)
+    return found
+
+
+def test_the_kl_of_a_step_is_the_mean_squared_difference_of_epsilon() -> None:
+    noisy, ours, untouched = tensors(2, 3, 4, 2, 2, count=3)
+    expected = slow_kl(noisy, ours, untouched)
+    found = draft.trajectory_kl(noisy.float(), ours.float(), untouched.float(), SCHEDULE, T, "v_prediction")
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    plain = draft.trajectory_kl(noisy, ours, untouched, SCHEDULE, T, "epsilon")
+    assert plain.tolist() == pytest.approx([float((ours[b] - untouched[b]).square().mean()) for b in range(2)])
+
+
+def test_the_gradients_of_the_kl_and_the_loss_are_those_of_finite_differences() -> None:
+    noisy, ours, untouched = (x.requires_grad_() for x in tensors(2, 2, 2, 2, 2, count=3))
+    kl = lambda z, v, v0: draft.trajectory_kl(z, v, v0, SCHEDULE.double(), T, "v_prediction")  # noqa: E731
+    assert torch.autograd.gradcheck(lambda z, v: kl(z, v, untouched.detach()), (noisy, ours))
+    rewards, kls = (x.requires_grad_() for x in (torch.randn(2).double(), torch.rand(3, 2).double()))
+    assert torch.autograd.gradcheck(lambda r, k: draft.draft_loss(r, k, 0.3), (rewards, kls))
+    kl(noisy, ours, untouched).sum().backward()
+    assert untouched.grad is None, "the reference is held fixed"
+
+
+def test_the_loss_is_minus_the_mean_reward_plus_the_weighted_mean_kl() -> None:
+    rewards, kls = [1.0, 3.0], [[0.5, 0.25], [1.0, 0.25], [2.0, 1.5]]
+    expected = -sum(rewards) / 2 + 0.1 * sum(sum(step) / 2 for step in kls) / 3
+    assert float(draft.draft_loss(torch.tensor(rewards), torch.tensor(kls), 0.1)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_guidance_at_scale_one_is_none_and_at_zero_sees_no_picture() -> None:
+    without, with_picture = tensors(1, 2, 2, 2, 2, count=2)
+    assert torch.allclose(draft.with_guidance(without, with_picture, 1.0), with_picture)
+    assert torch.equal(draft.with_guidance(without, with_picture, 0.0), without)
+    assert torch.allclose(draft.with_guidance(without, with_picture, 3.0), 3 * with_picture - 2 * without)
+
+
+def test_renoised_latents_have_the_levels_mean_and_deviation_and_no_gradient_into_the_draft() -> None:
+    clean, noise = tensors(1, 2, 2, 2, 2, count=2)
+    clean.requires_grad_()
+    found = draft.renoised(clean, noise, torch.tensor(0.81).double())
+    assert torch.allclose(found, 0.9 * clean + math.sqrt(0.19) * noise) and not found.requires_grad
+
+
+def test_as_many_steps_have_a_gradient_as_alignprop_draws() -> None:
+    assert [draft.steps_with_gradient(10, k) for k in (1, 3, 10)] == [1, 3, 10]
+    drawn = [draft.steps_with_gradient(50, 1, seeded("steps", i)) for i in range(2000)]
+    expected = [50 - min(max(int(42 + 5 * float(torch.randn((), generator=seeded("steps", i)))), 1), 49) for i in range(2000)]
+    assert drawn == expected and min(drawn) >= 1
+    assert sum(drawn) / 2000 == pytest.approx(8.5, abs=0.4) and max(drawn) > 15
+    assert {draft.steps_with_gradient(n, 1, seeded(i)) for n in (1, 2) for i in range(20)} == {1}

@@ -1,0 +1,58 @@
+"""Picture statistics against slow, obvious versions, and what they see."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from softprompt.objectives.statistics import (
+    background_colour,
+    colour_entropy,
+    edge_density,
+    foreground_share,
+    statistics_of_truth,
+)
+
+
+def random_views(size: int = 6) -> torch.Tensor:
+    return torch.rand(1, 2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_statistics_equal_their_slow_versions() -> None:
+    views = random_views()
+    edges, entropies, shares = edge_density(views), colour_entropy(views), foreground_share(views, torch.ones(1, 3))
+    for v in range(2):
+        picture = views[0, v]
+        grey = [[sum(float(picture[c, y, x]) for c in range(3)) / 3 for x in range(6)] for y in range(6)]
+        at_edge = [
+            max(abs(grey[y][x + 1] - grey[y][x]), abs(grey[y + 1][x] - grey[y][x])) > 0.1 for y in range(5) for x in range(5)
+        ]
+        assert float(edges[0, v]) == pytest.approx(sum(at_edge) / 25)
+        colours = Counter(tuple(min(7, int(8 * float(picture[c, y, x]))) for c in range(3)) for y in range(6) for x in range(6))
+        entropy = -sum(n / 36 * math.log2(n / 36) for n in colours.values())
+        assert float(entropies[0, v]) == pytest.approx(entropy, rel=1e-5)
+        far = [math.dist([float(picture[c, y, x]) for c in range(3)], (1, 1, 1)) > 0.1 for y in range(6) for x in range(6)]
+        assert float(shares[0, v]) == pytest.approx(sum(far) / 36)
+
+
+def test_the_background_is_the_mean_colour_where_the_masks_are_zero() -> None:
+    truth, masks = torch.full((1, 2, 3, 4, 4), 0.5), torch.zeros(1, 2, 1, 4, 4)
+    truth[0, 0, :, :2], masks[0, 0, :, :2] = 0.9, 1
+    assert background_colour(truth, masks).tolist() == [pytest.approx([0.5, 0.5, 0.5])]
+    with pytest.raises(ValueError, match="no background"):
+        background_colour(truth, torch.ones_like(masks))
+
+
+def test_grey_blurred_or_empty_pictures_fall_below_the_true_ones_where_they_lack_something() -> None:
+    truth, masks = torch.ones(1, 2, 3, 16, 16), torch.zeros(1, 2, 1, 16, 16)
+    truth[..., 4:12, 4:12], masks[..., 4:12, 4:12] = 0.8 * random_views(8), 1
+    alike = statistics_of_truth(truth, truth, masks)
+    assert {name: float(value) for name, value in alike.items()} == pytest.approx(dict(edges=1, colours=1, foreground=1))
+    assert float(statistics_of_truth(torch.ones_like(truth), truth, masks)["foreground"]) == 0
+    flat = torch.where(masks > 0, truth[..., 4:12, 4:12].mean(), truth)
+    found = statistics_of_truth(flat, truth, masks)
+    assert float(found["foreground"]) == pytest.approx(1) and found["edges"] < 0.5 and found["colours"] < 0.5
+    assert "foreground" not in statistics_of_truth(truth, truth, torch.ones_like(masks)), (
+        "there is no background to tell it from"
+    )
