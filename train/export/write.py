@@ -163,8 +163,8 @@ def has_lora(pipeline: Pipeline) -> bool:
 
 
 def views_of(pipeline: Pipeline, prompt: Tensor, picture: Tensor) -> Tensor:
-    """[1, V, 3, S, S] in [0, 1], to compare. Two deterministic steps are enough to show a difference; guidance would run the same
-    weights twice."""
+    """[1, V, 3, S, S] in [0, 1], to compare. Two deterministic steps are enough to show a difference; guidance would run the
+    same weights twice."""
     training = pipeline.unet.training
     pipeline.unet.eval()
     # What is read back is not compiled, and compiled blocks round otherwise: in half precision by far more than any tolerance.
