@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softprompt.conditioning import EncodedViews, encode_views
-from softprompt.data import Source, Subset, backgrounds, composite, pick_background
+from softprompt.data import Source, Subset
 from softprompt.errors import InputError
 from softprompt.fingerprints import Fingerprints
+from softprompt.pictures import backgrounds, composite, pick_background
 from softprompt.pipeline import Pipeline
 from softprompt.shards import SHARD_BYTES, ShardStore, key_of
 

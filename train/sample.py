@@ -141,9 +141,9 @@ def _sample(options: Options) -> int:
     import torch
     from tqdm import tqdm
 
-    from softprompt.data import BACKGROUNDS, composite, load_picture
     from softprompt.files import new_folder
     from softprompt.micro import MICRO_MODEL
+    from softprompt.pictures import BACKGROUNDS, composite, load_picture
     from softprompt.pipeline import load_pipeline
     from train.export.read import with_lora_of
     from train.setup import DTYPES, choose_precision, quiet_libraries

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from softprompt.batch import Draw, draw, make_batch, seeded
 from softprompt.conditioning import EncodedViews, encode_views
-from softprompt.data import BACKGROUNDS, Source, composite, pick_background
+from softprompt.data import Source
 from softprompt.micro.parts import MicroParts
 from softprompt.micro.world import MicroWorld
 from softprompt.model import noisy_and_target
+from softprompt.pictures import BACKGROUNDS, composite, pick_background
 from softprompt.pipeline import Pipeline
 from softprompt.templates import view_texts
 

@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from softprompt.data import load_picture, open_source, picture_name
+from softprompt.data import open_source, picture_name
 from softprompt.embeddings import check_prompt, load_prompt, save_prompt
 from softprompt.errors import InputError
 from softprompt.fingerprints import Fingerprints
 from softprompt.micro import MICRO_MODEL
 from softprompt.model import AdaptedModel, add_lora
+from softprompt.pictures import load_picture
 from softprompt.pipeline import load_pipeline, load_text_encoder
 from softprompt.prompt import SoftPrompt
 from softprompt.shards import ShardStore, key_of

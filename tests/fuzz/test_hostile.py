@@ -21,12 +21,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from softprompt.data import load_picture, open_source, picture_name, write_source
+from softprompt.data import open_source, picture_name, write_source
 from softprompt.embeddings import load_prompt
 from softprompt.errors import InputError
 from softprompt.files import read_json, remove_folder, remove_partial
 from softprompt.fingerprints import Fingerprints
 from softprompt.micro import MICRO_MODEL
+from softprompt.pictures import load_picture
 from softprompt.pipeline import load_pipeline, load_text_encoder
 from softprompt.shards import ShardStore, key_of
 from softprompt.unet import load_unet

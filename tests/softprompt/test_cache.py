@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from softprompt import cache, fingerprints, shards
 from softprompt.cache import EncodedObjects, PictureCache
 from softprompt.conditioning import EncodedViews
-from softprompt.data import BACKGROUNDS, FolderSource, Source, composite, open_source
+from softprompt.data import FolderSource, Source, open_source
 from softprompt.errors import InputError
+from softprompt.pictures import BACKGROUNDS, composite
 from softprompt.pipeline import Pipeline
 
 

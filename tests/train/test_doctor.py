@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from softprompt.data import load_picture, picture_name, write_source
+from softprompt.data import picture_name, write_source
 from softprompt.errors import InputError
 from softprompt.micro.world import MicroWorld
+from softprompt.pictures import load_picture
 from tests.browser import Seen
 from train.doctor import look
 from train.doctor.__main__ import main

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from softprompt.batch import draw, make_batch, seeded
 from softprompt.cache import EncodedObjects
 from softprompt.conditioning import EncodedViews, image_embeddings
-from softprompt.data import composite
 from softprompt.losses import denoising_loss, snr, snr_weights
 from softprompt.model import AdaptedModel, add_lora, compile_blocks, noisy_and_target, predict
+from softprompt.pictures import composite
 from softprompt.pipeline import Pipeline
 from softprompt.prompt import SoftPrompt
 from train.batches import Batches

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from softprompt.data import FolderSource, load_picture, open_source, picture_name
+from softprompt.data import FolderSource, open_source, picture_name
 from softprompt.errors import InputError
+from softprompt.pictures import load_picture
 from train.doctor.kinds import LEAST_SHARE, Sample
 from train.doctor.look import Picture, look_at_all
 
