@@ -43,6 +43,8 @@ FREE_ON_RESUME = (
 """Options that may change when a run is resumed: its length, where it runs, how often it is looked at, and paths, since folders
 move. Batch size and accumulation may as far as the objects of a step stay as many, data as far as the samples are the same
 (see `train.softprompt`)."""
+OF_A_BATCH = ("train.batch_size", "train.accumulation")
+"""Those of them that may not where an objective compares the objects of a batch with each other."""
 
 
 _MOST_VALUES, _DEEPEST, _LONGEST = 10_000, 20, 3500
@@ -187,12 +189,14 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         parser.parse_args(["--config", parser.reading])
     parser.reading = None
     namespace = parser.parse_args(argv)
-    config = parser.instantiate(namespace)
+    read = parser.instantiate(namespace)
+    config = Config(**{f.name: getattr(read, f.name) for f in fields(Config)})
     changed = {} if resume is None else _changed(parser.parse_args(argv[:2]), namespace)
-    refused = [said for name, said in changed.items() if not name.startswith(FREE_ON_RESUME)]
+    free = tuple(name for name in FREE_ON_RESUME if not (config.compares_objects and name in OF_A_BATCH))
+    refused = [said for name, said in changed.items() if not name.startswith(free)]
     if refused and not namespace.resume_override:
         raise InputError(
-            f"--resume {resume}: {'; '.join(refused)}. A resumed run keeps its settings, but for {', '.join(FREE_ON_RESUME)}; "
+            f"--resume {resume}: {'; '.join(refused)}. A resumed run keeps its settings, but for {', '.join(free)}; "
             f"leave the option out, start a new run, or change it on purpose with --resume-override"
         )
     if resume is None and namespace.resume_override:
@@ -200,7 +204,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     files = tuple(str(c) for c in (namespace.config or []))
     name = MICRO if config.model == MICRO and not files else Path(files[-1]).stem if files else Path(config.model).name
     return Request(
-        config=Config(**{f.name: getattr(config, f.name) for f in fields(Config)}),
+        config=config,
         name=name,
         resume=resume,
         dry_run=namespace.dry_run,

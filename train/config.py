@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from train.objective_options import OBJECTIVES, CustomConfig, DraftConfig
+from train.objective_options import OBJECTIVES, CustomConfig, DraftConfig, StudioConfig
 from train.options import (
     MICRO,
     CurriculumConfig,
@@ -23,6 +23,7 @@ from train.options import (
     TrainConfig,
     require,
 )
+from train.preference_options import DpoConfig, SpinConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,9 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    spin: SpinConfig = field(default_factory=SpinConfig)
+    studio: StudioConfig = field(default_factory=StudioConfig)
     custom: CustomConfig = field(default_factory=CustomConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -93,6 +97,38 @@ class Config:
             "null",
             "module:function, e.g. my_losses:smooth, where the objective is trained or measured",
         )
+        require(
+            not self.compares_objects or self.train.batch_size >= 3,
+            "train.batch_size",
+            self.train.batch_size,
+            "3 or more with studio.over: objects, since pairwise similarity needs three items; or studio.over: views",
+        )
+        for name in ("dpo", "spin"):
+            self._check_start(f"{name}.start", getattr(self, name).start)
+        begins, rounds = self.step_of(self.spin.start), self.spin.iterations
+        require(
+            not self.uses("spin") or rounds <= self.train.steps - begins,
+            "spin.iterations",
+            rounds,
+            f"{self.train.steps - begins} at most: an iteration takes a step at least",
+        )
+
+    def _check_start(self, name: str, start: float) -> None:
+        """A time within the run."""
+        if self.curriculum.unit == "run":
+            require(start < 1, name, start, "a fraction of the run, less than 1 (curriculum.unit: run)")
+        else:
+            whole = start == int(start) and start < self.train.steps
+            require(whole, name, start, f"a whole number of steps, less than train.steps, {self.train.steps}")
+
+    def step_of(self, when: float) -> int:
+        """The step that a time in `curriculum.unit` is."""
+        return round(when * (self.train.steps if self.curriculum.unit == "run" else 1))
+
+    @property
+    def compares_objects(self) -> bool:
+        """Whether an objective depends on which objects are in a batch together."""
+        return self.studio.weight > 0 and self.studio.over == "objects"
 
     def uses(self, objective: str) -> bool:
         """Whether an objective is trained or measured."""
@@ -144,9 +180,9 @@ class Config:
     def window(self, group: str) -> tuple[int, int]:
         """(first, end): the steps [first, end) in which a group, prompt or lora, trains."""
         settings = self.prompt if group == "prompt" else self.lora
-        scale = self.train.steps if self.curriculum.unit == "run" else 1
-        end = self.train.steps if settings.train_until is None else min(self.train.steps, round(settings.train_until * scale))
-        return round(settings.train_from * scale), end
+        until = settings.train_until
+        end = self.train.steps if until is None else min(self.train.steps, self.step_of(until))
+        return self.step_of(settings.train_from), end
 
 
 class _Dumper(yaml.SafeDumper):

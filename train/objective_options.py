@@ -40,8 +40,8 @@ class DraftConfig:
     every: int = 1
     """On every n-th step, with n times the weight: the same on average for less time."""
     guard: float | None = 0.5
-    """Stop the run where the edges, colours or object of the drafted views fall below this share of what they were at first, or
-    rise above its inverse (an average over the last few drafts): the reward is gamed. null: go on."""
+    """Stop the run where the edges, colours or object of the drafted views fall below this share of what they were at first,
+    or rise above its inverse (an average over the last few drafts): the reward is gamed. null: go on."""
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "draft.weight", self.weight, "zero or a positive number")
@@ -70,6 +70,35 @@ class DraftConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudioConfig:
+    """DomainStudio: how objects, or views, differ from each other stays as the untouched model has it; for few objects."""
+
+    weight: float = 0.0
+    """Of the term in the loss; 0 leaves it out."""
+    over: Literal["objects", "views"] = "objects"
+    """What is compared: the same view of the objects of a batch (3 or more), or the views of each object."""
+    space: Literal["latents", "pictures"] = "latents"
+    """Of the clean prediction: as it is, or decoded, as the paper has it (the decoder's pass, there and back, comes on
+    top)."""
+    pairs: float = 4.0
+    """Weight of the pairwise similarities within the term."""
+    detail_pairs: float = 4.0
+    """Weight of those of the high frequencies (Haar)."""
+    detail: float = 1.0
+    """Weight of the squared error of the high frequencies against the true views."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "pairs", "detail_pairs", "detail"):
+            require(getattr(self, name) >= 0, f"studio.{name}", getattr(self, name), "zero or a positive number")
+        require(
+            max(self.pairs, self.detail_pairs, self.detail) > 0,
+            "studio.pairs, detail_pairs and detail",
+            "all 0",
+            "a weight for one of them; studio.weight 0 leaves the objective out",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CustomConfig:
     """An objective of one's own."""
 
@@ -84,7 +113,7 @@ class CustomConfig:
         require_function("custom.function", self.function)
 
 
-OBJECTIVES = ("draft", "custom")
+OBJECTIVES = ("draft", "dpo", "spin", "studio", "custom")
 """Their groups' names."""
 
 

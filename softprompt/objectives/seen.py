@@ -36,7 +36,7 @@ class Seen:
     start: Tensor
     """[V, T, D]: W_0, the prompt of the untouched model."""
     step: int
-    """Optimizer steps done before this one."""
+    """Optimizer steps done before this one; 0 where held-out objects are looked at."""
     prediction_type: str
     """`v_prediction` or `epsilon`."""
     untouched: Callable[[], Tensor]

@@ -151,6 +151,35 @@ OTHER_VALUES: dict[str, object] = {
     "draft.kl": 0.5,
     "draft.every": 2,
     "draft.guard": 0.25,
+    "dpo.weight": 0.5,
+    "dpo.beta": 500.0,
+    "dpo.pairs": "/elsewhere/others.csv",
+    "dpo.held_out_pairs": "/elsewhere/held_out.jsonl",
+    "dpo.start": 0.5,
+    "dpo.samples": 3,
+    "dpo.sample_steps": 4,
+    "dpo.objects": 3,
+    "dpo.held_out_objects": 3,
+    "dpo.reward": "ssim",
+    "dpo.encoder": "/elsewhere/image_encoder",
+    "dpo.min_gap": 0.5,
+    "dpo.chunks": 2,
+    "dpo.difficulty": "reward_gap",
+    "dpo.chunk_by": "equal_count",
+    "dpo.chunk_steps": 3,
+    "spin.weight": 0.5,
+    "spin.beta": 500.0,
+    "spin.iterations": 2,
+    "spin.start": 0.5,
+    "spin.sample_steps": 4,
+    "spin.objects": 3,
+    "spin.held_out_objects": 3,
+    "studio.weight": 0.5,
+    "studio.over": "views",
+    "studio.space": "pictures",
+    "studio.pairs": 2.0,
+    "studio.detail_pairs": 2.0,
+    "studio.detail": 0.5,
     "custom.weight": 0.5,
     "custom.function": "elsewhere:another",
     "data.train": "/elsewhere/train",
@@ -210,11 +239,13 @@ FREE = {
 
 def a_run(folder: Path) -> Path:
     """A run in which every other option can be changed by itself: its curriculum ends early, and it needs no original data."""
-    yaml_file(
-        folder,
-        to_yaml(parse(["--curriculum.position=[0.0, 0.5]", "--kl.domain=new", "--custom.function=elsewhere:one"]).config),
-        "config.yaml",
-    )
+    options = [
+        "--curriculum.position=[0.0, 0.5]",
+        "--kl.domain=new",
+        "--custom.function=elsewhere:one",
+        "--dpo.pairs=some.jsonl",
+    ]
+    yaml_file(folder, to_yaml(parse(options).config), "config.yaml")
     return folder
 
 

@@ -12,6 +12,7 @@ import yaml
 import train.config
 import train.objective_options
 import train.options
+import train.preference_options
 from softprompt.errors import InputError
 from train.command_line import make_parser, option_kinds, parse
 from train.config import Config, to_yaml
@@ -109,7 +110,7 @@ def test_what_is_written_out_names_every_option() -> None:
 def documented() -> dict[str, str]:
     """The docstring under each field of each dataclass, by Class.field; "" where there is none."""
     found = {}
-    modules = (train.config, train.options, train.objective_options)
+    modules = (train.config, train.options, train.objective_options, train.preference_options)
     for node in [n for m in modules for n in ast.parse(Path(m.__file__).read_text(encoding="utf-8")).body]:
         if not isinstance(node, ast.ClassDef):
             continue

@@ -19,8 +19,9 @@ from train.config import Config
 from train.loop import train
 from train.objective_options import DraftConfig
 from train.objectives import draft as draft_module
-from train.objectives.draft import Draft, make_draft
+from train.objectives.draft import Draft
 from train.objectives.guard import Guard
+from train.objectives.rewards import load_reward
 from train.objectives.terms import Scene
 from train.setup import Job, prepare
 from train.step import training_step
@@ -54,7 +55,8 @@ def make_job(mice: Path, small_config: Callable[..., Config]) -> Callable[..., J
 
 def term(**settings: Any) -> Draft:
     """The objective itself; only the reward `clip` looks at the pipeline."""
-    return make_draft(DraftConfig(**{"weight": 1.0, "steps": 2, **settings}), pipeline=None)
+    config = DraftConfig(**{"weight": 1.0, "steps": 2, **settings})
+    return Draft(config, load_reward(config.reward, config.encoder, None, "draft"))
 
 
 def scene_of(job: Job, step: int = 0) -> Scene:

@@ -12,7 +12,7 @@ from torch import Tensor
 from softprompt.errors import InputError
 from softprompt.model import AdaptedModel
 from softprompt.objectives.seen import Seen
-from train import loop
+from train import keep
 from train.checkpoint import load_checkpoint
 from train.config import Config
 from train.loop import Run, train
@@ -22,7 +22,8 @@ from train.stop import StopSignal
 
 CUSTOM = {"custom.weight": "0.5", "custom.function": f"{__name__}:smooth"}
 DRAFT = {"draft.weight": "0.5", "draft.reward": "ssim", "draft.steps": "2"}
-OBJECTIVES: dict[str, Mapping[str, str]] = {"draft": DRAFT, "custom": CUSTOM}
+STUDIO = {"studio.weight": "0.5", "studio.over": "views"}
+OBJECTIVES: dict[str, Mapping[str, str]] = {"draft": DRAFT, "studio": STUDIO, "custom": CUSTOM}
 """By name, the options of the smallest run with it."""
 ALL = {option: value for options in OBJECTIVES.values() for option, value in options.items()}
 
@@ -83,7 +84,7 @@ def test_an_objective_alone_takes_steps_that_move_only_prompt_and_lora(small, na
 
 
 def test_an_interrupted_run_with_every_objective_equals_one_that_was_not(small, tmp_path, stop_after, monkeypatch):
-    monkeypatch.setattr(loop, "_export", lambda run, folder: None)
+    monkeypatch.setattr(keep, "export", lambda run, folder: None)
     rare = {"train.steps": 3, "monitor.validate_every": 3, "monitor.preview_every": 3}
     config = small(**ALL, **rare, **{"lora.dropout": 0.1})
     whole = run_to_end(config, tmp_path / "whole")

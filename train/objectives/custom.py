@@ -1,13 +1,18 @@
 """An objective of one's own: `custom.function: module:function`."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.objectives.seen import Seen
+from train.objectives.held_out import measure_on_held_out
 from train.objectives.terms import Scene, Term
+
+if TYPE_CHECKING:
+    from train.evaluate import Preview
+    from train.setup import Job
 
 
 class Custom(Term):
@@ -27,6 +32,11 @@ class Custom(Term):
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"custom.function: {self.spec} returned {found}; expected a tensor with one number")
         yield value.float().reshape(())
+
+    def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
+        """The function's value on held-out objects."""
+        del shown
+        return measure_on_held_out(self, job, position)
 
 
 def seen_of(scene: Scene) -> Seen:

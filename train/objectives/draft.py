@@ -2,24 +2,20 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPVisionModelWithProjection
 
 from softprompt.batch import Batch, seeded
 from softprompt.errors import InputError, RunError
 from softprompt.objectives import draft as formulas
-from softprompt.objectives.rewards import REWARDS, Reward, clip_similarity
+from softprompt.objectives.rewards import Reward
 from softprompt.objectives.statistics import statistics_of_truth
-from softprompt.pipeline import Pipeline
 from softprompt.sampling import decode_with_gradient
 from train.objective_options import DraftConfig
-from train.objectives.functions import load_function
 from train.objectives.guard import Guard
 from train.objectives.terms import Scene, Term
 
@@ -172,27 +168,3 @@ def _pass(scene: Scene, model: Callable[..., Tensor], batch: Batch, scale: float
         return prediction
     without, with_picture = prediction.chunk(2)
     return formulas.with_guidance(without, with_picture, scale)
-
-
-def make_draft(settings: DraftConfig, pipeline: Pipeline) -> Draft:
-    """Raises: InputError for a reward that cannot be loaded."""
-    if settings.reward == "clip":
-        assert settings.encoder is not None, "checked when the configuration is read"
-        return Draft(settings, _clip(Path(settings.encoder), pipeline))
-    reward = REWARDS.get(settings.reward)
-    return Draft(settings, reward or load_function(settings.reward, "draft.reward"))
-
-
-def _clip(folder: Path, pipeline: Pipeline) -> Reward:
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"draft.encoder: {folder} holds no config.json; expected the folder of a CLIP vision model with its projection, "
-            f"e.g. PIPECKPTS/image_encoder"
-        )
-    try:
-        encoder = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # which one depends on what is wrong in which file
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"draft.encoder: {folder} cannot be loaded as a CLIP vision model ({problem[:300]})") from error
-    encoder = encoder.requires_grad_(False).eval().to(pipeline.device)
-    return clip_similarity(encoder, int(encoder.config.image_size))

@@ -147,6 +147,11 @@ class Term:
         stopped: whether the run is to stop: what takes long is then cut short. It is called again where the run goes on.
         """
 
+    def kept_bytes(self, job: "Job") -> int:
+        """What it keeps in the run's folder, at most."""
+        del job
+        return 0
+
     def rehearse(self, job: "Job") -> None:
         """Be ready for steps whose time and memory alone are looked at, with nothing made for them."""
 
@@ -206,6 +211,10 @@ class Objectives:
         for term in self.terms:
             if term.begins(step):
                 term.begin(job, folder, step, position, stopped)
+
+    def kept_bytes(self, job: "Job") -> int:
+        """See `Term.kept_bytes`."""
+        return sum(term.kept_bytes(job) for term in self.terms)
 
     def rehearse(self, job: "Job") -> None:
         """See `Term.rehearse`."""

@@ -1,0 +1,88 @@
+"""DomainStudio: keep how the untouched model tells objects, or the views of one, from each other."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from softprompt.errors import InputError
+from softprompt.objectives.domain_studio import detail_loss, high_frequency, pair_loss
+from softprompt.pipeline import Pipeline
+from softprompt.sampling import decode_with_gradient
+from train.objective_options import StudioConfig
+from train.objectives.held_out import measure_on_held_out
+from train.objectives.terms import Scene, Term
+
+if TYPE_CHECKING:
+    from train.evaluate import Preview
+    from train.setup import Job
+
+
+class Studio(Term):
+    """Pairs of the batch's objects, view by view, or of each object's views."""
+
+    name = "studio"
+
+    def __init__(self, settings: StudioConfig) -> None:
+        super().__init__(settings.weight)
+        self.settings = settings
+        self.decodes = settings.space == "pictures"
+
+    def open(self, job: "Job") -> list[str]:
+        """Raises: InputError where it is to be measured alone, and there are too few held-out objects."""
+        if self._measurable(job):
+            return []
+        few = f"there are {len(job.held_out)} held-out objects; studio.over: objects is measured on 3 or more"
+        if self.weight == 0:
+            raise InputError(f"monitor.objectives: has studio, and {few}. Give more (data.val), or studio.over: views")
+        return [f"WARNING    no objective/held_out_studio is logged: {few}"]
+
+    def _measurable(self, job: "Job") -> bool:
+        return self.settings.over == "views" or len(job.held_out) >= 3
+
+    def around(self, scene: Scene) -> AbstractContextManager[object]:
+        """The decoder stays where it is until the gradient is made."""
+        return scene.job.pipeline.encoders_on_device() if self.decodes else nullcontext()
+
+    def losses(self, scene: Scene) -> Iterator[Tensor]:
+        """One part, weighted by the options of the group."""
+        assert scene.prediction is not None, "it has its turn after the plain loss's forward pass"
+        ours = self._seen(scene, scene.clean(scene.prediction))
+        with torch.no_grad():
+            source, target = self._seen(scene, scene.clean(scene.reference)), self._seen(scene, scene.batch.latents)
+        found = {
+            "pairs": _mean_over_sets(ours, source),
+            "detail_pairs": _mean_over_sets(high_frequency(ours), high_frequency(source)),
+            "detail": detail_loss(ours, target),
+        }
+        for name, value in found.items():
+            scene.log(f"studio_{name}", value)
+        yield torch.stack([getattr(self.settings, name) * value for name, value in found.items()]).sum()
+
+    def _seen(self, scene: Scene, latents: Tensor) -> Tensor:
+        """[B, V, C, H, W] => [sets, N, C, H, W], latents or pictures: the items that are compared with each other in each
+        set."""
+        items = latents if self.settings.space == "latents" else decode_with_gradient(scene.job.pipeline, latents)
+        return items if self.settings.over == "views" else rearrange(items, "b v c h w -> v b c h w")
+
+    def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
+        """How far the pairs of held-out objects are from the untouched model's."""
+        del shown
+        return measure_on_held_out(self, job, position) if self._measurable(job) else {}
+
+
+def _mean_over_sets(ours: Tensor, source: Tensor) -> Tensor:
+    return torch.stack([pair_loss(one, other) for one, other in zip(ours, source, strict=True)]).mean()
+
+
+def make_studio(settings: StudioConfig, pipeline: Pipeline) -> Studio:
+    """Raises: InputError where an object has too few views for pairs."""
+    if settings.over == "views" and pipeline.num_views < 3:
+        raise InputError(
+            f"studio.over: is views; the model has {pipeline.num_views}, and pairwise similarity needs 3 or more items. Use "
+            f"studio.over: objects, with train.batch_size 3 or more"
+        )
+    return Studio(settings)
