@@ -105,6 +105,8 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
         scaler=None,
         objectives=job.objectives,
     )
+    if job.objectives.begins(incident["step"]):  # what they made for that step is in the run's folder
+        job.objectives.begin(job, folder.parents[1], incident["step"], incident["position"], stopped=lambda: False)
     found = _Found()
 
     def watch(name: str) -> Any:

@@ -253,7 +253,8 @@ def disk_needed(job: "Job") -> int:
         pipeline = 4 * sum(p.numel() for n, p in job.pipeline.unet.named_parameters() if ".lora_" not in n)
         pipeline += sum(f.stat().st_size for f in job.pipeline.folder.rglob("*") if f.is_file() and f.parent.name != "unet")
     previews = (config.train.steps // config.monitor.preview_every + 2) * 2_000_000
-    return checkpoint * (config.monitor.checkpoints_kept + 1) + 3 * 4 * trained + pipeline + previews
+    objectives = job.objectives.kept_bytes(job)
+    return checkpoint * (config.monitor.checkpoints_kept + 1) + 3 * 4 * trained + pipeline + previews + objectives
 
 
 def _dry_run(job: "Job", folder: Path) -> int:
@@ -264,6 +265,7 @@ def _dry_run(job: "Job", folder: Path) -> int:
     from train.step import training_step
 
     seconds = 0.0
+    job.objectives.rehearse(job)
     for step in range(2):
         began = time.monotonic()
         result = training_step(job, step * job.config.kl.every)  # with the KL term, the dearest kind

@@ -78,6 +78,10 @@ class OwnDpo(Dpo):
         """Say what sampling will cost."""
         return [self.cost_of_samples(job, sets=self.options.samples, rounds=1)]
 
+    def kept_bytes(self, job: "Job") -> int:
+        """The sets."""
+        return self.bytes_of_samples(job, sets=self.options.samples)
+
     def begins(self, step: int) -> bool:
         """Until all sets are there."""
         trains = self.weight > 0 and self.first <= step < self.end

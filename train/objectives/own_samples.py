@@ -164,8 +164,8 @@ class OwnSamples:
         """
         accelerator = self._job.accelerator
         self._store.refresh()
-        missing = [index for index in range(len(self)) if not self._kept(index)]
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        share = range(accelerator.process_index, len(self), accelerator.num_processes)  # whatever the others have made by now
+        mine = [index for index in share if not self._kept(index)]
         bar = tqdm(mine, desc=what, unit="object", disable=not accelerator.is_main_process, leave=False, delay=2)
         with self._job.pipeline.encoders_on_device():  # once there and back for all of them
             for index in bar:
@@ -224,7 +224,7 @@ class OwnSamples:
         except ValueError as error:
             raise RunError(f"{where}: {error}") from error
         if not isinstance(found, Tensor) or found.shape != (1,) or not bool(found.isfinite()):
-            what = f"shape {list(found.shape)}" if isinstance(found, Tensor) and found.numel() != 1 else found
+            what = f"shape {list(found.shape)}" if isinstance(found, Tensor) and found.numel() != 1 else f"{found!s:.40}"
             raise RunError(f"{where}: is {what}; expected one finite number an object, a tensor [B]")
         return float(found)
 

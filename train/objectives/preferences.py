@@ -1,6 +1,7 @@
 """What Diffusion-DPO and SPIN-Diffusion share: sets of views of one object that are compared under one condition, at one
 timestep and one noise, by the present model and by another that it is held to."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -225,14 +226,22 @@ class PreferenceTerm(Term):
         return Sampling(self._settings.sample_steps, monitor.guidance_scale, monitor.eta, config.train.seed)
 
     def cost_of_samples(self, job: "Job", *, sets: int, rounds: int) -> str:
-        """In words."""
-        objects = min(self._settings.objects or len(job.train), len(job.train)) * rounds if self.weight else 0
-        held_out = min(self._settings.held_out_objects, len(job.held_out))
-        passes = (objects + held_out) * sets * self._settings.sample_steps
+        """In words. rounds: how often they are made of training objects."""
+        objects, held_out = self._counts(job)
+        passes = (objects * rounds + held_out) * sets * self._settings.sample_steps
         when = f"at step {self.first}" if rounds == 1 else f"in each of {rounds} rounds, the first at step {self.first}"
         wide = "" if job.config.monitor.guidance_scale == 1 else ", twice as wide with guidance"
-        made = f"{objects // rounds} objects {when}, and of {held_out} held out" if objects else f"{held_out} held-out objects"
+        made = f"{objects} objects {when}, and of {held_out} held out" if objects else f"{held_out} held-out objects"
         return f"{self.name:<10} own samples, {sets} of each of {made}: {passes:,} passes of the model{wide}"
+
+    def bytes_of_samples(self, job: "Job", *, sets: int) -> int:
+        """Of the samples of training objects, made once, and of held-out ones."""
+        return sum(self._counts(job)) * sets * 4 * job.pipeline.num_views * math.prod(job.pipeline.latent_shape)
+
+    def _counts(self, job: "Job") -> tuple[int, int]:
+        """How many training and held-out objects there are samples of."""
+        objects = min(self._settings.objects or len(job.train), len(job.train)) if self.weight > 0 else 0
+        return objects, min(self._settings.held_out_objects, len(job.held_out))
 
     # --------------------------------------------------------------------------------------------------------- held out
 

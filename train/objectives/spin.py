@@ -40,6 +40,10 @@ class Spin(PreferenceTerm):
         """Say what sampling will cost."""
         return [self.cost_of_samples(job, sets=1, rounds=len(self.boundaries))]
 
+    def kept_bytes(self, job: "Job") -> int:
+        """The samples of two iterates: the later ones are made before the earlier ones are removed."""
+        return 2 * self.bytes_of_samples(job, sets=1)
+
     def begins(self, step: int) -> bool:
         """At the beginning of an iteration, until all its samples are there."""
         trains = self.weight > 0 and self.first <= step < self.end

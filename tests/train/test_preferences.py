@@ -1,0 +1,550 @@
+"""Diffusion-DPO, its curriculum and SPIN-Diffusion in the trainer: what is compared with what, resuming, kills, refusals."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from softprompt.batch import draw, seeded
+from softprompt.data import view_order
+from softprompt.errors import InputError, RunError
+from softprompt.objectives.preference import dpo_loss, preference
+from softprompt.objectives.rewards import REWARDS
+from train import keep, observe
+from train.batches import Wanted
+from train.checkpoint import list_checkpoints, load_checkpoint
+from train.config import Config
+from train.evaluate import Preview
+from train.loop import Run, train
+from train.objectives.dpo import ListedDpo, OwnDpo
+from train.objectives.own_samples import OwnSamples, Sampling, Snapshot, as_it_was, predict_as
+from train.objectives.pairs import read_pairs
+from train.objectives.preferences import Contest, contest_batch, sampled
+from train.objectives.terms import Scene
+from train.setup import Job, make_accelerator, prepare
+from train.step import training_step
+from train.stop import StopSignal
+
+OWN = {"sample_steps": "1", "objects": "2", "held_out_objects": "1"}
+DPO = {"dpo.weight": "1", "dpo.samples": "3", "dpo.chunks": "2", **{f"dpo.{name}": value for name, value in OWN.items()}}
+SPIN = {"spin.weight": "1", "spin.iterations": "2", **{f"spin.{name}": value for name, value in OWN.items()}}
+LATER = {**SPIN, "spin.start": "0.4"}
+"""From step 1 on, of 3."""
+CHEAP = {
+    "train.steps": "3",
+    "kl.weight": "0",
+    "monitor.guidance_scale": "1",
+    "monitor.validate_every": "3",
+    "monitor.preview_every": "3",
+    "monitor.checkpoint_every": "1",
+    "monitor.checkpoints_kept": "9",
+    "export.report": "false",
+}
+
+
+@pytest.fixture(scope="module")
+def small(small_config: Callable[..., Config], mice: Path) -> Callable[..., Config]:
+    """`small(**{"train.steps": 2})`: the smallest run on a few mice."""
+    return lambda **options: small_config(mice, **{**CHEAP, **options})
+
+
+def true_views(job: Job, prompt: Tensor, pretrained: Tensor | None) -> Preview:
+    """In place of previews, which take most of a short run's time."""
+    del prompt, pretrained
+    truth, masks = (views[None] for views in job.held_out.views(0, seeded("preview")))
+    return Preview(truth[:, 0], truth, masks, truth, truth, tuple("abcdef"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurried() -> Iterator[None]:
+    """Without previews and exports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(observe, "preview", true_views)
+        patch.setattr(keep, "export", lambda run, folder: None)
+        yield
+
+
+def run_to_end(config: Config, folder: Path, *, resume: bool = False, stop: StopSignal | None = None) -> Run:
+    return train(prepare(config), folder, state=load_checkpoint(folder) if resume else None, stop=stop or StopSignal())
+
+
+def series(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+def weights(job: Job) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in job.adapted.all_trainable().items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def moved(job: Job, by: float = 0.05) -> None:
+    """Move all that trains away from where it began."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in job.adapted.all_trainable().values():
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+
+
+def term(job: Job) -> Any:
+    (found,) = job.objectives.terms
+    return found
+
+
+@pytest.fixture(scope="module")
+def kept_jobs(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """Of each objective, a job in which something has been learned and samples are made; then it has moved on."""
+    jobs = {}
+    for name, options in (("dpo", DPO), ("spin", LATER)):
+        jobs[name] = job = prepare(small(**options, **{"train.batch_size": 3, "loss.own_view": "false"}))
+        moved(job)
+        job.objectives.begin(job, tmp_path_factory.mktemp(name), 1, 0.0, lambda: False)
+        moved(job)
+    return jobs
+
+
+@pytest.fixture
+def begun(kept_jobs: dict[str, Job]) -> Callable[[str], Job]:
+    """`begun("dpo")`: one of those, whose weights may be moved; each test has an accelerator of its own."""
+
+    def get(name: str) -> Job:
+        job = kept_jobs[name]
+        job.accelerator = make_accelerator(job.config)
+        return job
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def pairs(mice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list of three pairs among the mice: true views win over those of another mouse."""
+    names = sorted(p.name for p in (mice / "train").iterdir() if p.is_dir())
+    rows = [
+        {"input": f"train/{a}", "winner": f"train/{a}", "loser": f"train/{b}", "gap": gap}
+        for a, b, gap in [(names[0], names[1], 0.5), (names[1], names[2], 2.0), (names[2], names[0], 1.0)]
+    ]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.parent.joinpath("train").symlink_to(mice / "train")
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- what is compared with what
+
+
+def test_all_sides_of_a_contest_share_their_condition_timestep_and_noise(begun):
+    job = begun("dpo")
+    encoded = [job.train.get(index, seeded("colour")) for index in range(2)]
+    own = [torch.randn(6, 4, 16, 16, generator=seeded(index)) for index in range(2)]
+    contests = [Contest(e, r, ((e.mean, e.std), sampled(z))) for e, r, z in zip(encoded, (4, 0), own, strict=True)]
+    draws = [
+        draw(seeded(i), encoded=e, num_timesteps=1000, references=[r], drop_rate=1 / 3)
+        for i, (e, r) in enumerate(zip(encoded, (4, 0), strict=True))
+    ]
+    batch = contest_batch(job.pipeline, contests, draws)
+    for name in ("noise", "given", "labels", "timesteps", "order"):
+        winners, losers = getattr(batch, name).chunk(2)
+        assert torch.equal(winners, losers), name
+    assert batch.order[0].tolist() == [4, 5, 0, 1, 2, 3]
+    scale = job.pipeline.vae.config.scaling_factor
+    for index, (e, d, z) in enumerate(zip(encoded, draws, own, strict=True)):
+        order = view_order(d.reference, 6)
+        torch.testing.assert_close(batch.latents[index], (e.mean + e.std * d.target_noise)[order] * scale)
+        torch.testing.assert_close(batch.latents[2 + index], z[order] * scale)
+        given = e.mean[d.reference] * scale * d.keep_latents
+        assert torch.equal(batch.given[index], given.expand(6, -1, -1, -1))
+
+
+@pytest.mark.parametrize("name", ["dpo", "spin"])
+def test_the_loss_of_a_step_is_that_of_the_formula_on_predictions_made_one_by_one(begun, name):
+    job = begun(name)
+    found, wanted = term(job), Wanted(1, 0, lowest=0)
+    scene = Scene(job, wanted, job.batches.take(wanted), step=1, position=0.0)
+    with torch.no_grad():
+        loss = sum(float(part) for part in found.losses(scene))
+    adapted, scheduler = job.adapted, job.pipeline.scheduler
+    expected, preferred = [], []
+    for place, index in scene.places:
+        contest, d = found._turn(scene, place, index)
+        errors = {}
+        for side in (0, 1):
+            one = contest_batch(job.pipeline, [Contest(contest.encoded, contest.reference, (contest.sides[side],))], [d])
+            abar = float(scheduler.alphas_cumprod[d.timestep])
+            noisy = abar**0.5 * one.latents + (1 - abar) ** 0.5 * one.noise
+            inputs = (noisy, one.given, one.timesteps, one.labels, one.order)
+            with torch.no_grad():
+                policy = adapted(*inputs, 0.0)
+                other = adapted.reference(*inputs) if name == "dpo" else predict_as(adapted, found.iterate, *inputs)
+            for model, velocity in (("policy", policy), ("other", other)):
+                noise = abar**0.5 * velocity + (1 - abar) ** 0.5 * noisy  # eps of v
+                errors[model, side] = (noise - one.noise)[:, 1:].double().square().mean()  # without the reference's own view
+        four = [errors[model, side].reshape(1) for model in ("policy", "other") for side in (0, 1)]
+        expected.append(float(dpo_loss(*four, beta=2000.0)))
+        preferred.append(float(preference(*four)))
+    assert loss == pytest.approx(sum(expected) / 3, rel=1e-3)
+    assert float(scene.series[f"{name}_accuracy"]) == pytest.approx(sum(p > 0 for p in preferred) / 3)
+
+
+def test_dpo_is_held_to_the_untouched_model_and_spin_to_its_last_iterate(begun):
+    job = begun("dpo")
+    batch = job.batches.take(Wanted(0, 0, lowest=500)).only(0)
+    inputs = (batch.noise, batch.given, batch.timesteps, batch.labels, batch.order)
+    with torch.no_grad():
+        moved(job)
+        assert not torch.equal(job.adapted(*inputs, 0.0), job.adapted.reference(*inputs))
+        assert torch.equal(term(job).held_to(job)(*inputs), job.adapted.reference(*inputs))
+        job = begun("spin")
+        term(job).iterate = Snapshot.take(job.adapted, 1, 0.0)
+        before = job.adapted(*inputs, 0.0)
+        moved(job)
+        assert not torch.equal(job.adapted(*inputs, 0.0), before)
+        assert torch.equal(term(job).held_to(job)(*inputs), before)
+
+
+def test_the_model_is_itself_again_after_it_was_what_it_was(small):
+    job = prepare(small(**{"lora.dropout": 0.5}))
+    moved(job)
+    snapshot = Snapshot.take(job.adapted, 3, 0.0)
+    moved(job)
+    now = weights(job)
+    with pytest.raises(ZeroDivisionError), as_it_was(job.adapted, snapshot):
+        assert not job.adapted.training, "nothing is dropped out"
+        assert all(torch.equal(job.adapted.get_parameter(name), weight) for name, weight in snapshot.lora.items())
+        1 / 0  # noqa: B018
+    assert equal(weights(job), now) and job.adapted.training
+    kept = Snapshot.from_state(snapshot.state())
+    assert kept.key == snapshot.key != Snapshot.take(job.adapted, 3, 0.0).key
+
+
+# --------------------------------------------------------------------------------------------------- resuming, and kills
+
+
+STATE = {"lora.dropout": "0.1", "train.ema_decay": "0.5", "train.schedule": "constant"}
+"""Options with which there is more to restore."""
+
+
+@pytest.fixture(scope="module")
+def whole(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """`whole("dpo")`: a run that nobody interrupted."""
+    runs: dict[str, Run] = {}
+
+    def get(name: str) -> Run:
+        if name not in runs:
+            config = small(**(DPO if name == "dpo" else LATER), **STATE)
+            runs[name] = run_to_end(config, tmp_path_factory.mktemp("whole") / "run")
+        return runs[name]
+
+    return get
+
+
+def the_same(folder: Path, run: Run, whole: Run) -> bool:
+    return series(folder) == series(whole.folder) and equal(weights(run.job), weights(whole.job))
+
+
+def test_dpo_stopped_while_it_makes_samples_and_between_its_stages_goes_on_as_if_it_was_not(
+    small, tmp_path, stop_after, monkeypatch, whole
+):
+    folder, config, stop, made = tmp_path / "run", small(**DPO, **STATE), StopSignal(), []
+    make = OwnSamples._make
+
+    def interrupted(self: OwnSamples, index: int) -> None:
+        make(self, index)
+        made.append((self.folder.name, index))
+        if self.folder.name == "dpo-own":
+            stop.number = 2
+
+    monkeypatch.setattr(OwnSamples, "_make", interrupted)
+    assert run_to_end(config, folder, stop=stop).step == 0
+    assert made == [("dpo-held-out", 0), ("dpo-own", 0)], "what is under way is finished, no more"
+    assert run_to_end(config, folder, resume=True, stop=stop_after(2)).step == 2
+    assert made[2:] == [("dpo-own", 1)], "what is kept is not made again"
+    resumed = run_to_end(config, folder, resume=True)
+    assert len(made) == 3 and the_same(folder, resumed, whole("dpo"))
+    assert term(resumed.job).stage(1) < term(resumed.job).stage(2)
+
+
+def test_spin_killed_while_it_makes_the_samples_of_each_iteration_makes_what_is_missing_and_ends_the_same(
+    small, tmp_path, monkeypatch, whole
+):
+    folder, config, made = tmp_path / "run", small(**LATER, **STATE), []
+    make = OwnSamples._make
+    at = {"step": -1}
+
+    def killed_at_the_second(self: OwnSamples, index: int) -> None:
+        if self.folder.name == f"spin-iterate-{at['step']:06d}" and index == 1:
+            raise KeyboardInterrupt
+        made.append((self.folder.name, index))
+        make(self, index)
+
+    monkeypatch.setattr(OwnSamples, "_make", killed_at_the_second)
+    for step in (1, 2):
+        at["step"] = step
+        with pytest.raises(KeyboardInterrupt):
+            run_to_end(config, folder, resume=step == 2)
+        assert list_checkpoints(folder)[-1].name == f"step-{step:06d}", "saved before what takes long"
+    at["step"] = -1
+    resumed = run_to_end(config, folder, resume=True)
+    assert made[1:] == [(f"spin-iterate-{step:06d}", index) for step in (1, 2) for index in (0, 1)], "nothing is made twice"
+    assert the_same(folder, resumed, whole("spin"))
+    assert [p.name for p in sorted((folder / "samples").iterdir())] == ["spin-held-out", "spin-iterate-000002"]
+    spin = term(resumed.job)
+    assert spin.boundaries == [1, 2] and spin.started_from.step == 1 and spin.iterate.step == 2
+
+
+@pytest.mark.parametrize(("name", "first"), [("dpo", 0), ("spin", 1)])
+def test_an_objective_begins_where_nothing_is_preferred_and_is_measured_from_then_on(whole, name, first):
+    lines = series(whole(name).folder)
+    losses = {line["step"]: line[f"objective/{name}"] for line in lines if f"objective/{name}" in line}
+    assert list(losses) == list(range(first + 1, 4)) and losses[first + 1] == pytest.approx(
+        math.log(2), abs=0.01 if first else 1e-6
+    )
+    margins = {line["step"]: line[k] for line in lines if (k := f"objective/{name}_held_out_margin") in line}
+    assert list(margins) == ([0, 3] if first == 0 else [3]) and margins[3] != 0 == margins.get(0, 0)
+    wins = {line["step"]: line[k] for line in lines if (k := f"objective/{name}_win_rate") in line}
+    assert wins.get(0, 0.5) == 0.5, "the model as it was is no better than itself"
+
+
+def test_samples_that_are_lost_later_are_made_again_as_they_were(begun):
+    job = begun("dpo")
+    own = term(job)._own
+    before = [own.latents(index) for index in range(2)]
+    rewards = [own.rewards(index) for index in range(2)]
+    assert not torch.equal(before[0][0], before[0][1]) and len({*rewards[0], *rewards[1]}) == 6, "each from its own noise"
+    shutil.rmtree(own.folder)
+    moved(job)
+    job.adapted.train()
+    assert all(torch.equal(own.latents(index), kept) for index, kept in enumerate(before))
+    assert [own.rewards(index) for index in range(2)] == rewards
+
+
+def test_samples_do_not_depend_on_how_many_processes_make_them(begun, tmp_path, monkeypatch):
+    job = begun("spin")
+    snapshot = Snapshot.take(job.adapted, 0, 0.0)
+
+    def samples(folder: str) -> OwnSamples:
+        how = Sampling(steps=1, guidance_scale=1.0, eta=1.0, seed=0)
+        rated = ("psnr", REWARDS["psnr"])
+        return OwnSamples(job, job.train, 3, tmp_path / folder, snapshot, how, sets=1, references=[0, 3], reward=rated)
+
+    alone = samples("alone")
+    assert alone.fill(stopped=lambda: False, what="") and len(alone) == 3
+    whole = []
+    for process in (1, 0):
+        fake = SimpleNamespace(process_index=process, num_processes=2, is_main_process=False, wait_for_everyone=lambda: None)
+        monkeypatch.setattr(job, "accelerator", fake)
+        whole.append(samples("shared").fill(stopped=lambda: False, what=""))
+    assert whole == [False, True]
+    shared = samples("shared")
+    assert all(torch.equal(alone.latents(i), shared.latents(i)) for i in range(3))
+    assert {alone.given(i)[1] for i in range(3)} == {0, 3}, "any of the views that may be given"
+
+
+# ------------------------------------------------------------------------------------------------------- pairs and stages
+
+
+def test_pairs_of_own_samples_are_ranked_by_their_reward_and_open_from_easy_to_hard(begun):
+    job = begun("dpo")
+    found = term(job)
+    assert isinstance(found, OwnDpo)
+    for index, winner, loser in found._pairs:
+        rewards = found._own.rewards(index)
+        assert rewards[winner] > rewards[loser]
+    gaps = []
+    for index, winner, loser in found._pairs:
+        order = sorted(range(3), key=lambda sample, index=index: -found._own.rewards(index)[sample])
+        gaps.append(order.index(loser) - order.index(winner))
+    assert sorted(gaps) == [1, 1, 1, 1, 2, 2]
+    assert [sorted(gaps[pair] for pair in opened) for opened in found._open] == [[2, 2], [1, 1, 1, 1, 2, 2]]
+    assert [found.stage(step) for step in (0, 1, 2, 9)] == [0, 0, 1, 1]
+    for step, expected in ((1, {2}), (2, {1, 2})):
+        scene = Scene(job, None, job.batches.take(Wanted(step, 0, lowest=0)), step=step, position=0.0)
+        drawn = [found.turn(scene, 0, seeded(place)).sides for place in range(12)]
+        known = {(i, w, x): gap for (i, w, x), gap in zip(found._pairs, gaps, strict=True)}
+        sets = {(i, m): found._own.latents(i)[m] for i in range(2) for m in range(3)}
+        where = [[next(k for k, z in sets.items() if torch.equal(z, side[0])) for side in sides] for sides in drawn]
+        assert {known[winner[0], winner[1], loser[1]] for winner, loser in where} == expected
+
+
+def test_near_ties_are_left_out_and_nothing_but_ties_is_refused(begun, monkeypatch):
+    found = term(begun("dpo"))
+    pairs = found._pairs
+    gaps = sorted(found._own.rewards(index)[winner] - found._own.rewards(index)[loser] for index, winner, loser in pairs)
+    for min_gap, left in ((gaps[2], 3), (50, 0)):
+        monkeypatch.setattr(found, "options", replace(found.options, min_gap=min_gap))
+        if left:
+            found._rank(found._own)
+            assert len(found._pairs) == left
+        else:
+            with pytest.raises(RunError, match=r"dpo\.min_gap: is 50; no two own sample sets .* differ by .* at most"):
+                found._rank(found._own)
+    monkeypatch.undo()
+    found._rank(found._own)
+    assert found._pairs == pairs
+
+
+def test_a_list_of_pairs_trains_and_is_measured(small, tmp_path, pairs):
+    options = {
+        "dpo.weight": 1,
+        "dpo.pairs": pairs,
+        "dpo.held_out_pairs": pairs,
+        "dpo.chunks": 3,
+        "dpo.chunk_by": "equal_count",
+        "dpo.min_gap": 0.25,
+    }
+    run = run_to_end(small(**options), tmp_path / "run")
+    found = term(run.job)
+    assert isinstance(found, ListedDpo) and found._open == [[1], [1, 2], [0, 1, 2]]
+    last = series(tmp_path / "run")[-1]
+    assert 0 <= last["objective/dpo_held_out_accuracy"] <= 1 and "objective/dpo_win_rate" not in last
+    contest = found.contest(run.job, 1, seeded(0))
+    names = [json.loads(line)["loser"] for line in pairs.read_text().splitlines()]
+    loser = run.job.train.get(run.job.train.names.index(Path(names[1]).name), seeded(0))
+    assert torch.equal(contest.sides[1][0], loser.mean) and torch.equal(contest.encoded.mean, contest.sides[0][0])
+
+
+def test_a_table_of_pairs_is_read_as_a_list_is(pairs):
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    table = pairs.with_suffix(".csv")
+    table.write_text("\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]) + "\n")
+    one, other = (read_pairs(path, size=64, num_views=6, option="dpo.pairs") for path in (pairs, table))
+    assert one.pairs == other.pairs and one.samples.locations == other.samples.locations
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def test_what_is_only_measured_changes_nothing(small, tmp_path):
+    measured = {**DPO, **SPIN, "dpo.weight": 0, "spin.weight": 0, "monitor.objectives": '["dpo", "spin"]'}
+    short = {"train.steps": 2, "monitor.validate_every": 2, "monitor.preview_every": 2}
+    run = run_to_end(small(**measured, **short), tmp_path / "measured")
+    plain = run_to_end(small(**short), tmp_path / "plain")
+    assert equal(weights(run.job), weights(plain.job))
+    mine, theirs = (series(tmp_path / name) for name in ("measured", "plain"))
+    names = [f"objective/{o}_{s}" for o in ("dpo", "spin") for s in ("held_out_accuracy", "held_out_margin", "win_rate")]
+    assert {name for name in mine[-1] if name.startswith("objective/")} >= set(names)
+    without = [{k: v for k, v in line.items() if not k.startswith("objective/")} for line in mine]
+    assert without == theirs
+    assert sorted(p.name for p in (tmp_path / "measured" / "samples").iterdir()) == ["dpo-held-out", "spin-held-out"]
+
+
+def test_a_dry_run_makes_no_samples(small, tmp_path):
+    job = prepare(small(**DPO, **SPIN, **{"dpo.start": 0.5}))
+    said = [note for note in job.notes if note.startswith(("dpo ", "spin "))]
+    assert said[0] == "dpo        own samples, 3 of each of 2 objects at step 2, and of 1 held out: 9 passes of the model"
+    assert "in each of 2 rounds, the first at step 0" in said[1]
+    job.objectives.rehearse(job)
+    result = training_step(job, 0)
+    assert result.objectives["dpo"] == result.objectives["spin"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dpo.chunks": 4, "dpo.samples": 4}, r"dpo\.chunks: is 4; expected 3 at most: 4 samples"),
+        ({"dpo.samples": 1}, r"dpo\.samples: is 1; expected 2 or more: a pair is made of two sets"),
+        ({"dpo.beta": 0}, r"dpo\.beta: is 0\.0; expected a positive number"),
+        ({"dpo.reward": "beauty"}, r"dpo\.reward: is beauty; expected psnr, .*, or module:function"),
+        ({"dpo.reward": "clip"}, r"dpo\.encoder: is null; expected the folder of a CLIP vision model"),
+        ({"dpo.held_out_pairs": "some.jsonl"}, r"dpo\.held_out_pairs: is some\.jsonl; expected null where dpo\.pairs is `own`"),
+        ({"dpo.start": 1}, r"dpo\.start: is 1\.0; expected a fraction of the run, less than 1"),
+        ({"spin.iterations": 5}, r"spin\.iterations: is 5; expected 3 at most: an iteration takes a step at least"),
+        ({"spin.start": 1.5, "curriculum.unit": "step", "curriculum.at": "[0, 2]"}, r"spin\.start: is 1\.5; .* whole number"),
+        ({"spin.held_out_objects": 0}, r"spin\.held_out_objects: is 0; expected 1 or more"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(small, options, message):
+    with pytest.raises(InputError, match=message):
+        small(**{"dpo.weight": 1, "spin.weight": 1, "spin.iterations": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"input": "a", "loser": "b"}], r"line 1: has no winner; .*: a pair that does not say which is better"),
+        ([{"input": "a", "winner": "", "loser": "b"}], r"line 1: has no winner"),
+        ([{"winner": "a", "loser": "b"}], r"line 1: has no input; expected input, winner, loser"),
+        ([{"input": "a", "winner": "b", "loser": "./b"}], r"line 1: winner and loser are both b; expected two"),
+        ([{"input": "a", "winner": 3, "loser": "b"}], r"line 1: winner: is 3; expected a sample folder"),
+        ([{"input": "a", "winner": "b", "loser": "c", "better": 1}], r"line 1: has better; expected input, .* alone"),
+        ([{"input": "a", "winner": "b", "loser": "c", "gap": -1}], r"line 1: gap: is -1; expected .* a positive number"),
+        (
+            ["GOOD", {"input": "FIRST", "winner": "FIRST", "loser": "nowhere"}],
+            r"line 2: 'nowhere' \(No such file or directory\): no such sample folder",
+        ),
+        (["GOOD", {"input": "FIRST", "winner": "FIRST", "loser": "half"}], r"half: cam_003\.png, .* missing"),
+        (["not JSON"], r"line 1: is no JSON \(.*\); expected one object a line"),
+        (["[1]"], r"line 1: holds a JSON list; expected an object"),
+        ([], r"pairs\.jsonl: lists no pair; expected lines with input, winner, loser"),
+    ],
+)
+def test_a_list_that_cannot_be_used_is_refused_by_its_line(small, tmp_path, mice, lines, message):
+    first, second = sorted(p for p in (mice / "train").iterdir() if p.is_dir())[:2]
+    good = {"input": str(first), "winner": str(first), "loser": str(second)}
+    (tmp_path / "half").mkdir()
+    for view in range(3):
+        shutil.copy(first / f"cam_{view:03d}.png", tmp_path / "half")
+    written = []
+    for line in lines:
+        row = good if line == "GOOD" else line
+        if isinstance(row, dict):
+            row = json.dumps({k: str(first) if v == "FIRST" else v for k, v in row.items()})
+        written.append(row)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(f"{line}\n" for line in written))
+    with pytest.raises(InputError, match=rf"dpo\.pairs: .*{message}"):
+        prepare(small(**{"dpo.weight": 1, "dpo.pairs": path}))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("pairs.txt", "a,b", r"dpo\.pairs: is .*pairs\.txt; expected `own`, or a list of pairs: a \.jsonl or a \.csv file"),
+        ("pairs.csv", "input,better,worse\na,b,c\n", r"its first line names input, better, worse; expected input, winner"),
+        ("pairs.jsonl", None, r"cannot be read as a list of pairs"),
+    ],
+)
+def test_a_file_that_is_no_list_of_pairs_is_refused(small, tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        prepare(small(**{"dpo.weight": 1, "dpo.pairs": tmp_path / name}))
+
+
+def test_a_curriculum_over_a_list_needs_to_know_which_pairs_are_easy(small, tmp_path, pairs):
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    del rows[1]["gap"]
+    path = pairs.with_name("two_gaps.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"dpo\.pairs: 1 of 3 pairs have no gap; expected one for each, since a curriculum"):
+        prepare(small(**{"dpo.weight": 1, "dpo.pairs": path, "dpo.chunks": 2}))
+    with pytest.raises(InputError, match=r"dpo\.min_gap: is 9; no pair of .*pairs\.jsonl is further apart"):
+        prepare(small(**{"dpo.weight": 1, "dpo.pairs": pairs, "dpo.min_gap": 9}))
+
+
+def test_a_reward_that_gives_no_number_ends_the_run_in_words(begun, monkeypatch):
+    own = term(begun("dpo"))._own
+    wrong: list[tuple[Any, str]] = [
+        (lambda v, t, m: v.mean(), r"is tensor\(0\.\d+\); expected one finite"),
+        (lambda v, t, m: torch.full((1,), math.nan), r"is tensor\(\[nan\]\); expected"),
+        (lambda v, t, m: torch.ones(2), r"is shape \[2\]"),
+        (lambda v, t, m: [1.0], r"is \[1\.0\]"),
+    ]
+    for reward, message in wrong:
+        monkeypatch.setattr(own, "_reward", reward)
+        with pytest.raises(RunError, match=rf"reward psnr of .*: {message}"):
+            own.draw(0, 0, own.snapshot.prompt)
