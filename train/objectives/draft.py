@@ -14,11 +14,9 @@ from softprompt.errors import InputError, RunError
 from softprompt.objectives import draft as formulas
 from softprompt.objectives.rewards import Reward
 from softprompt.objectives.statistics import statistics_of_truth
-from softprompt.pipeline import Pipeline
 from softprompt.sampling import decode_with_gradient
 from train.objective_options import DraftConfig
 from train.objectives.guard import Guard
-from train.objectives.rewards import load_reward
 from train.objectives.terms import Scene, Term
 
 if TYPE_CHECKING:
@@ -170,8 +168,3 @@ def _pass(scene: Scene, model: Callable[..., Tensor], batch: Batch, scale: float
         return prediction
     without, with_picture = prediction.chunk(2)
     return formulas.with_guidance(without, with_picture, scale)
-
-
-def make_draft(settings: DraftConfig, pipeline: Pipeline) -> Draft:
-    """Raises: InputError for a reward that cannot be loaded."""
-    return Draft(settings, load_reward(settings.reward, settings.encoder, pipeline, "draft"))

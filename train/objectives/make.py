@@ -5,8 +5,9 @@ from softprompt.pipeline import Pipeline
 from train.config import Config
 from train.objectives.custom import Custom
 from train.objectives.dpo import make_dpo
-from train.objectives.draft import make_draft
+from train.objectives.draft import Draft
 from train.objectives.functions import load_function
+from train.objectives.rewards import load_reward
 from train.objectives.spin import Spin
 from train.objectives.studio import make_studio
 from train.objectives.terms import Objectives, Term
@@ -16,7 +17,7 @@ def make_objectives(config: Config, pipeline: Pipeline) -> Objectives:
     """Those that the configuration gives a weight, or measures. Raises: InputError for one that cannot work with this model."""
     terms: list[Term] = []
     if config.uses("draft"):
-        terms.append(make_draft(config.draft, pipeline))
+        terms.append(Draft(config.draft, load_reward(config.draft.reward, config.draft.encoder, pipeline, "draft")))
     if config.uses("dpo"):
         terms.append(make_dpo(config, pipeline))
     if config.uses("spin"):
