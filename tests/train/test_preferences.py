@@ -310,9 +310,9 @@ def test_an_objective_begins_where_nothing_is_preferred_and_is_measured_from_the
     assert list(losses) == list(range(first + 1, 4)) and losses[first + 1] == pytest.approx(
         math.log(2), abs=0.01 if first else 1e-6
     )
-    margins = {line["step"]: line[k] for line in lines if (k := f"objective/{name}_held_out_margin") in line}
+    margins = {line["step"]: line[k] for line in lines if (k := f"objective/held_out_{name}_margin") in line}
     assert list(margins) == ([0, 3] if first == 0 else [3]) and margins[3] != 0 == margins.get(0, 0)
-    wins = {line["step"]: line[k] for line in lines if (k := f"objective/{name}_win_rate") in line}
+    wins = {line["step"]: line[k] for line in lines if (k := f"objective/held_out_{name}_win_rate") in line}
     assert wins.get(0, 0.5) == 0.5, "the model as it was is no better than itself"
 
 
@@ -407,7 +407,7 @@ def test_a_list_of_pairs_trains_and_is_measured(small, tmp_path, pairs):
     found = term(run.job)
     assert isinstance(found, ListedDpo) and found._open == [[1], [1, 2], [0, 1, 2]]
     last = series(tmp_path / "run")[-1]
-    assert 0 <= last["objective/dpo_held_out_accuracy"] <= 1 and "objective/dpo_win_rate" not in last
+    assert 0 <= last["objective/held_out_dpo_accuracy"] <= 1 and "objective/held_out_dpo_reward" not in last
     contest = found.contest(run.job, 1, seeded(0))
     names = [json.loads(line)["loser"] for line in pairs.read_text().splitlines()]
     loser = run.job.train.get(run.job.train.names.index(Path(names[1]).name), seeded(0))
@@ -432,7 +432,7 @@ def test_what_is_only_measured_changes_nothing(small, tmp_path):
     plain = run_to_end(small(**short), tmp_path / "plain")
     assert equal(weights(run.job), weights(plain.job))
     mine, theirs = (series(tmp_path / name) for name in ("measured", "plain"))
-    names = [f"objective/{o}_{s}" for o in ("dpo", "spin") for s in ("held_out_accuracy", "held_out_margin", "win_rate")]
+    names = [f"objective/held_out_{o}_{s}" for o in ("dpo", "spin") for s in ("accuracy", "margin", "reward", "win_rate")]
     assert {name for name in mine[-1] if name.startswith("objective/")} >= set(names)
     without = [{k: v for k, v in line.items() if not k.startswith("objective/")} for line in mine]
     assert without == theirs

@@ -246,24 +246,24 @@ class PreferenceTerm(Term):
     # --------------------------------------------------------------------------------------------------------- held out
 
     def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
-        """On held-out objects, series after the term's name.
+        """On held-out objects, series after `held_out_` and the term's name.
 
-        `held_out_accuracy`, `held_out_margin`: share of pairs of which the winner is preferred, and the mean preference, each
-        pair's errors averaged over the validation's timesteps, no condition dropped. `held_out_reward`: of one set of each
-        object by the present model; `win_rate`: share of them that have more reward than that of the model as it was when the
-        objective began, from the same noise; a half where the two are the same.
+        `accuracy`, `margin`: share of pairs of which the winner is preferred, and the mean preference, each pair's errors
+        averaged over the validation's timesteps, no condition dropped. `reward`: of one set of each object by the present
+        model; `win_rate`: share of them that have more reward than that of the model as it was when the objective began, from
+        the same noise; a half where the two are the same.
         """
         del shown
         series = {}
         if self.held_out:
             margins = torch.cat([self._margins(job, position, number, one) for number, one in enumerate(self.held_out)])
-            series = {"held_out_accuracy": float(prefers_winner(margins)), "held_out_margin": float(margins.mean())}
+            series = {"accuracy": float(prefers_winner(margins)), "margin": float(margins.mean())}
         if (others := self.others) is not None:
             prompt, objects = job.adapted.prompt(position), range(len(others))
             ours = torch.tensor([others.draw(index, 0, prompt)[1] for index in objects])
             theirs = torch.tensor([others.rewards(index)[0] for index in objects])
-            series |= {"held_out_reward": float(ours.mean()), "win_rate": float(share_won(ours, theirs))}
-        return {f"{self.name}_{name}": value for name, value in series.items()}
+            series |= {"reward": float(ours.mean()), "win_rate": float(share_won(ours, theirs))}
+        return {f"held_out_{self.name}_{name}": value for name, value in series.items()}
 
     def _margins(self, job: "Job", position: float, number: int, one: HeldOut) -> Tensor:
         """The preference of each of a contest's pairs, [pairs], on the CPU."""
