@@ -18,11 +18,12 @@ from softprompt.errors import InputError, RunError
 from softprompt.micro.world import MicroWorld
 from softprompt.model import AdaptedModel
 from softprompt.path import point_on_path
-from train import loop
+from train import keep, loop, observe
 from train.batches import object_at
 from train.checkpoint import list_checkpoints, load_checkpoint
 from train.command_line import parse
 from train.config import Config
+from train.export import write
 from train.loop import Run, train
 from train.pacing import Pace, position_of
 from train.setup import Job, prepare
@@ -56,7 +57,7 @@ def trained(job: Job) -> dict[str, Tensor]:
 @pytest.fixture
 def without_exports(monkeypatch):
     """Half of a short run's time."""
-    monkeypatch.setattr(loop, "_export", lambda run, folder: None)
+    monkeypatch.setattr(keep, "export", lambda run, folder: None)
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
@@ -291,30 +292,30 @@ def test_a_scaler_that_leaves_out_every_step_ends_the_run(small, tmp_path, monke
 def test_a_step_is_in_a_checkpoint_before_it_is_evaluated(small, tmp_path, monkeypatch):
     config = small("--train.steps=6", "--curriculum.at=[0, 1]")
     whole = run_to_end(config, tmp_path / "whole")
-    evaluate = loop.validation_series
+    evaluate = observe.validation_series
 
     def fails_at_step_4(job: Job, position: float, **options: bool) -> dict[str, float]:
         if position == position_of(config, Pace.start(config), 4):
             raise torch.OutOfMemoryError("no memory")
         return evaluate(job, position, **options)
 
-    monkeypatch.setattr(loop, "validation_series", fails_at_step_4)
+    monkeypatch.setattr(observe, "validation_series", fails_at_step_4)
     with pytest.raises(torch.OutOfMemoryError):
         run_to_end(config, tmp_path / "parts")
     assert list_checkpoints(tmp_path / "parts")[-1].name == "step-000004"
-    monkeypatch.setattr(loop, "validation_series", evaluate)
+    monkeypatch.setattr(observe, "validation_series", evaluate)
     resumed = run_to_end(config, tmp_path / "parts", resume=True)
     assert series(tmp_path / "parts") == series(tmp_path / "whole")
     assert resumed.best == whole.best
 
 
 def test_a_best_export_that_fails_does_not_end_the_run(small, tmp_path, monkeypatch, capsys):
-    def fails_in_best(pipeline, prompt, folder, *, export=loop.export, **options):
+    def fails_in_best(pipeline, prompt, folder, *, export=write.export, **options):
         if folder.name == "best":
             raise RunError("read back differs")
         return export(pipeline, prompt, folder, **options)
 
-    monkeypatch.setattr(loop, "export", fails_in_best)
+    monkeypatch.setattr(write, "export", fails_in_best)
     run = run_to_end(small("--lora.learning_rate=0.01", "--monitor.validate_every=1"), tmp_path / "run")
     assert run.step == 4 and (tmp_path / "run" / "export" / "clr_embeds.pt").is_file()
     assert run.best is not None and run.best["step"] == 0, "what is not exported is not called the best"
@@ -463,7 +464,7 @@ def test_too_many_bad_samples_stop_the_run(small, spoilt):
 @pytest.mark.usefixtures("without_exports")
 def test_a_sign_of_collapse_is_said_once_and_when_it_is_gone(small, tmp_path, monkeypatch, capsys):
     found = iter([{"views_alike": "too early"}, {"views_alike": "they collapse"}, {"views_alike": "still"}, {}])
-    monkeypatch.setattr(loop, "collapse_signs", lambda series, start: next(found))
+    monkeypatch.setattr(observe, "collapse_signs", lambda series, start: next(found))
     run_to_end(small("--monitor.preview_every=1", "--train.steps=3"), tmp_path / "run")
     said = capsys.readouterr().err
     assert said.count("they collapse") == 1 and "too early" not in said and "still" not in said

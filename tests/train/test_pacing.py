@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from softprompt.curriculum import Stage
-from train import loop
+from train import keep
 from train.checkpoint import load_checkpoint
 from train.config import Config
 from train.loop import train
@@ -140,7 +140,7 @@ def test_a_run_stopped_in_the_middle_and_resumed_takes_the_same_path(
     moving: str,
     options: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(loop, "_export", lambda run, folder: None)  # half of the time, and not looked at here
+    monkeypatch.setattr(keep, "export", lambda run, folder: None)  # half of the time, and not looked at here
     asked = config(**{"train.steps": 8, "kl.every": 1, "monitor.validate_every": 4, "monitor.checkpoint_every": 8, **options})
 
     def run(name: str, *, stop: StopSignal, resume: bool = False) -> list[dict[str, float]]:
