@@ -23,7 +23,8 @@ from train.stop import StopSignal
 CUSTOM = {"custom.weight": "0.5", "custom.function": f"{__name__}:smooth"}
 DRAFT = {"draft.weight": "0.5", "draft.reward": "ssim", "draft.steps": "2"}
 STUDIO = {"studio.weight": "0.5", "studio.over": "views"}
-OBJECTIVES: dict[str, Mapping[str, str]] = {"draft": DRAFT, "studio": STUDIO, "custom": CUSTOM}
+SEPARATE = {"separate.weight": "0.5"}
+OBJECTIVES: dict[str, Mapping[str, str]] = {"draft": DRAFT, "studio": STUDIO, "separate": SEPARATE, "custom": CUSTOM}
 """By name, the options of the smallest run with it."""
 ALL = {option: value for options in OBJECTIVES.values() for option, value in options.items()}
 
