@@ -6,7 +6,7 @@ later improvement of diffusers work unchanged, and weights go both ways.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -99,6 +99,9 @@ class SharedPromptAttnProcessor(AttnProcessor2_0):
     would be computed anew for each object.
     """
 
+    watcher: Callable[[Attention, Tensor, Tensor], None] | None = None
+    """Is shown each layer's queries and keys (see softprompt.attention); None: nobody looks."""
+
     def __call__(
         self,
         attn: Attention,
@@ -115,6 +118,8 @@ class SharedPromptAttnProcessor(AttnProcessor2_0):
         # Not key[prompt_of]: the gradient of that is added up by threads in any order, so no two runs would be equal.
         key, value = (x.index_select(0, prompt_of) for x in (key, value))
         query, key, value = (rearrange(x, "n t (h d) -> n h t d", h=attn.heads) for x in (query, key, value))
+        if self.watcher is not None:
+            self.watcher(attn, query, key)
         out = rearrange(F.scaled_dot_product_attention(query, key, value), "n h t d -> n t (h d)")
         return attn.to_out[1](attn.to_out[0](out))
 

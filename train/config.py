@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from train.objective_options import OBJECTIVES, CustomConfig, DraftConfig, StudioConfig
+from train.objective_options import OBJECTIVES, CustomConfig, DraftConfig, SeparateConfig, StudioConfig
 from train.options import (
     MICRO,
     CurriculumConfig,
@@ -47,6 +47,7 @@ class Config:
     dpo: DpoConfig = field(default_factory=DpoConfig)
     spin: SpinConfig = field(default_factory=SpinConfig)
     studio: StudioConfig = field(default_factory=StudioConfig)
+    separate: SeparateConfig = field(default_factory=SeparateConfig)
     custom: CustomConfig = field(default_factory=CustomConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -102,6 +103,12 @@ class Config:
             "train.batch_size",
             self.train.batch_size,
             "3 or more with studio.over: objects, since pairwise similarity needs three items; or studio.over: views",
+        )
+        require(
+            not (self.uses("separate") and self.train.compile),
+            "train.compile",
+            "true",
+            "false with separate: what is compiled gives out no attention maps",
         )
         for name in ("dpo", "spin"):
             self._check_start(f"{name}.start", getattr(self, name).start)

@@ -99,6 +99,23 @@ class StudioConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeparateConfig:
+    """Separate-and-Enhance: the tokens that say which view it is, and the other words, are attended to in different places."""
+
+    weight: float = 0.0
+    """Of the term in the loss; 0 leaves it out."""
+    presence: float = 0.5
+    """Weight, within the term, of what the weaker of the two lacks."""
+    side: int | None = None
+    """Of the attention maps, one that the UNet has on its way down; null: the coarsest (16 of FaceLift's 64, 32 and 16)."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "presence"):
+            require(getattr(self, name) >= 0, f"separate.{name}", getattr(self, name), "zero or a positive number")
+        require(self.side is None or self.side >= 2, "separate.side", self.side, "2 or more, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CustomConfig:
     """An objective of one's own."""
 
@@ -113,7 +130,7 @@ class CustomConfig:
         require_function("custom.function", self.function)
 
 
-OBJECTIVES = ("draft", "dpo", "spin", "studio", "custom")
+OBJECTIVES = ("draft", "dpo", "spin", "studio", "separate", "custom")
 """Their groups' names."""
 
 

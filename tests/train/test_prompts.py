@@ -18,11 +18,12 @@ from softprompt.embeddings import VIEWS, load_prompt, save_prompt
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.path import slerp
+from softprompt.tokens import words_before_padding
 from tests.browser import Seen
 from train.prompts.__main__ import COMMANDS, main
 from train.prompts.cameras import in_words, read_angles
 from train.prompts.make import reproduce
-from train.prompts.measure import drift, in_ranges, measure, start_distance, words_before_padding
+from train.prompts.measure import drift, in_ranges, measure, start_distance
 from train.prompts.sources import Encoder, Source, fill_in, open_encoder, open_file
 
 Run = Callable[..., tuple[int, str, str]]

@@ -8,6 +8,7 @@ from train.objectives.dpo import make_dpo
 from train.objectives.draft import Draft
 from train.objectives.functions import load_function
 from train.objectives.rewards import load_reward
+from train.objectives.separate import make_separate
 from train.objectives.spin import Spin
 from train.objectives.studio import make_studio
 from train.objectives.terms import Objectives, Term
@@ -24,6 +25,8 @@ def make_objectives(config: Config, pipeline: Pipeline) -> Objectives:
         terms.append(Spin(config, ("psnr", REWARDS["psnr"])))
     if config.uses("studio"):
         terms.append(make_studio(config.studio, pipeline))
+    if config.uses("separate"):
+        terms.append(make_separate(config.separate, pipeline))
     if config.uses("custom"):
         assert config.custom.function is not None, "checked when the configuration is read"
         terms.append(

@@ -8,13 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softprompt.embeddings import closest_pair, prompt_cosines
+from softprompt.tokens import largest, telling_tokens
 
-CARRIES = 0.5
-"""Tokens whose difference is more than this share of the largest are those that differ."""
 ANOTHER_ENCODER = 0.5
 """Distance between two prompts' start tokens, of their norm, from which on they are likely of two text encoders."""
-ALIKE = 0.8
-"""Cosine between neighbours from which on the tokens at a view's end are taken for padding; words are below 0.5."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,12 @@ class Measures:
     @property
     def carriers(self) -> list[int]:
         """Tokens that tell a view from the one it is most like."""
-        return _most(self.telling)
+        return largest(self.telling)
 
     @property
     def spread_over(self) -> list[int]:
         """Tokens that differ over all views: more of them, where longer names move the words after them to later places."""
-        return _most(self.spread)
+        return largest(self.spread)
 
     @property
     def shared(self) -> int:
@@ -87,18 +84,6 @@ def measure(prompt: Tensor, names: Sequence[str]) -> Measures:
     )
 
 
-def telling_tokens(prompt: Tensor) -> Tensor:
-    """How far each token is from that of the view which a view is most like.
-
-    Compared with that one alone, and not with all: texts with longer names have all later words at other places, where every
-    token differs and none says which view it is.
-    prompt: [V, T, D]. Returns: [T], of the token's norm, mean over views.
-    Source: ours.
-    """
-    nearest = prompt_cosines(prompt).fill_diagonal_(-2).argmax(dim=1)
-    return ((prompt - prompt[nearest]).norm(dim=-1) / _divisor(prompt.norm(dim=-1))).mean(dim=0)
-
-
 def spread_over_views(prompt: Tensor) -> Tensor:
     """Root mean square distance of each token to its mean over views. prompt: [V, T, D]. Returns: [T], of the tokens' norm."""
     distance = (prompt - prompt[:1] - (prompt - prompt[:1]).mean(dim=0)).norm(dim=-1)  # zero exactly where all are equal
@@ -134,17 +119,6 @@ def start_distance(prompt: Tensor, reference: Tensor) -> float:
     return float(((first - other).norm(dim=-1) / _divisor(other.norm(dim=-1))).mean())
 
 
-def words_before_padding(prompt: Tensor) -> list[int] | None:
-    """How many tokens of each view come before the run of nearly equal ones at its end, as padding is.
-
-    prompt: [V, T, D]. Returns: one number a view; None where some view has no such run over half its tokens.
-    Source: ours. On FaceLift's prompts it finds what its tokenizer counts.
-    """
-    neighbours = F.cosine_similarity(prompt[:, :-1], prompt[:, 1:], dim=-1)  # V T-1
-    found = [max((t + 1 for t, cosine in enumerate(view.tolist()) if cosine < ALIKE), default=0) for view in neighbours]
-    return None if any(2 * count > prompt.shape[1] for count in found) else found
-
-
 def in_ranges(tokens: Sequence[int]) -> str:
     """[9, 10, 11, 15] => "9-11, 15"."""
     runs: list[list[int]] = []
@@ -154,10 +128,6 @@ def in_ranges(tokens: Sequence[int]) -> str:
         else:
             runs.append([token, token])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _most(values: Tensor) -> list[int]:
-    return [t for t, value in enumerate(values.tolist()) if value > CARRIES * float(values.max())]
 
 
 def _divisor(norms: Tensor) -> Tensor:

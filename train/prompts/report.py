@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.files import new_file
+from softprompt.tokens import words_before_padding
 from train.page import render
 from train.prompts.measure import (
     ANOTHER_ENCODER,
@@ -21,7 +22,6 @@ from train.prompts.measure import (
     in_ranges,
     measure,
     start_distance,
-    words_before_padding,
 )
 from train.prompts.sources import TOY, Source
 
