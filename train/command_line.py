@@ -189,10 +189,9 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         parser.parse_args(["--config", parser.reading])
     parser.reading = None
     namespace = parser.parse_args(argv)
-    read = parser.instantiate(namespace)
-    config = Config(**{f.name: getattr(read, f.name) for f in fields(Config)})
+    config = parser.instantiate(namespace)
     changed = {} if resume is None else _changed(parser.parse_args(argv[:2]), namespace)
-    free = tuple(name for name in FREE_ON_RESUME if not (config.compares_objects and name in OF_A_BATCH))
+    free = tuple(name for name in FREE_ON_RESUME if not (config.studio.compares_objects and name in OF_A_BATCH))
     refused = [said for name, said in changed.items() if not name.startswith(free)]
     if refused and not namespace.resume_override:
         raise InputError(
@@ -204,7 +203,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     files = tuple(str(c) for c in (namespace.config or []))
     name = MICRO if config.model == MICRO and not files else Path(files[-1]).stem if files else Path(config.model).name
     return Request(
-        config=config,
+        config=Config(**{f.name: getattr(config, f.name) for f in fields(Config)}),
         name=name,
         resume=resume,
         dry_run=namespace.dry_run,

@@ -99,7 +99,7 @@ class Config:
             "module:function, e.g. my_losses:smooth, where the objective is trained or measured",
         )
         require(
-            not self.compares_objects or self.train.batch_size >= 3,
+            not self.studio.compares_objects or self.train.batch_size >= 3,
             "train.batch_size",
             self.train.batch_size,
             "3 or more with studio.over: objects, since pairwise similarity needs three items; or studio.over: views",
@@ -131,11 +131,6 @@ class Config:
     def step_of(self, when: float) -> int:
         """The step that a time in `curriculum.unit` is."""
         return round(when * (self.train.steps if self.curriculum.unit == "run" else 1))
-
-    @property
-    def compares_objects(self) -> bool:
-        """Whether an objective depends on which objects are in a batch together."""
-        return self.studio.weight > 0 and self.studio.over == "objects"
 
     def uses(self, objective: str) -> bool:
         """Whether an objective is trained or measured."""

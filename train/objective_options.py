@@ -97,6 +97,11 @@ class StudioConfig:
             "a weight for one of them; studio.weight 0 leaves the objective out",
         )
 
+    @property
+    def compares_objects(self) -> bool:
+        """Whether a step depends on which objects are in a batch together."""
+        return self.weight > 0 and self.over == "objects"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SeparateConfig:
