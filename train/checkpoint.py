@@ -4,7 +4,7 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -189,18 +189,24 @@ def read_state(folder: Path) -> dict[str, Any]:
     """A checkpoint whole. Raises: DamagedError; InputError for one of another version."""
     progress = verify(folder)
     if missing := _PROGRESS - progress.keys():
-        raise InputError(
-            f"{folder / MANIFEST}: has no {', '.join(sorted(missing))}; likely another version of softprompt wrote it, and "
-            f"that version can resume it"
-        )
+        raise _of_another_version(folder / MANIFEST, missing)
     try:
         state: dict[str, Any] = load_pickle(folder / STATE)
     except (pickle.UnpicklingError, ValueError) as error:
         reason = "it holds something else" if isinstance(error, pickle.UnpicklingError) else error
         raise DamagedError(f"{STATE} cannot be read ({reason})") from error
-    if not isinstance(state, dict) or not state.keys() >= _STATE:
+    if not isinstance(state, dict):
         raise DamagedError(f"{STATE} cannot be read (it holds something else)")
+    if missing := _STATE - state.keys():
+        raise _of_another_version(folder / STATE, missing)
     return state | progress
+
+
+def _of_another_version(file: Path, missing: Set[str]) -> InputError:
+    return InputError(
+        f"{file}: has no {', '.join(sorted(missing))}; likely another version of softprompt wrote it, and that version can "
+        f"resume it"
+    )
 
 
 def verify(folder: Path) -> dict[str, Any]:

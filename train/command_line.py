@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -84,6 +85,15 @@ class Parser(ArgumentParser):
     """What its options are the fields of."""
     also: tuple[str, ...] = ("config", "resume", "resume-override", "dry-run")
     """Its other options."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **named: Any) -> Namespace:  # type: ignore[override]
+        """As its parent's; YAML's tags, as `!!timestamp`, are refused, since its reader breaks at some of them."""
+        given = list(sys.argv[1:] if args is None else args)
+        for before, argument in pairwise(["", *given]):
+            option, equals, value = argument.partition("=") if argument.startswith("--") else (before, "=", argument)
+            if equals and re.search(r"(^|[\s,:\[{])!!\w", value):
+                self.error(f"{option.lstrip('-')}: is {value}; expected a value without YAML tags (!!)")
+        return super().parse_args(given, *others, **named)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         del ex

@@ -191,12 +191,14 @@ class _Dumper(yaml.SafeDumper):
     """Quotes a text that the options' reader would take for a number: `1e-4` is one to it, and none to YAML."""
 
 
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="'" if re.fullmatch(r"[-+]?[\d._]+([eE][-+]?\d+)?", text) else None
-    ),
-)
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    number = re.fullmatch(r"[-+]?[\d._]+([eE][-+]?\d+)?", text)
+    # Unicode's own ends of line would come back as spaces.
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else "'" if number else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _quoted)
 
 
 def to_yaml(config: Config) -> str:

@@ -175,7 +175,7 @@ def test_a_checkpoint_holds_only_what_trains(tmp_path: Path, untrained: Training
     folder = untrained.save(tmp_path)
     state = torch.load(folder / "state.pt", weights_only=True)
     assert set(state["trainable"]) == {n for n, p in untrained.job.adapted.named_parameters() if p.requires_grad}
-    parts = {"trainable", "waypoints", "optimizer", "schedule", "ema", "scaler"}
+    parts = {"trainable", "waypoints", "optimizer", "schedule", "ema", "scaler", "objectives"}
     assert set(state) == parts
     assert json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["progress"] == PROGRESS
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "state.pt"]

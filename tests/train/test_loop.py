@@ -481,7 +481,8 @@ def test_the_configuration_that_collapses_is_caught(tmp_path, capsys):
         "--monitor.preview_every=30",
         "--monitor.validate_every=30",
     ]
-    options += ["--monitor.preview_steps=8", "--monitor.validation_timesteps=1", "--export.pipeline=false"]
+    options += ["--monitor.preview_steps=8", "--monitor.validation_timesteps=1"]
+    options += ["--export.pipeline=false", "--export.report=false"]
     run_to_end(parse(options).config, tmp_path / "run")
     at_end = series(tmp_path / "run")[-1]
     assert at_end["watch/copies_input"] == 1

@@ -19,6 +19,7 @@ from softprompt.embeddings import load_prompt
 from softprompt.micro import MICRO_MODEL
 from softprompt.unet import build_unet, save_unet
 from train.config import Config, to_yaml
+from train.series import is_ablation
 from train.softprompt import main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -89,7 +90,10 @@ def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_fo
     more = run("--resume", str(out), "--train.steps=4")
     assert more.returncode == 0, more.stderr
     assert "resumed    at step 3 of 4" in more.stdout
-    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3, 3, 4, 4]
+    points = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in points if not is_ablation(point)] == [0, 1, 2, 3, 3, 4, 4]
+    assert [point["step"] for point in points if is_ablation(point)] == [3, 4], "finished twice"
+    assert "step 4 of 4" in (out / "report.html").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------ stopping
