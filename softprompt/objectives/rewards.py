@@ -101,6 +101,8 @@ REWARDS: Mapping[str, Reward] = {
     "sharpness": sharpness,
 }
 """By the names that `draft.reward` takes, but for `clip`, which needs an encoder (`clip_similarity`)."""
+NEED_BACKGROUND = ("silhouette", "consistency")
+"""Those that tell the object from the background, which pictures without transparency do not show."""
 CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of the pictures that OpenAI's CLIP was trained on, by channel."""
 

@@ -42,11 +42,15 @@ def background_colour(truth: Tensor, masks: Tensor) -> Tensor:
     truth: [B, V, 3, S, S]. masks: [B, V, 1, S, S] in [0, 1]. Returns: [B, 3].
     Raises: ValueError where an object's masks leave no background, as those of pictures without transparency.
     """
-    outside = 1 - masks.to(truth)
-    total = reduce(outside, "b v 1 h w -> b 1", "sum")
-    if bool((total == 0).any()):
+    if not has_background(masks):
         raise ValueError("masks leave no background: the pictures have no transparency, so the object cannot be told from it")
-    return reduce(truth * outside, "b v c h w -> b c", "sum") / total
+    outside = 1 - masks.to(truth)
+    return reduce(truth * outside, "b v c h w -> b c", "sum") / reduce(outside, "b v 1 h w -> b 1", "sum")
+
+
+def has_background(masks: Tensor) -> bool:
+    """Whether the masks, [B, V, 1, S, S], leave one to every object; those of pictures without transparency do not."""
+    return bool((masks < 1).flatten(1).any(dim=1).all())
 
 
 def foreground_share(views: Tensor, background: Tensor) -> Tensor:
@@ -63,7 +67,7 @@ def statistics_of_truth(views: Tensor, truth: Tensor, masks: Tensor) -> dict[str
     Returns: `edges`, `colours`, and `foreground`, each a scalar: the ratio of means over objects and views.
     """
     found = {"edges": [edge_density(p) for p in (views, truth)], "colours": [colour_entropy(p) for p in (views, truth)]}
-    if bool((masks < 1).flatten(1).any(dim=1).all()):
+    if has_background(masks):
         background = background_colour(truth, masks)
         found["foreground"] = [foreground_share(p, background) for p in (views, truth)]
     return {name: ours.mean() / true.mean().clamp(min=1e-6) for name, (ours, true) in found.items()}

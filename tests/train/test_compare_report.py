@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -32,7 +33,7 @@ def write_tiles(folder, step, objects=2):
     image.save(folder / f"tiles-step-{step:06d}.png")
 
 
-def write_run(run, factor=1.0, *, original=True, tiles=True):
+def write_run(run, factor=1.0, *, original=True, tiles=True, objectives=False):
     """A finished run of two hundred steps."""
     steps = run.config.train.steps
     points = []
@@ -44,6 +45,8 @@ def write_run(run, factor=1.0, *, original=True, tiles=True):
     points[-1] |= {"views/psnr": 20 / factor, "views/ssim": 0.8, "views/copy_score": None}
     points[-1] |= {f"views_psnr/{name}": 20 - i for i, name in enumerate(VIEWS)}
     points[-1] |= {f"views_ssim/{name}": 0.9 - i / 10 for i, name in enumerate(VIEWS)}
+    if objectives:
+        points[-1]["objective/held_out_reward_ssim"] = 1.8 - factor + run.seed / 100
     run.folder.mkdir(parents=True)
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     if tiles:
@@ -128,6 +131,21 @@ def test_tables_of_numbers_hold_every_run(report, tmp_path):
         better = list(csv.DictReader(file))[1]
     assert float(better["loss_change_low"]) < float(better["loss_change"]) < float(better["loss_change_high"]) < 0
     assert float(better["forgetting_ratio"]) == pytest.approx(0.9) and better["worst_view"] == "front_left"
+
+
+def test_what_objectives_are_for_has_a_table_with_the_paired_change(report, tmp_path):
+    page = report(seeds=(0, 1, 2))
+    assert "Objectives" not in section(page, "results"), "no run measured any"
+    shutil.rmtree(tmp_path / "out")
+    page = report(seeds=(0, 1, 2), objectives=True)
+    table = section(page, "results").split('aria-label="Objectives"')[1]
+    assert "reward ssim" in table and "<td>0.81<small>± 0.01</small></td>" in table
+    assert "<td>0.91<small>+0.1 (+0.1 to +0.1)</small></td>" in table
+    with (tmp_path / "out" / "report-summary.csv").open() as file:
+        base, better = csv.DictReader(file)
+    assert float(better["objective/held_out_reward_ssim_change"]) == pytest.approx(0.1)
+    assert float(better["objective/held_out_reward_ssim_change_low"]) == pytest.approx(0.1)
+    assert float(base["objective/held_out_reward_ssim_change"]) == 0
 
 
 def test_numbers_as_words():

@@ -17,7 +17,8 @@ from softprompt.errors import InputError
 from train.command_line import make_parser, option_kinds, parse
 from train.config import Config, to_yaml
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SHIPPED = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted([*SHIPPED.glob("*.yaml"), *SHIPPED.glob("objectives/*.yaml")])
 
 UNUSUAL = [
     "--output=runs/a: b #c",

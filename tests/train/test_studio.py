@@ -66,7 +66,7 @@ def test_decoded_pictures_are_compared_where_asked_for(make_job: Callable[..., J
 
 def test_at_the_start_the_pairs_are_the_untouched_models(make_job: Callable[..., Job]) -> None:
     job = make_job(**{"studio.weight": 1, "train.batch_size": 3})
-    assert "WARNING    no objective/held_out_studio is logged: there are 2 held-out objects" in "".join(job.notes)
+    assert "WARNING    no objective/held_out_studio_objects is logged: there are 2 held-out objects" in "".join(job.notes)
     result = training_step(job, 0)
     assert result.objectives["studio_pairs"] == pytest.approx(0, abs=1e-9)
     assert result.objectives["studio_detail"] > 0
@@ -80,7 +80,7 @@ def test_held_out_objects_are_looked_at_in_the_same_way_every_time(make_job: Cal
     with torch.no_grad():
         ours = measure_on_held_out(term, job, 0.0)
         theirs = measure_on_held_out(term, make_job(**{"monitor.validation_timesteps": 2, "train.batch_size": 2}), 0.0)
-    assert ours == theirs and set(ours) == {f"held_out_studio{name}" for name in ("", "_pairs", "_detail_pairs", "_detail")}
+    assert ours == theirs and set(ours) == {"studio", "studio_pairs", "studio_detail_pairs", "studio_detail"}
 
 
 def test_too_few_items_are_refused(make_job: Callable[..., Job], mice: Path, small_config: Callable[..., Config]) -> None:

@@ -1,7 +1,7 @@
 """Finished runs as plain numbers, and what may be said of them. Reads metrics.jsonl; trains and draws nothing.
 
-Every comparison is paired: the same seed is the same order of data and the same noise, so each variant's run is set against the
-baseline's run of that seed, and only the differences are averaged.
+Every comparison is paired: the same seed is the same order of data and the same noise, so each variant's run is set against
+the baseline's run of that seed, and only the differences are averaged.
 """
 
 import math
@@ -18,6 +18,8 @@ FEWEST_SEEDS = 3
 CONFIDENCE = 0.95
 Outcome = Literal["baseline", "lower", "higher", "noise", "unknown", "absent"]
 RESAMPLES = 9999
+OBJECTIVES = "objective/held_out_"
+"""What the names of series of objectives on held-out objects begin with (`monitor.objectives`)."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class Summary:
     """Over the baseline's."""
     series: Mapping[str, Spread]
     """Other series at the end, by their names in metrics.jsonl."""
+    objective_changes: Mapping[str, Interval]
+    """Of what the objectives are for on held-out objects, by the names of the series: paired differences to the baseline."""
     psnr_change: Interval
     """In dB, paired."""
     view_psnr: Mapping[str, float]
@@ -347,6 +351,11 @@ def summarise(variant: str, results: Sequence[RunResult], baseline: str) -> Summ
         forgotten=spread([r.forgotten for r in own]),
         forgotten_ratio=paired_ratio(*_sides([(r.forgotten, b.forgotten) for r, b in pairs])),
         series={name: spread([r.number(name) for r in own]) for name in names},
+        objective_changes={
+            name: paired_difference(*_sides([(r.number(name), b.number(name)) for r, b in pairs]))
+            for name in names
+            if name.startswith(OBJECTIVES)
+        },
         psnr_change=paired_difference(*_sides([(r.number("views/psnr"), b.number("views/psnr")) for r, b in pairs])),
         view_psnr=_mean_views(own, "views_psnr"),
         view_ssim=_mean_views(own, "views_ssim"),

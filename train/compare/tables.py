@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.compare.results import FEWEST_SEEDS, Interval, RunResult, Spread, Summary
+from train.compare.results import FEWEST_SEEDS, OBJECTIVES, Interval, RunResult, Spread, Summary
 
 DASH = "–"
 CAVEATS = (
@@ -142,6 +142,33 @@ def _psnr(s: Summary) -> dict[str, str]:
     return cell(plain["text"], change.replace("-", "−"))
 
 
+def objectives_table(summaries: Sequence[Summary]) -> dict[str, Any] | None:
+    """What the objectives are for, on held-out objects; None where no run measured any."""
+    names = list(dict.fromkeys(name for s in summaries for name in s.series if name.startswith(OBJECTIVES)))
+    if not names:
+        return None
+    rows = []
+    for s in summaries:
+        cells = []
+        for name in names:
+            change = s.objective_changes.get(name, Interval())
+            shown = _spread(s.series.get(name))
+            if s.outcome != "baseline" and math.isfinite(change.low):
+                under = f"{change.value:+.2g} ({_bounds(change, lambda v: f'{v:+.2g}')})"
+                shown = cell(shown["text"], under.replace("-", "−"))
+            cells.append(shown)
+        rows.append({"name": s.variant, "cells": cells})
+    return {
+        "name": "Objectives",
+        "columns": ["variant", *(_view(name.removeprefix(OBJECTIVES)) for name in names)],
+        "words": [],
+        "rows": rows,
+        "note": "On held-out objects at the end, whether a variant trains on it or not (monitor.objectives); means over seeds. "
+        "Under them the paired difference to the baseline and its 95 % t interval. Of a reward more is better; of what "
+        "an objective lowers, less.",
+    }
+
+
 def views_table(summaries: Sequence[Summary]) -> dict[str, Any] | None:
     """PSNR and SSIM of each view; None where no run measured them."""
     names = list(dict.fromkeys(name for s in summaries for name in s.view_psnr))
@@ -232,6 +259,7 @@ def summary_rows(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
                 "reached_baseline_loss": s.reach.reached,
                 **_interval("forgetting_ratio", s.forgotten_ratio),
                 **_interval("psnr_change_db", s.psnr_change),
+                **_objective_intervals(s, names),
                 **_two("forgetting", s.forgotten),
                 **_two("prompts_mean_cosine", s.prompts_alike),
                 **_two("seconds_per_step", s.seconds_per_step),
@@ -241,6 +269,12 @@ def summary_rows(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
         )
         for s in summaries
     ]
+
+
+def _objective_intervals(s: Summary, names: Sequence[str]) -> dict[str, float]:
+    """names: of all series."""
+    changes = {name: s.objective_changes.get(name, Interval()) for name in names if name.startswith(OBJECTIVES)}
+    return {key: value for name, change in changes.items() for key, value in _interval(f"{name}_change", change).items()}
 
 
 def _interval(name: str, interval: Interval) -> dict[str, float]:

@@ -36,7 +36,7 @@ class Custom(Term):
     def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
         """The function's value on held-out objects."""
         del shown
-        return measure_on_held_out(self, job, position)
+        return {"held_out_custom": measure_on_held_out(self, job, position)["custom"]}
 
 
 def seen_of(scene: Scene) -> Seen:

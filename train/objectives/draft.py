@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from softprompt.batch import Batch, seeded
 from softprompt.errors import InputError, RunError
 from softprompt.objectives import draft as formulas
-from softprompt.objectives.rewards import Reward
-from softprompt.objectives.statistics import statistics_of_truth
+from softprompt.objectives.rewards import NEED_BACKGROUND, REWARDS, Reward
+from softprompt.objectives.statistics import has_background, statistics_of_truth
 from softprompt.sampling import decode_with_gradient
 from train.objective_options import DraftConfig
 from train.objectives.guard import Guard
@@ -138,12 +138,20 @@ class Draft(Term):
             )
 
     def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
-        """The reward of the previews, of the true views, and what the guard looks at."""
+        """The previews by its own reward and all others that these pictures allow, and what the guard looks at."""
         del job, position
         views, truth, masks = (p.float() for p in (shown.now, shown.truth, shown.masks))
-        found = {"held_out_reward": self.judge(views, truth, masks).mean()}
+        found = {f"held_out_reward_{self.reward_name}": self.judge(views, truth, masks).mean()}
+        for name, reward in REWARDS.items():
+            if has_background(masks) or name not in NEED_BACKGROUND:
+                found[f"held_out_reward_{name}"] = reward(views, truth, masks).mean()
         found |= {f"held_out_{name}": value for name, value in statistics_of_truth(views, truth, masks).items()}
         return {name: float(value) for name, value in found.items()}
+
+    @property
+    def reward_name(self) -> str:
+        """Of the reward, or of the function that is one."""
+        return self.settings.reward.rpartition(":")[2]
 
     def state(self) -> dict[str, Any]:
         """Of the guard."""

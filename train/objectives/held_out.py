@@ -14,7 +14,7 @@ OBJECTS = 4
 
 
 def measure_on_held_out(term: Term, job: "Job", position: float) -> dict[str, float]:
-    """A term that reads the step's prediction: its loss and all that it logs, each a mean, as held_out_NAME."""
+    """A term that reads the step's prediction: means of its loss and of all that it logs, by their names."""
     totals: dict[str, float] = {}
     scenes = 0
     for scene in held_out_scenes(job, position):
@@ -22,7 +22,7 @@ def measure_on_held_out(term: Term, job: "Job", position: float) -> dict[str, fl
             predict(scene)
             loss = sum(float(part) for part in term.losses(scene))
         for name, value in {term.name: loss, **scene.series}.items():
-            totals[f"held_out_{name}"] = totals.get(f"held_out_{name}", 0.0) + float(value)
+            totals[name] = totals.get(name, 0.0) + float(value)
         scenes += 1
     return {name: total / scenes for name, total in totals.items()}
 

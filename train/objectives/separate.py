@@ -65,7 +65,8 @@ class Separate(Term):
     def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
         """Overlap and absence on held-out objects."""
         del shown
-        return measure_on_held_out(self, job, position)
+        found = measure_on_held_out(self, job, position)
+        return {f"held_out_{name}": found[name] for name in ("separate_overlap", "separate_absence")}
 
 
 def groups_of(prompt: SoftPrompt, position: float) -> Tensor:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from train.setup import Job
 
 
+PARTS = ("pairs", "detail_pairs", "detail")
+"""Of the loss, by the names of their weights."""
+
+
 class Studio(Term):
     """Pairs of the batch's objects, view by view, or of each object's views."""
 
@@ -38,7 +42,7 @@ class Studio(Term):
         few = f"there are {len(job.held_out)} held-out objects; studio.over: objects is measured on 3 or more"
         if self.weight == 0:
             raise InputError(f"monitor.objectives: has studio, and {few}. Give more (data.val), or studio.over: views")
-        return [f"WARNING    no objective/held_out_studio is logged: {few}"]
+        return [f"WARNING    no objective/held_out_studio_objects is logged: {few}"]
 
     def _measurable(self, job: "Job") -> bool:
         return self.settings.over == "views" or len(job.held_out) >= 3
@@ -71,7 +75,11 @@ class Studio(Term):
     def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
         """How far the pairs of held-out objects are from the untouched model's."""
         del shown
-        return measure_on_held_out(self, job, position) if self._measurable(job) else {}
+        if not self._measurable(job):
+            return {}
+        found = measure_on_held_out(self, job, position)
+        of = self.settings.over if self.settings.space == "latents" else f"{self.settings.over}_in_pictures"
+        return {f"held_out_studio_{of}_{name}": found[f"studio_{name}"] for name in PARTS}
 
 
 def _mean_over_sets(ours: Tensor, source: Tensor) -> Tensor:
