@@ -110,15 +110,10 @@ class Config:
             "true",
             "false with separate: what is compiled gives out no attention maps",
         )
-        for name in ("dpo", "spin"):
-            self._check_start(f"{name}.start", getattr(self, name).start)
-        begins, rounds = self.step_of(self.spin.start), self.spin.iterations
-        require(
-            not self.uses("spin") or rounds <= self.train.steps - begins,
-            "spin.iterations",
-            rounds,
-            f"{self.train.steps - begins} at most: an iteration takes a step at least",
-        )
+        self._check_start("spin.start", self.spin.start)
+        left, rounds = self.train.steps - self.step_of(self.spin.start), self.spin.iterations
+        fits = not self.uses("spin") or rounds <= left
+        require(fits, "spin.iterations", rounds, f"{left} at most: an iteration takes a step at least")
 
     def _check_start(self, name: str, start: float) -> None:
         """A time within the run."""

@@ -24,10 +24,8 @@ class DpoConfig:
     the disk (.jsonl or .csv with input, winner, loser and, for a curriculum, gap)."""
     held_out_pairs: str | None = None
     """With a list: another one, to measure on; null: none."""
-    start: float = 0.0
-    """When it begins, in `curriculum.unit`; own samples are made by the model as it is then."""
     samples: int = 4
-    """Own sample sets of each object; every two of them are a pair."""
+    """Own sample sets of each object, made before the first step; every two of them are a pair."""
     sample_steps: int = 8
     """DDIM steps of a set; guidance and eta are those of previews (monitor.guidance_scale, monitor.eta)."""
     objects: int | None = None
@@ -48,7 +46,7 @@ class DpoConfig:
     chunk_by: Literal["equal_width", "equal_count"] = "equal_width"
     """How gaps of rewards, or of a list, are cut into chunks: equally wide ranges, or equally many pairs."""
     chunk_steps: int | None = None
-    """Steps of a stage; null: equal shares of the run from `start` on."""
+    """Steps of a stage; null: equal shares of the run."""
 
     def __post_init__(self) -> None:
         _check(self, "dpo")
@@ -104,6 +102,7 @@ class SpinConfig:
 
     def __post_init__(self) -> None:
         _check(self, "spin")
+        require(self.start >= 0, "spin.start", self.start, "0 or more")
         require(self.iterations >= 1, "spin.iterations", self.iterations, "1 or more")
 
 
@@ -111,7 +110,6 @@ def _check(settings: DpoConfig | SpinConfig, name: str) -> None:
     """What both groups have."""
     require(settings.weight >= 0, f"{name}.weight", settings.weight, "zero or a positive number")
     require(settings.beta > 0, f"{name}.beta", settings.beta, "a positive number")
-    require(settings.start >= 0, f"{name}.start", settings.start, "0 or more")
     for number in ("sample_steps", "held_out_objects"):
         require(getattr(settings, number) >= 1, f"{name}.{number}", getattr(settings, number), "1 or more")
     require(settings.objects is None or settings.objects >= 1, f"{name}.objects", settings.objects, "1 or more, or null")

@@ -155,7 +155,6 @@ OTHER_VALUES: dict[str, object] = {
     "dpo.beta": 500.0,
     "dpo.pairs": "/elsewhere/others.csv",
     "dpo.held_out_pairs": "/elsewhere/held_out.jsonl",
-    "dpo.start": 0.5,
     "dpo.samples": 3,
     "dpo.sample_steps": 4,
     "dpo.objects": 3,
@@ -219,6 +218,7 @@ OTHER_VALUES: dict[str, object] = {
     "monitor.checkpoint_every": 3,
     "monitor.checkpoints_kept": 2,
     "export.pipeline": False,
+    "export.report": False,
     "export.tolerance": 0.5,
 }
 """Of every option, one that is not its default."""

@@ -440,10 +440,10 @@ def test_what_is_only_measured_changes_nothing(small, tmp_path):
 
 
 def test_a_dry_run_makes_no_samples(small, tmp_path):
-    job = prepare(small(**DPO, **SPIN, **{"dpo.start": 0.5}))
+    job = prepare(small(**DPO, **LATER))
     said = [note for note in job.notes if note.startswith(("dpo ", "spin "))]
-    assert said[0] == "dpo        own samples, 3 of each of 2 objects at step 2, and of 1 held out: 9 passes of the model"
-    assert "in each of 2 rounds, the first at step 0" in said[1]
+    assert said[0] == "dpo        own samples, 3 of each of 2 objects at step 0, and of 1 held out: 9 passes of the model"
+    assert "in each of 2 rounds, the first at step 1" in said[1]
     job.objectives.rehearse(job)
     result = training_step(job, 0)
     assert result.objectives["dpo"] == result.objectives["spin"] == pytest.approx(math.log(2), rel=1e-6)
@@ -461,7 +461,7 @@ def test_a_dry_run_makes_no_samples(small, tmp_path):
         ({"dpo.reward": "beauty"}, r"dpo\.reward: is beauty; expected psnr, .*, or module:function"),
         ({"dpo.reward": "clip"}, r"dpo\.encoder: is null; expected the folder of a CLIP vision model"),
         ({"dpo.held_out_pairs": "some.jsonl"}, r"dpo\.held_out_pairs: is some\.jsonl; expected null where dpo\.pairs is `own`"),
-        ({"dpo.start": 1}, r"dpo\.start: is 1\.0; expected a fraction of the run, less than 1"),
+        ({"spin.start": 1}, r"spin\.start: is 1\.0; expected a fraction of the run, less than 1"),
         ({"spin.iterations": 5}, r"spin\.iterations: is 5; expected 3 at most: an iteration takes a step at least"),
         ({"spin.start": 1.5, "curriculum.unit": "step", "curriculum.at": "[0, 2]"}, r"spin\.start: is 1\.5; .* whole number"),
         ({"spin.held_out_objects": 0}, r"spin\.held_out_objects: is 0; expected 1 or more"),

@@ -30,16 +30,16 @@ class Dpo(PreferenceTerm):
     name = "dpo"
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config, config.dpo)
+        super().__init__(config, config.dpo, start=0.0)
         self.options = config.dpo
-        equal_share = math.ceil((config.train.steps - self.first) / self.options.chunks)
+        equal_share = math.ceil(config.train.steps / self.options.chunks)
         self._stage_steps = self.options.chunk_steps or equal_share
         self._open: list[list[int]] = []
         """By stage, the pairs that it trains on."""
 
     def stage(self, step: int) -> int:
         """Which of the curriculum's stages a step belongs to, counted from 0."""
-        return stage_at(step - self.first, self._stage_steps, self.options.chunks)
+        return stage_at(step, self._stage_steps, self.options.chunks)
 
     def share_out(self, joins: list[int]) -> None:
         """Take in at which stage each pair joins. Where the first stages have none, they train those of the first that has."""
@@ -65,7 +65,7 @@ class Dpo(PreferenceTerm):
 
 
 class OwnDpo(Dpo):
-    """Every two sample sets that the model made of an object when the objective began, ranked by a reward."""
+    """Every two sample sets that the model made of an object before the first step, ranked by a reward."""
 
     def __init__(self, config: Config, reward: tuple[str, Reward]) -> None:
         super().__init__(config)
@@ -75,8 +75,14 @@ class OwnDpo(Dpo):
         """(object, winner, loser)."""
 
     def open(self, job: "Job") -> list[str]:
-        """Say what sampling will cost."""
-        return [self.cost_of_samples(job, sets=self.options.samples, rounds=1)]
+        """Say what sampling will cost, and what the pairs would not fit."""
+        said = [self.cost_of_samples(job, sets=self.options.samples, rounds=1)]
+        if job.config.init_from is not None and self.weight > 0:
+            said.append(
+                "WARNING    dpo compares with the pretrained model, which did not make these samples: init_from did. Take the "
+                "pipeline that that run exported as model, and its prompt as first waypoint, to compare with itself"
+            )
+        return said
 
     def kept_bytes(self, job: "Job") -> int:
         """The sets."""
@@ -84,8 +90,7 @@ class OwnDpo(Dpo):
 
     def begins(self, step: int) -> bool:
         """Until all sets are there."""
-        trains = self.weight > 0 and self.first <= step < self.end
-        return step >= self.first and (self.others is None or (trains and not self._open))
+        return self.others is None or (self.weight > 0 and step < self.end and not self._open)
 
     def begin(self, job: "Job", folder: Path, step: int, position: float, stopped: Callable[[], bool]) -> None:
         """Make the sets, and rank them. Raises: RunError where no object has a pair."""

@@ -104,10 +104,10 @@ class PreferenceTerm(Term):
 
     own_passes = True
 
-    def __init__(self, config: Config, settings: DpoConfig | SpinConfig) -> None:
+    def __init__(self, config: Config, settings: DpoConfig | SpinConfig, *, start: float) -> None:
         super().__init__(settings.weight)
         self.beta = settings.beta
-        self.first, self.end = config.step_of(settings.start), config.train.steps
+        self.first, self.end = config.step_of(start), config.train.steps
         """The steps in which it trains: [first, end)."""
         self.started_from: Snapshot | None = None
         """The model as it was at the first."""

@@ -25,7 +25,7 @@ class Spin(PreferenceTerm):
 
     def __init__(self, config: Config, reward: tuple[str, Reward]) -> None:
         """reward: what `measure` compares samples by; nothing is trained on it."""
-        super().__init__(config, config.spin)
+        super().__init__(config, config.spin, start=config.spin.start)
         self.options = config.spin
         steps, count = config.train.steps - self.first, self.options.iterations
         self.boundaries = [self.first + k * steps // count for k in range(count)]
