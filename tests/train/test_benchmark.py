@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from train.benchmark import growth
 from train.benchmark.__main__ import main
-from train.benchmark.count import arms, count_parts
+from train.benchmark.count import arms, count_parts, objective_arms
 from train.benchmark.growth import many_objects
 from train.benchmark.measure import matmul_flops
 from train.benchmark.models import random_pipeline
+from train.benchmark.steps import Setting, adapting_ways
 
 WAYS = [
     "FaceLift",
@@ -22,6 +24,13 @@ WAYS = [
     "ours, KL at each",
     "ours, KL at every",
     "ours, KL on the",
+]
+OBJECTIVES = [
+    "with DRaFT+, 10 steps, K = 1",
+    "with DRaFT+, 10 steps, K = 2",
+    "with DomainStudio on latents",
+    "with DomainStudio on pictures",
+    "with Separate-and-Enhance",
 ]
 
 
@@ -38,6 +47,12 @@ def test_full_size_has_the_operations_and_weights_of_stable_diffusion_2_1() -> N
     assert facelift.flop == pytest.approx(37.7e12, rel=0.005)
     assert facelift.flop > 2 * ours.flop and facelift.state_bytes > 9 * ours.state_bytes
     assert ours.activation_bytes is not None and ours.activation_bytes + ours.state_bytes < 10e9
+    assert parts.decode == pytest.approx(2.48e12, rel=0.02), "of the published decoder"
+    drafts = [objective_arms(parts, last=k)[0] for k in (1, 2)]
+    assert all(d.activation_bytes is not None and d.activation_bytes + d.state_bytes < 24e9 for d in drafts), "of 80 GB"
+    assert drafts[0].flop == pytest.approx(
+        2 * (20 * parts.forward + parts.backward_adapted + parts.reference) + 6 * (2 * parts.decode + parts.backward_decode)
+    )
 
 
 @pytest.mark.parametrize(("views", "picture"), [(1, 64), (4, 128)])
@@ -62,6 +77,14 @@ def test_every_way_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert none["flop"] < fourth["flop"] < each["flop"]
     reference = each["flop"] - none["flop"]
     assert fourth["flop"] - none["flop"] == pytest.approx(reference / 4, rel=1e-6), "the KL of every fourth step, once a cycle"
+
+
+def test_objectives_are_ways_of_their_own_where_asked_for() -> None:
+    setting = Setting("tiny", torch.device("cpu"), torch.float32, rank=2)
+    ways = adapting_ways(setting, Accelerator(cpu=True), objectives=True)
+    assert [way.name for way in ways[-len(OBJECTIVES) :]] == OBJECTIVES
+    for way in ways[-len(OBJECTIVES) :]:
+        way.step(0)
 
 
 def test_counting_needs_no_machine(capsys: pytest.CaptureFixture[str]) -> None:

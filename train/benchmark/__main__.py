@@ -44,6 +44,8 @@ class Options:
     """Rounds of four steps of each way; the median counts."""
     facelift: bool = True
     """Also measure FaceLift's own way of training, which takes 16 bytes of memory a weight."""
+    objectives: bool = False
+    """Also measure steps with each objective that samples, decodes or looks at more than the plain loss does."""
     compile: bool = False
     """torch.compile for the transformer blocks, in all ways but FaceLift's."""
     tflops: float | None = None
@@ -94,18 +96,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _count(options: Options) -> dict[str, Any]:
-    from train.benchmark.count import arms, count_parts
+    from train.benchmark.count import arms, count_parts, objective_arms
 
     parts = count_parts(options.size, rank=options.rank)
     print(f"counted    {options.size}, one object of six views, bf16, LoRA rank {options.rank}; nothing was run")
     floor = f" {'least time':>10}" if options.tflops else ""
     print(f"\n{'':55s} {'TFLOP':>8} {'state':>9} {'activations':>12}{floor}")
     found = arms(parts)
-    for arm in found:
+    added = [*objective_arms(parts), *objective_arms(parts, last=2)[:1]]
+    for arm in [*found, *added]:
+        if arm is added[0]:
+            print("\nwhat objectives add, with their own peak")
         kept = "little" if arm.activation_bytes is None else f"{arm.activation_bytes / 1e9:.2f} GB"
         time = f" {arm.flop / options.tflops / 1e9:>7.1f} ms" if options.tflops else ""
         print(f"{arm.name:55s} {arm.flop / 1e12:8.2f} {arm.state_bytes / 1e9:6.2f} GB {kept:>12}{time}")
-    return {"options": asdict(options), "parts": asdict(parts), "ways": [asdict(arm) for arm in found]}
+    return {"options": asdict(options), "parts": asdict(parts), "ways": [asdict(arm) for arm in [*found, *added]]}
 
 
 def _start(options: Options) -> tuple["Setting", "Accelerator", str]:
@@ -157,7 +162,7 @@ def _measure(options: Options) -> dict[str, Any]:
     from train.benchmark.steps import adapting_ways, facelift_way
 
     device, dtype = setting.device, setting.dtype
-    ways = adapting_ways(setting, accelerator)
+    ways = adapting_ways(setting, accelerator, objectives=options.objectives)
     if options.facelift:
         ways.insert(0, facelift_way(setting))
     found = measure(ways, device=device, repeats=options.repeats, progress=sys.stderr.isatty())

@@ -36,8 +36,14 @@ class Parts:
     """FLOP of encoding one picture."""
     clip: float
     """FLOP of embedding one picture."""
+    decode: float
+    """FLOP of decoding one picture."""
+    backward_decode: float
+    """FLOP of the way back through its decoder, to its latents."""
     activations: int
     """Bytes kept for the backward pass of prompt and LoRA."""
+    activations_decode: int
+    """Bytes kept for the way back through the decoder of one picture, in float32."""
     unet_parameters: int
     trained_parameters: int
     encoder_parameters: int
@@ -73,17 +79,23 @@ def count_parts(size: str, *, views: int = 6, picture: int | None = None, rank: 
     vae = _flop(lambda: pipeline.vae.encode(pixels))
     clip = _flop(lambda: pipeline.image_encoder(embedded))
 
+    def decode() -> Tensor:
+        decoded: Tensor = pipeline.vae.decode(latents[0, :1].detach().requires_grad_()).sample
+        return decoded
+
+    decode_flop, backward_decode = _with_backward(decode)
+
     pipeline.unet.requires_grad_(True)
     everything = AdaptedModel(pipeline.unet, prompt.requires_grad_(False))
-    _, backward_all = _forward_and_backward(everything, batch)
+    _, backward_all = _with_backward(lambda: everything(*batch, 0.0))
     pipeline.unet.requires_grad_(False)
 
     add_lora(pipeline.unet, rank=rank, alpha=float(rank), targets=LORA_TARGETS)
     adapted = AdaptedModel(pipeline.unet, prompt).to("meta")
-    _, backward_lora = _forward_and_backward(adapted, batch)
+    _, backward_lora = _with_backward(lambda: adapted(*batch, 0.0))
     prompt.requires_grad_(True)
-    activations = _kept(adapted, batch)
-    forward, backward_adapted = _forward_and_backward(adapted, batch)
+    activations = _kept(adapted, lambda: adapted(*batch, 0.0))
+    forward, backward_adapted = _with_backward(lambda: adapted(*batch, 0.0))
     return Parts(
         forward=forward,
         backward_adapted=backward_adapted,
@@ -92,7 +104,10 @@ def count_parts(size: str, *, views: int = 6, picture: int | None = None, rank: 
         reference=_flop(lambda: adapted.reference(*batch)),
         vae=vae,
         clip=clip,
+        decode=decode_flop,
+        backward_decode=backward_decode,
         activations=activations,
+        activations_decode=_kept(pipeline.vae, decode),
         unet_parameters=unet_parameters,
         trained_parameters=sum(p.numel() for p in adapted.all_trainable().values()),
         encoder_parameters=encoder_parameters,
@@ -127,22 +142,48 @@ def arms(parts: Parts, *, views: int = 6) -> list[Arm]:
     ]
 
 
+def objective_arms(parts: Parts, *, views: int = 6, steps: int = 20, last: int = 1) -> list[Arm]:
+    """What the objectives add to a step, per object, beside its plain loss.
+
+    steps: of a draft, with guidance. last: K, how many of them a gradient goes through. The encoders stay on the device with
+    those that decode.
+    """
+    p = parts
+    trained, ours, encoders = 4 * 4 * p.trained_parameters, 2 * p.unet_parameters, 4 * p.encoder_parameters
+    guided = 2  # halves of the batch
+    anew = 1 if last > 1 else 0  # passes that are computed again on the way back
+    sampled = guided * ((steps + anew * last) * p.forward + last * (p.backward_adapted + p.reference))
+    decoded = views * (2 * p.decode + p.backward_decode)
+    # The last pass's activations, or those of one computed anew, beside those of one picture's decoder.
+    kept = guided * p.activations + p.activations_decode if last == 1 else max(guided * p.activations, p.activations_decode)
+    return [
+        Arm(f"DRaFT+, {steps} steps, K = {last}", sampled + decoded, ours + trained + encoders, kept),
+        Arm("DomainStudio on latents", p.reference, ours + trained, p.activations),
+        Arm(
+            "DomainStudio on pictures",
+            p.reference + views * (4 * p.decode + p.backward_decode),
+            ours + trained + encoders,
+            p.activations + p.activations_decode,
+        ),
+        Arm("Separate-and-Enhance", 0.0, ours + trained, p.activations),
+    ]
+
+
 def _flop(run: Callable[[], object]) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
     return float(counter.get_total_flops())
 
 
-def _forward_and_backward(model: AdaptedModel, batch: tuple[Tensor, ...]) -> tuple[float, float]:
+def _with_backward(run: Callable[[], Tensor]) -> tuple[float, float]:
     with FlopCounterMode(display=False) as counter:
-        out = model(*batch, 0.0)
+        out = run()
         forward = counter.get_total_flops()
         out.float().square().mean().backward()
-    model.zero_grad(set_to_none=True)
     return float(forward), float(counter.get_total_flops() - forward)
 
 
-def _kept(model: AdaptedModel, batch: tuple[Tensor, ...]) -> int:
+def _kept(model: nn.Module, run: Callable[[], Tensor]) -> int:
     """Bytes that autograd keeps for the backward pass, each storage once, without parameters; with flash attention."""
     own = {_storage(p) for p in model.parameters()} | {_storage(b) for b in model.buffers()}
     sizes: dict[int, int] = {}
@@ -154,9 +195,14 @@ def _kept(model: AdaptedModel, batch: tuple[Tensor, ...]) -> int:
             alive.append(tensor)
         return tensor
 
-    flash = patch.object(F, "scaled_dot_product_attention", _KeptByFlashAttention.apply)
+    def flash_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        assert options.get("attn_mask") is None, "no part of the pipeline masks anything"
+        out: Tensor = _KeptByFlashAttention.apply(query, key, value)
+        return out
+
+    flash = patch.object(F, "scaled_dot_product_attention", flash_attention)
     with flash, saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(*batch, 0.0)
+        run()
     return sum(sizes.values())
 
 

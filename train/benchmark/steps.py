@@ -1,23 +1,30 @@
 """The ways of training that are compared: one optimizer step of each, on the same random objects."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from softprompt.attention import attention_sides
 from softprompt.batch import draw, make_batch, seeded
 from softprompt.cache import EncodedObjects
 from softprompt.conditioning import EncodedViews, image_embeddings
 from softprompt.losses import denoising_loss, snr, snr_weights
 from softprompt.model import AdaptedModel, add_lora, compile_blocks, noisy_and_target, predict
+from softprompt.objectives.rewards import REWARDS
 from softprompt.pictures import composite
 from softprompt.pipeline import Pipeline
 from softprompt.prompt import SoftPrompt
 from train.batches import Batches
 from train.benchmark.models import NoisePictures, random_pipeline
 from train.config import Config
+from train.objective_options import DraftConfig, SeparateConfig, StudioConfig
+from train.objectives.draft import Draft
+from train.objectives.separate import Separate
+from train.objectives.studio import Studio
+from train.objectives.terms import Objectives, Term
 from train.options import KLConfig
 from train.setup import Job, OriginalDomain, make_optimizer
 from train.step import training_step
@@ -76,8 +83,9 @@ class LiveObjects(EncodedObjects):
         return EncodedViews(mean, std, embeds[:1].expand(len(views), -1).float().cpu())
 
 
-def adapting_ways(setting: Setting, accelerator: Accelerator) -> list[Way]:
-    """LoRA alone, and prompt and LoRA as `python -m train.softprompt` trains them; one UNet and one LoRA serves them all."""
+def adapting_ways(setting: Setting, accelerator: Accelerator, *, objectives: bool = False) -> list[Way]:
+    """LoRA alone, and prompt and LoRA as `python -m train.softprompt` trains them, where asked for with each objective; one
+    UNet and one LoRA serves them all."""
     pipeline = _pipeline(setting, setting.dtype)
     config = Config()
     config = replace(
@@ -94,13 +102,16 @@ def adapting_ways(setting: Setting, accelerator: Accelerator) -> list[Way]:
     live = LiveObjects(source, pipeline, through_vae=setting.views + 1, through_clip=1)
     prompt = 0.1 * torch.randn(2, setting.views, 77, pipeline.prompt_width, generator=seeded("prompt"))
 
-    def way(name: str, kl: KLConfig, *, learn: bool = True, objects: EncodedObjects = cached) -> Way:
+    def way(
+        name: str, kl: KLConfig, *, learn: bool = True, objects: EncodedObjects = cached, terms: Sequence[Term] = ()
+    ) -> Way:
         settings = replace(config, kl=kl, prompt=replace(config.prompt, learn=learn))
         adapted = AdaptedModel(pipeline.unet, SoftPrompt(prompt).requires_grad_(learn)).to(setting.device).train()
         optimizer = accelerator.prepare(make_optimizer(settings, adapted, scaled=setting.dtype == torch.float16))
         batches = Batches(settings, pipeline, objects, objects, process=0, processes=1)
         original = OriginalDomain(objects, objects)
-        job = Job(settings, accelerator, pipeline, adapted, adapted, optimizer, objects, objects, original, batches, [], [])
+        parts = settings, accelerator, pipeline, adapted, adapted, optimizer
+        job = Job(*parts, objects, objects, original, batches, [], [], Objectives(terms))
         phases = {
             "batch": (batches, "take"),
             "forward": (adapted, "forward"),
@@ -111,6 +122,14 @@ def adapting_ways(setting: Setting, accelerator: Accelerator) -> list[Way]:
         return Way(name, lambda number: void(training_step(job, number)), phases)
 
     none = KLConfig(weight=0)
+    drafts = [DraftConfig(weight=1.0, guard=None, backward_steps=k) for k in (1, 2)]
+    added: list[Term] = [
+        *(Draft(one, REWARDS["psnr"]) for one in drafts),
+        *(Studio(StudioConfig(weight=1.0, over="views", space=space)) for space in ("latents", "pictures")),
+        Separate(SeparateConfig(weight=1.0), attention_sides(pipeline.unet)[-1]),
+    ]
+    names = [f"with DRaFT+, {one.steps} steps, K = {one.backward_steps}" for one in drafts]
+    names += ["with DomainStudio on latents", "with DomainStudio on pictures", "with Separate-and-Enhance"]
     return [
         way("LoRA, encoding live", none, learn=False, objects=live),
         way("LoRA, cached", none, learn=False),
@@ -118,6 +137,7 @@ def adapting_ways(setting: Setting, accelerator: Accelerator) -> list[Way]:
         way("ours, KL at each step", KLConfig(domain="new", every=1)),
         way("ours, KL at every 4th", KLConfig(domain="new", every=4)),
         way("ours, KL on the original domain at every 4th", KLConfig(domain="original", every=4)),
+        *(way(name, none, terms=[term]) for name, term in zip(names, added, strict=True) if objectives),
     ]
 
 
