@@ -28,6 +28,12 @@ OPTIONS = {
     "kl.domain": "new",
     "kl.every": "2",
     "kl.target": "0.01",
+    "draft.weight": "0.1",
+    "draft.steps": "1",
+    "draft.every": "3",
+    "studio.weight": "0.1",
+    "studio.over": "views",
+    "separate.weight": "0.1",
     "curriculum.pacing": "plateau",
     "curriculum.watch": "train",
     "curriculum.patience": "1",
@@ -42,7 +48,8 @@ OPTIONS = {
     "export.pipeline": "false",
     "export.report": "false",
 }
-"""The smallest run that has everything a checkpoint must keep: an average, a curriculum and a KL weight that adapt."""
+"""The smallest run that has everything a checkpoint must keep: an average, a curriculum, a KL weight that adapts, objectives
+with what they remember."""
 
 
 @dataclass(frozen=True)
