@@ -1,6 +1,6 @@
 """The groups of options of the objectives that prefer one set of views to another; train.config joins them to the others."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from train.objective_options import REWARDS, require_function
@@ -27,7 +27,10 @@ class DpoConfig:
     samples: int = 4
     """Own sample sets of each object, made before the first step; every two of them are a pair."""
     sample_steps: int = 8
-    """DDIM steps of a set; guidance and eta are those of previews (monitor.guidance_scale, monitor.eta)."""
+    """DDIM steps of a set; eta is that of previews (monitor.eta)."""
+    guidance_scales: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.0, 4.0])
+    """Guidance of an object's sets, in turn: what one model makes of one picture may hardly differ by its noise alone, and then
+    pairs have nothing to teach."""
     objects: int | None = None
     """Make sets of the first so many training objects only; null: of all."""
     held_out_objects: int = 8
@@ -67,6 +70,8 @@ class DpoConfig:
             "the folder of a CLIP vision model with dpo.reward: clip; none is downloaded",
         )
         require(self.samples >= 2, "dpo.samples", self.samples, "2 or more: a pair is made of two sets")
+        fits = len(self.guidance_scales) > 0 and all(scale >= 1 for scale in self.guidance_scales)
+        require(fits, "dpo.guidance_scales", self.guidance_scales, "one number of 1 or more, or several")
         require(self.min_gap >= 0, "dpo.min_gap", self.min_gap, "zero or a positive number")
         require(self.chunks >= 1, "dpo.chunks", self.chunks, "1 (no curriculum) or more")
         require(

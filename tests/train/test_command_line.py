@@ -157,6 +157,7 @@ OTHER_VALUES: dict[str, object] = {
     "dpo.held_out_pairs": "/elsewhere/held_out.jsonl",
     "dpo.samples": 3,
     "dpo.sample_steps": 4,
+    "dpo.guidance_scales": [1.0, 5.0],
     "dpo.objects": 3,
     "dpo.held_out_objects": 3,
     "dpo.reward": "ssim",

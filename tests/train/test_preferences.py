@@ -34,7 +34,13 @@ from train.step import training_step
 from train.stop import StopSignal
 
 OWN = {"sample_steps": "1", "objects": "2", "held_out_objects": "1"}
-DPO = {"dpo.weight": "1", "dpo.samples": "3", "dpo.chunks": "2", **{f"dpo.{name}": value for name, value in OWN.items()}}
+DPO = {
+    "dpo.weight": "1",
+    "dpo.samples": "3",
+    "dpo.chunks": "2",
+    "dpo.guidance_scales": "[1, 2]",
+    **{f"dpo.{name}": value for name, value in OWN.items()},
+}
 SPIN = {"spin.weight": "1", "spin.iterations": "2", **{f"spin.{name}": value for name, value in OWN.items()}}
 LATER = {**SPIN, "spin.start": "0.4"}
 """From step 1 on, of 3."""
@@ -334,7 +340,7 @@ def test_samples_do_not_depend_on_how_many_processes_make_them(begun, tmp_path, 
     snapshot = Snapshot.take(job.adapted, 0, 0.0)
 
     def samples(folder: str) -> OwnSamples:
-        how = Sampling(steps=1, guidance_scale=1.0, eta=1.0, seed=0)
+        how = Sampling(steps=1, guidance_scales=(1.0,), eta=1.0, seed=0)
         rated = ("psnr", REWARDS["psnr"])
         return OwnSamples(job, job.train, 3, tmp_path / folder, snapshot, how, sets=1, references=[0, 3], reward=rated)
 
@@ -442,7 +448,7 @@ def test_what_is_only_measured_changes_nothing(small, tmp_path):
 def test_a_dry_run_makes_no_samples(small, tmp_path):
     job = prepare(small(**DPO, **LATER))
     said = [note for note in job.notes if note.startswith(("dpo ", "spin "))]
-    assert said[0] == "dpo        own samples, 3 of each of 2 objects at step 0, and of 1 held out: 9 passes of the model"
+    assert said[0].startswith("dpo        own samples, 3 of each of 2 objects at step 0, and of 1 held out: 9 passes of")
     assert "in each of 2 rounds, the first at step 1" in said[1]
     job.objectives.rehearse(job)
     result = training_step(job, 0)
@@ -457,6 +463,7 @@ def test_a_dry_run_makes_no_samples(small, tmp_path):
     [
         ({"dpo.chunks": 4, "dpo.samples": 4}, r"dpo\.chunks: is 4; expected 3 at most: 4 samples"),
         ({"dpo.samples": 1}, r"dpo\.samples: is 1; expected 2 or more: a pair is made of two sets"),
+        ({"dpo.guidance_scales": "[1, 0.5]"}, r"dpo\.guidance_scales: is \[1\.0, 0\.5\]; expected one number of 1 or more"),
         ({"dpo.beta": 0}, r"dpo\.beta: is 0\.0; expected a positive number"),
         ({"dpo.reward": "beauty"}, r"dpo\.reward: is beauty; expected psnr, .*, or module:function"),
         ({"dpo.reward": "clip"}, r"dpo\.encoder: is null; expected the folder of a CLIP vision model"),

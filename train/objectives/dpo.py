@@ -84,6 +84,10 @@ class OwnDpo(Dpo):
             )
         return said
 
+    def guidance_scales(self, config: Config) -> tuple[float, ...]:
+        """As many as are asked for: sets that differ by more than their noise."""
+        return tuple(config.dpo.guidance_scales)
+
     def kept_bytes(self, job: "Job") -> int:
         """The sets."""
         return self.bytes_of_samples(job, sets=self.options.samples)

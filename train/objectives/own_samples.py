@@ -114,7 +114,8 @@ class Sampling:
 
     steps: int
     """DDIM steps."""
-    guidance_scale: float
+    guidance_scales: tuple[float, ...]
+    """Of an object's sets, in turn."""
     eta: float
     seed: int
 
@@ -149,7 +150,7 @@ class OwnSamples:
         self._sets = sets
         self._references = references
         self._reward_name, self._reward = reward
-        settings = (sampling.steps, sampling.guidance_scale, sampling.eta, sampling.seed, repr(list(references)))
+        settings = (sampling.steps, repr(sampling.guidance_scales), sampling.eta, sampling.seed, repr(list(references)))
         self._key = key_of("own samples", snapshot.key, *settings, objects.background, self._reward_name)
 
     def __len__(self) -> int:
@@ -193,7 +194,7 @@ class OwnSamples:
 
     @torch.no_grad()
     def draw(self, index: int, number: int, prompt: Tensor) -> tuple[Tensor, float]:
-        """One set of an object, from the noise of its set `number`, by the model as it is, and its reward.
+        """One set of an object, with noise and guidance of its set `number`, by the model as it is, and its reward.
 
         prompt: E [V, T, D], by view. Returns: [V, C, H, W], by view, unscaled, on the CPU; the reward.
         Raises: RunError for a reward that cannot be computed, or is no finite number.
@@ -208,7 +209,7 @@ class OwnSamples:
                 prompt[view_order(reference, len(truth)).to(prompt.device)],
                 truth[0],
                 steps=self._sampling.steps,
-                guidance_scale=self._sampling.guidance_scale,
+                guidance_scale=self._sampling.guidance_scales[number % len(self._sampling.guidance_scales)],
                 eta=self._sampling.eta,
                 seed=seed_of(self._sampling.seed, "own samples", self._objects.names[index], number),
             )

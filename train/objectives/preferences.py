@@ -221,16 +221,19 @@ class PreferenceTerm(Term):
             raise RunError(f"{others.folder}: what was written there cannot be read back; likely the disk is failing")
         return others
 
+    def guidance_scales(self, config: Config) -> tuple[float, ...]:
+        """Of an object's sets, in turn: the previews'."""
+        return (config.monitor.guidance_scale,)
+
     def _sampling(self, config: Config) -> Sampling:
-        monitor = config.monitor
-        return Sampling(self._settings.sample_steps, monitor.guidance_scale, monitor.eta, config.train.seed)
+        return Sampling(self._settings.sample_steps, self.guidance_scales(config), config.monitor.eta, config.train.seed)
 
     def cost_of_samples(self, job: "Job", *, sets: int, rounds: int) -> str:
         """In words. rounds: how often they are made of training objects."""
         objects, held_out = self._counts(job)
         passes = (objects * rounds + held_out) * sets * self._settings.sample_steps
         when = f"at step {self.first}" if rounds == 1 else f"in each of {rounds} rounds, the first at step {self.first}"
-        wide = "" if job.config.monitor.guidance_scale == 1 else ", twice as wide with guidance"
+        wide = "" if set(self.guidance_scales(job.config)) == {1} else ", twice as wide with guidance"
         made = f"{objects} objects {when}, and of {held_out} held out" if objects else f"{held_out} held-out objects"
         return f"{self.name:<10} own samples, {sets} of each of {made}: {passes:,} passes of the model{wide}"
 
@@ -249,9 +252,9 @@ class PreferenceTerm(Term):
         """On held-out objects, series after `held_out_` and the term's name.
 
         `accuracy`, `margin`: share of pairs of which the winner is preferred, and the mean preference, each pair's errors
-        averaged over the validation's timesteps, no condition dropped. `reward`: of one set of each object by the present
-        model; `win_rate`: share of them that have more reward than that of the model as it was when the objective began, from
-        the same noise; a half where the two are the same.
+        averaged over the validation's timesteps, no condition dropped. `reward`: of the first set of each object, drawn anew by
+        the present model; `win_rate`: share of them that have more reward than when the objective began, from the same noise; a
+        half where nothing has changed.
         """
         del shown
         series = {}
