@@ -248,6 +248,15 @@ def test_the_python_of_a_page_runs(page: Path, place: Path) -> None:
             exec(re.sub(r"steps=\d+", "steps=1", block.body), names)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if "```yaml" in page.read_text()], ids=name_of)
+def test_the_yaml_of_a_page_is_a_configuration(page: Path, tmp_path: Path) -> None:
+    for number, block in enumerate(REMAKE.blocks(page.read_text(encoding="utf-8"))):
+        if block.kind == "yaml":
+            file = tmp_path / f"{number}.yaml"
+            file.write_text(block.body)
+            parse(["--config", str(file)])
+
+
 def inline(page: Path) -> list[str]:
     """What stands in backticks outside of blocks."""
     return re.findall(r"`([^`\n]+)`", REMAKE.FENCE.sub("", page.read_text(encoding="utf-8")))
