@@ -1,5 +1,6 @@
 """The main job: `python -m train.softprompt`."""
 
+import math
 import os
 import resource
 import signal
@@ -266,9 +267,10 @@ def _dry_run(job: "Job", folder: Path) -> int:
 
     seconds = 0.0
     job.objectives.rehearse(job)
+    dearest = math.lcm(job.config.kl.every, job.config.draft.every)  # steps of this kind have all terms
     for step in range(2):
         began = time.monotonic()
-        result = training_step(job, step * job.config.kl.every)  # with the KL term, the dearest kind
+        result = training_step(job, step * dearest)
         seconds = time.monotonic() - began
     began = time.monotonic()
     if job.accelerator.is_main_process:

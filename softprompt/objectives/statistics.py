@@ -27,7 +27,8 @@ def edge_density(views: Tensor) -> Tensor:
 
 def colour_entropy(views: Tensor) -> Tensor:
     """Entropy of the histogram of colours, 8 levels a channel, in bits. views: [..., 3, S, S]. Returns: [...]."""
-    levels = (views.float().clamp(0, 1) * LEVELS).long().clamp(max=LEVELS - 1)
+    known = views.float().nan_to_num()  # what is not finite is said of the reward
+    levels = (known.clamp(0, 1) * LEVELS).long().clamp(max=LEVELS - 1)
     colours = (levels[..., 0, :, :] * LEVELS + levels[..., 1, :, :]) * LEVELS + levels[..., 2, :, :]
     flat = colours.reshape(-1, colours.shape[-2] * colours.shape[-1])
     counts = torch.zeros(len(flat), LEVELS**3, device=views.device)

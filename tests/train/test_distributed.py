@@ -49,7 +49,8 @@ def launch(processes: int, *arguments: str) -> str:
 
 def losses(run: Path) -> dict[str, list[float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    names = ("loss/train", "loss/validation", "loss/original", "loss/kl_to_pretrained", "kl/on_original", "kl_view/back")
+    names = ["loss/train", "loss/validation", "loss/original", "loss/kl_to_pretrained", "kl/on_original", "kl_view/back"]
+    names += ["objective/draft", "objective/studio", "objective/separate"]
     return {name: [line[name] for line in lines if name in line] for name in names}
 
 
@@ -71,6 +72,12 @@ def options(mice: Path) -> list[str]:
         "--kl.every=1",
         "--kl.domain=both",
         "--prompt.separation=1",
+        "--draft.weight=0.1",
+        "--draft.steps=1",
+        "--draft.every=2",
+        "--studio.weight=0.1",
+        "--studio.over=views",
+        "--separate.weight=0.1",
         "--train.warmup_steps=0",
         "--train.device=cpu",
         "--monitor.log_every=1",
@@ -101,7 +108,7 @@ def test_two_processes_train_as_one_with_the_same_total_batch(three, tmp_path, c
         assert together[name] == pytest.approx(values, rel=1e-5, abs=1e-7), name
 
     # Only the first process writes.
-    assert len(list((tmp_path / "2" / "run" / "tensorboard").iterdir())) == 1
+    assert len(list((tmp_path / "2" / "run" / "tensorboard").glob("events*"))) == 1
 
     # Another number of processes goes on with it, where the objects of a step stay as many.
     resume = ["--resume", str(tmp_path / "2" / "run"), "--train.steps=4", "--export.pipeline=false"]

@@ -129,7 +129,7 @@ def test_a_step_done_again_names_the_layer_or_says_that_all_is_well(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spoil(2)
-    run_to_end(small_config(mice, **{"train.steps": 3, "train.batch_size": 2}), tmp_path / "run")
+    run_to_end(small_config(mice, **{"train.steps": 3, "train.batch_size": 2, "separate.weight": 0.1}), tmp_path / "run")
     (folder,) = list_incidents(tmp_path / "run")
     monkeypatch.undo()
     capsys.readouterr()
@@ -137,6 +137,7 @@ def test_a_step_done_again_names_the_layer_or_says_that_all_is_well(
     said = capsys.readouterr().out
     for name in read_incident(folder)["batches"][0]["samples"]:
         assert re.search(rf"^{name} +new +\d+ +0 +0\.\d+$", said, re.MULTILINE)
+    assert re.search(r"^objective/separate: 0\.\d+$", said, re.MULTILINE)
     assert said.endswith("all finite this time\n")
 
     forward = torch.nn.GroupNorm.forward

@@ -36,6 +36,11 @@ def test_the_statistics_equal_their_slow_versions() -> None:
         assert float(shares[0, v]) == pytest.approx(sum(far) / 36)
 
 
+def test_pictures_that_are_no_numbers_have_statistics() -> None:
+    views = torch.full((1, 2, 3, 6, 6), float("nan"))
+    assert colour_entropy(views).isfinite().all() and edge_density(views).isfinite().all()
+
+
 def test_the_background_is_the_mean_colour_where_the_masks_are_zero() -> None:
     truth, masks = torch.full((1, 2, 3, 4, 4), 0.5), torch.zeros(1, 2, 1, 4, 4)
     truth[0, 0, :, :2], masks[0, 0, :, :2] = 0.9, 1
