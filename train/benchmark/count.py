@@ -158,6 +158,13 @@ def objective_arms(parts: Parts, *, views: int = 6, steps: int = 20, last: int =
     kept = guided * p.activations + p.activations_decode if last == 1 else max(guided * p.activations, p.activations_decode)
     return [
         Arm(f"DRaFT+, {steps} steps, K = {last}", sampled + decoded, ours + trained + encoders, kept),
+        # Half a batch of pairs is at work at a time, but a pair at least: at batch 1 its two objects are.
+        Arm(
+            "Diffusion-DPO, or SPIN-Diffusion",
+            2 * (p.forward + p.backward_adapted + p.reference),
+            ours + trained,
+            2 * p.activations,
+        ),
         Arm("DomainStudio on latents", p.reference, ours + trained, p.activations),
         Arm(
             "DomainStudio on pictures",

@@ -21,11 +21,13 @@ from train.batches import Batches
 from train.benchmark.models import NoisePictures, random_pipeline
 from train.config import Config
 from train.objective_options import DraftConfig, SeparateConfig, StudioConfig
+from train.objectives.dpo import OwnDpo
 from train.objectives.draft import Draft
 from train.objectives.separate import Separate
 from train.objectives.studio import Studio
 from train.objectives.terms import Objectives, Term
 from train.options import KLConfig
+from train.preference_options import DpoConfig
 from train.setup import Job, OriginalDomain, make_optimizer
 from train.step import training_step
 
@@ -112,6 +114,7 @@ def adapting_ways(setting: Setting, accelerator: Accelerator, *, objectives: boo
         original = OriginalDomain(objects, objects)
         parts = settings, accelerator, pipeline, adapted, adapted, optimizer
         job = Job(*parts, objects, objects, original, batches, [], [], Objectives(terms))
+        job.objectives.rehearse(job)
         phases = {
             "batch": (batches, "take"),
             "forward": (adapted, "forward"),
@@ -125,11 +128,17 @@ def adapting_ways(setting: Setting, accelerator: Accelerator, *, objectives: boo
     drafts = [DraftConfig(weight=1.0, guard=None, backward_steps=k) for k in (1, 2)]
     added: list[Term] = [
         *(Draft(one, REWARDS["psnr"]) for one in drafts),
+        OwnDpo(replace(config, dpo=DpoConfig(weight=1.0)), ("psnr", REWARDS["psnr"])),
         *(Studio(StudioConfig(weight=1.0, over="views", space=space)) for space in ("latents", "pictures")),
         Separate(SeparateConfig(weight=1.0), attention_sides(pipeline.unet)[-1]),
     ]
     names = [f"with DRaFT+, {one.steps} steps, K = {one.backward_steps}" for one in drafts]
-    names += ["with DomainStudio on latents", "with DomainStudio on pictures", "with Separate-and-Enhance"]
+    names += [
+        "with Diffusion-DPO",
+        "with DomainStudio on latents",
+        "with DomainStudio on pictures",
+        "with Separate-and-Enhance",
+    ]
     return [
         way("LoRA, encoding live", none, learn=False, objects=live),
         way("LoRA, cached", none, learn=False),
