@@ -216,11 +216,12 @@ def load_waypoints(
     angle: str,
     num_views: int,
     width: int,
+    option: str = "prompt.waypoints",
 ) -> Tensor:
     """The waypoints of a path, each a prompt file, a template's name, or a text with {view}.
 
     folder: pipeline folder whose tokenizer and text encoder encode the texts; not touched when every waypoint is a file.
-    num_views, width: V and D that the model takes.
+    num_views, width: V and D that the model takes. option: that named them, for errors.
     Returns: [S + 1, V, T, D], float32, on the CPU.
     Raises: InputError for a name that is none of the three, and whatever `load_prompt` or `view_texts` refuse.
     """
@@ -233,13 +234,13 @@ def load_waypoints(
             near = difflib.get_close_matches(spec, TEMPLATES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(
-                f"prompt.waypoints: {spec!r} is no prompt file (.pt, .safetensors), no template ({', '.join(TEMPLATES)}) and "
+                f"{option}: {spec!r} is no prompt file (.pt, .safetensors), no template ({', '.join(TEMPLATES)}) and "
                 f"no text with {{view}}{hint}"
             )
         texts = view_texts(spec, subject=subject, angle=angle)
         if len(texts) != num_views:
             raise InputError(
-                f"prompt.waypoints: {spec!r} makes {len(texts)} views and the model has {num_views}; give a prompt file of "
+                f"{option}: {spec!r} makes {len(texts)} views and the model has {num_views}; give a prompt file of "
                 f"{num_views} views"
             )
         encoders = encoders or load_text_encoder(folder)

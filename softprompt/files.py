@@ -23,8 +23,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises: InputError when `path` exists and is not an empty folder.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path}: exists already and is not an empty folder; choose another name, or move it away first")
+    refuse_taken(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:
@@ -36,6 +35,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         _onto_the_disk(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_taken(path: Path) -> None:
+    """Raises: InputError when `path` exists and is not an empty folder, so that a new folder could not have its name."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists already and is not an empty folder; choose another name, or move it away first")
 
 
 @contextmanager

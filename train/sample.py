@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import set_parsing_settings
 
 from softprompt.errors import InputError
+from softprompt.files import new_folder, refuse_taken
 from train.command_line import Parser, calm_environment
 from train.options import MICRO
 
@@ -87,12 +88,9 @@ class Options:
             raise InputError("pictures: is empty; expected PNG files, or folders of them")
         if self.rows == "rises" and self.rise != "none":
             raise InputError(f"rise: is {self.rise}, and rows is rises, which are all of them; give one of the two")
-        if self.prompt is None and self.export is None:
-            if self.rows == "path":
-                raise InputError("rows: is path, which leads to a prompt; give --prompt or --export")
-            if self.rows == "rises" or self.rise != "none":
-                given = "rows: is rises" if self.rows == "rises" else f"rise: is {self.rise}"
-                raise InputError(f"{given}, from the pretrained model to an adapted one; give --export or --prompt")
+        if self.prompt is None and self.export is None and (self.rows != "one" or self.rise != "none"):
+            given = f"rise: is {self.rise}" if self.rows == "one" else f"rows: is {self.rows}"
+            raise InputError(f"{given}, between the pretrained model and an adapted one; give --export or --prompt")
 
 
 class SampleParser(Parser):
@@ -141,22 +139,25 @@ def _sample(options: Options) -> int:
     import torch
     from tqdm import tqdm
 
-    from softprompt.files import new_folder
     from softprompt.micro import MICRO_MODEL
     from softprompt.pictures import BACKGROUNDS, composite, load_picture
     from softprompt.pipeline import load_pipeline
-    from train.export.read import with_lora_of
+    from train.export.read import open_lora
     from train.setup import DTYPES, choose_precision, quiet_libraries
 
     quiet_libraries(True)
     files = find_pictures(options.pictures)
-    precision, said = choose_precision(options.device, options.precision)
+    refuse_taken(Path(options.output))  # before anything long
+    precision, said = choose_precision(options.device, options.precision, group="")
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     folder = MICRO_MODEL if options.model == MICRO else Path(options.model)
     pipeline = load_pipeline(folder, dtype=DTYPES[precision]).to("cuda" if on_gpu else "cpu")
+    longest = len(pipeline.scheduler.alphas_cumprod)
+    if options.steps > longest:
+        raise InputError(f"steps: is {options.steps}; the model was trained with {longest} timesteps, expected as many at most")
     cases = make_cases(options, pipeline)
     if options.export is not None:
-        pipeline = with_lora_of(pipeline, Path(options.export), DTYPES[precision])
+        pipeline = open_lora(pipeline, Path(options.export), DTYPES[precision])
     pipeline.unet.eval()
     loaded = {name: load_picture(file, pipeline.picture_size) for name, file in files.items()}
     opaque = [name for name, picture in loaded.items() if bool((picture[3] == 255).all())]
@@ -179,7 +180,7 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
     """The PNGs that are given, or in the folders that are given, by a name of their own. Raises: InputError."""
     found: list[Path] = []
     for one in map(Path, given):
-        inside = sorted(one.glob("*.png")) if one.is_dir() else [one]
+        inside = sorted(path for path in one.iterdir() if path.suffix.lower() == ".png") if one.is_dir() else [one]
         if not inside:
             raise InputError(f"pictures: {one} holds no .png; expected pictures of objects, each seen as view 0")
         if not one.exists():
@@ -205,19 +206,25 @@ def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:
 
     views, width = pipeline.num_views, pipeline.prompt_width
 
-    def prompt_of(spec: str) -> "Tensor":
+    def prompt_of(option: Literal["prompt", "pretrained"]) -> "Tensor":
         return load_waypoints(
-            [spec], folder=pipeline.folder, subject=options.subject, angle=options.angle, num_views=views, width=width
+            [getattr(options, option)],
+            folder=pipeline.folder,
+            subject=options.subject,
+            angle=options.angle,
+            num_views=views,
+            width=width,
+            option=option,
         )[0]
 
     export = None if options.export is None else Path(options.export)
     learned = None
     if options.prompt is not None:
-        learned = prompt_of(options.prompt)
+        learned = prompt_of("prompt")
     elif export is not None:
         learned = load_prompt(exported_prompt(export, option="export"), num_views=views, width=width)
     unmixed = options.rows == "one" and options.prompt_strength == 1 and options.rise == "none"
-    start = learned if learned is not None and unmixed else prompt_of(options.pretrained)
+    start = learned if learned is not None and unmixed else prompt_of("pretrained")
     cases = _rows(options, start, start if learned is None else learned)
     if options.rise == "none":
         return cases

@@ -108,7 +108,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
     Raises: InputError for whatever cannot be used.
     """
     precision, said = choose_precision(config.train.device, config.train.precision)
-    notes = [said]
+    notes = [f"{said}; what trains is fp32"]
     accelerator = accelerator or make_accelerator(config)
     folder = MICRO_MODEL if config.model == MICRO else Path(config.model)
     pipeline = load_pipeline(folder, dtype=DTYPES[precision]).to(accelerator.device)
@@ -171,9 +171,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )
-    job = Job(
-        config, accelerator, pipeline, model, adapted, optimizer, *sources, original, batches, notes, skipped, objectives
-    )
+    job = Job(config, accelerator, pipeline, model, adapted, optimizer, *sources, original, batches, notes, skipped, objectives)
     notes += objectives.open(job)
     return job
 
@@ -236,25 +234,25 @@ def make_optimizer(config: Config, adapted: AdaptedModel, *, scaled: bool = Fals
     return torch.optim.AdamW(groups, fused=next(adapted.parameters()).is_cuda and not scaled)
 
 
-def choose_precision(wanted: str, asked: str) -> tuple[str, str]:
+def choose_precision(wanted: str, asked: str, *, group: str = "train.") -> tuple[str, str]:
     """What a device (auto, cpu, cuda) and a precision (auto, fp32, bf16, fp16) come to here, and what to say of it.
 
-    Raises: InputError for what this machine has not.
+    group: of the two options, for errors. Raises: InputError for what this machine has not.
     """
     precision, cuda = asked, torch.cuda.is_available()
     if wanted == "cuda" and not cuda:
         raise InputError(
-            f"train.device: is cuda; this machine has no CUDA device that torch {torch.__version__} can use. Likely a CPU "
-            f"build of torch, or no driver; use --train.device cpu or auto"
+            f"{group}device: is cuda; this machine has no CUDA device that torch {torch.__version__} can use. Likely a CPU "
+            f"build of torch, or no driver; use --{group}device cpu or auto"
         )
     on_cuda = cuda and wanted != "cpu"
     if precision == "fp16" and not on_cuda:
-        raise InputError("train.precision: is fp16, which needs a CUDA device; expected fp32 or bf16 on a CPU")
+        raise InputError(f"{group}precision: is fp16, which needs a CUDA device; expected fp32 or bf16 on a CPU")
     if precision == "auto":
         precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if on_cuda else "fp32"
     device = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
     chosen = "chosen from the machine" if "auto" in (wanted, asked) else "as asked for"
-    return precision, f"device     {device}; {precision} ({chosen}); what trains is fp32"
+    return precision, f"device     {device}; {precision} ({chosen})"
 
 
 def _check_together(config: Config, pipeline: Pipeline) -> None:

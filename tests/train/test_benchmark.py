@@ -28,6 +28,7 @@ WAYS = [
 OBJECTIVES = [
     "with DRaFT+, 10 steps, K = 1",
     "with DRaFT+, 10 steps, K = 2",
+    "with Diffusion-DPO",
     "with DomainStudio on latents",
     "with DomainStudio on pictures",
     "with Separate-and-Enhance",
@@ -122,7 +123,7 @@ def test_a_matrix_product_s_speed_is_of_this_planet() -> None:
         ("--tflops=-1", "error: tflops: is -1.0; expected a positive number"),
         ("--size=sd3", "error: size: is sd3; expected micro or sd21"),
         ("--batchsize=2", "error: unknown option 'batchsize'; did you mean 'batch_size'?"),
-        ("--device=cuda", "error: train.device: is cuda; this machine has no CUDA device"),
+        ("--device=cuda", "error: device: is cuda; this machine has no CUDA device"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -449,7 +449,7 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(
             "--step: is last; expected newest, best, or a step; the run has checkpoints of",
         ),
         (["RUN/export", "--output=OUT", "--step=2"], "--step: RUN/export is an export, of one step"),
-        (["RUN", "--output=RUN"], "--output: RUN is not empty; an export never writes over anything"),
+        (["RUN", "--output=RUN"], "RUN: exists already and is not an empty folder; choose another"),
         (["RUN/previews", "--output=OUT"], "RUN/previews: is no run (it has no config.yaml) and no export (no clr_embeds.pt)"),
         (
             ["RUN", "--into=FACELIFT"],

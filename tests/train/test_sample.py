@@ -1,5 +1,7 @@
 """Views of pictures: those of the training previews bit for bit, and each part of what was learned by itself."""
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from softprompt.embeddings import load_prompt
 from softprompt.micro import MICRO_MODEL
 from softprompt.pipeline import load_pipeline
 from softprompt.sampling import RISES
 from train.config import Config
+from train.export.read import LORA_WEIGHTS
 from train.loop import train
 from train.sample import Options, find_pictures, main, make_cases
 from train.setup import prepare
@@ -141,6 +145,12 @@ def test_pictures_of_one_name_are_told_apart_by_their_folders(mice: Path) -> Non
     assert list(find_pictures(given)) == [f"{Path(one).parent.name}_cam_000" for one in given]
 
 
+def test_pictures_in_a_folder_are_found_whatever_the_case_of_their_ending(picture: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.PNG", "notes.txt"):
+        shutil.copy(picture, tmp_path / name)
+    assert list(find_pictures([str(tmp_path)])) == ["a", "b"]
+
+
 def test_a_picture_without_transparency_is_told_of(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.open(picture).convert("RGB").save(tmp_path / "opaque.png")
     given = [f"--pictures=[{tmp_path / 'opaque.png'}]", "--steps=1", "--guidance_scale=1", "--device=cpu"]
@@ -157,14 +167,23 @@ def test_a_picture_without_transparency_is_told_of(picture: Path, tmp_path: Path
             ["--pictures=[PICTURE]", "--export=RUN"],
             "holds no clr_embeds.safetensors or .pt; expected a run's export folder; d",
         ),
-        (["--pictures=[PICTURE]", "--rows=path"], "error: rows: is path, which leads to a prompt"),
-        (["--pictures=[PICTURE]", "--rows=rises"], "error: rows: is rises, from the pretrained model to an adapted one; give"),
-        (["--pictures=[PICTURE]", "--rise=step"], "error: rise: is step, from the pretrained model to an adapted one; give"),
+        (
+            ["--pictures=[PICTURE]", "--rows=path"],
+            "error: rows: is path, between the pretrained model and an adapted one; give",
+        ),
+        (["--pictures=[PICTURE]", "--rows=ablation"], "error: rows: is ablation, between the pretrained model and an adapted"),
+        (
+            ["--pictures=[PICTURE]", "--rise=step"],
+            "error: rise: is step, between the pretrained model and an adapted one; give",
+        ),
         (["--pictures=[PICTURE]", "--export=RUN", "--rows=rises", "--rise=step"], "error: rise: is step, and rows is rises"),
         (["--pictures=[PICTURE]", "--rise=cubic"], "error: rise: is cubic; expected"),
+        (["--pictures=[PICTURE]", "--prompt=realstic"], "error: prompt: 'realstic' is no prompt file (.pt, .safetensors), no"),
         (["--pictures=[PICTURE]", "--prompt=realstic"], "did you mean 'realistic'?"),
         (["--pictures=[PICTURE]", "--setps=3"], "error: unknown option 'setps'; did you mean 'steps'?"),
         (["--pictures=[PICTURE]", "--eta=2"], "error: eta: is 2.0; expected 0 to 1"),
+        (["--pictures=[PICTURE]", "--steps=1001"], "error: steps: is 1001; the model was trained with 1000 timesteps"),
+        (["--pictures=[PICTURE]", "--precision=fp16"], "error: precision: is fp16, which needs a CUDA device"),
         (["--pictures=[PICTURE]", "--output=RUN"], "exists already and is not an empty folder"),
     ],
 )
@@ -180,3 +199,29 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(
     said = capsys.readouterr().err
     assert code == 2 and message in said and said.count("\n") == 1
     assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda file, lora: file.write_bytes(b"no weights"), "cannot be loaded into "),
+        (lambda file, lora: file.unlink(), "cannot be loaded into "),
+        (lambda file, lora: save_file({n: w[:, :3].clone() for n, w in lora.items()}, file), "cannot be loaded into "),
+        (lambda file, lora: save_file(lora | {"unet.far.lora_A.weight": torch.ones(2, 64)}, file), "1 of its .* have no place"),
+        (lambda file, lora: save_file({n: w * float("nan") for n, w in lora.items()}, file), "NaN or infinite values, e.g."),
+    ],
+)
+def test_a_lora_that_is_damaged_or_of_another_model_is_refused(
+    run: Path,
+    picture: Path,
+    tmp_path: Path,
+    spoil: Callable[[Path, dict[str, torch.Tensor]], object],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export = Path(shutil.copytree(run / "export", tmp_path / "export"))
+    file = export / "lora" / LORA_WEIGHTS
+    spoil(file, load_file(file))
+    given = [f"--pictures=[{picture}]", f"--export={export}", f"--output={tmp_path / 'views'}", *QUICK]
+    assert main(given) == 2 and not (tmp_path / "views").exists()
+    assert re.fullmatch(rf"error: {export / 'lora'}: .*{said}.*\n", capsys.readouterr().err)

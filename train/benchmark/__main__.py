@@ -121,7 +121,7 @@ def _start(options: Options) -> tuple["Setting", "Accelerator", str]:
     from train.benchmark.steps import Setting
     from train.setup import choose_precision, quiet_libraries
 
-    precision, said = choose_precision(options.device, options.precision)
+    precision, said = choose_precision(options.device, options.precision, group="")
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
     quiet_libraries(True)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softprompt.errors import InputError, RunError
+from softprompt.files import refuse_taken
 from train.command_line import PlainParser, calm_environment
 
 if TYPE_CHECKING:
@@ -105,9 +106,9 @@ def _check(given: argparse.Namespace) -> None:
         raise InputError(
             f"{source}: is no run (it has no config.yaml) and no export (no clr_embeds.pt); expected one of the two"
         )
-    if given.output is not None and given.output.exists() and (not given.output.is_dir() or any(given.output.iterdir())):
-        raise InputError(f"--output: {given.output} is not empty; an export never writes over anything. Give a new folder")
-    if given.output is None:
+    if given.output is not None:
+        refuse_taken(given.output)
+    else:
         if given.into is None:
             raise InputError("nothing to do: give --output FOLDER to write an export, --into FACELIFT to put one in, or both")
         if not (source / "clr_embeds.pt").is_file():
@@ -149,7 +150,7 @@ def _open(given: argparse.Namespace) -> "Source":
     from train.setup import choose_precision, quiet_libraries
 
     quiet_libraries(True)
-    choose_precision(given.device, "fp32")  # refuses a device that is not there
+    choose_precision(given.device, "fp32", group="")  # refuses a device that is not there
     device = torch.device("cuda" if torch.cuda.is_available() and given.device != "cpu" else "cpu")
     if is_run(given.source):
         return open_run(given.source, given.step or "newest", model=given.model, device=device)

@@ -45,6 +45,31 @@ def with_lora_of(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeli
     return replace(pipeline, unet=unet)
 
 
+def open_lora(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
+    """`with_lora_of` for an export that a user names.
+
+    Raises: InputError where its LoRA is damaged, belongs to another model, or is not finite.
+    """
+    try:
+        adapted = with_lora_of(pipeline, folder, dtype)
+        stored = load_file(folder / "lora" / LORA_WEIGHTS) if (folder / "lora").is_dir() else {}
+        ours = {f"unet.{name}" for name in get_peft_model_state_dict(adapted.unet)} if stored else set()
+    except Exception as error:  # which one depends on what is wrong in the file
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"{folder / 'lora'}: cannot be loaded into {pipeline.folder} ({problem[:300]}); likely it is damaged, or --model "
+            f"is another than it was trained from"
+        ) from error
+    if others := sorted(stored.keys() - ours):  # diffusers would leave them out and say nothing
+        raise InputError(
+            f"{folder / 'lora'}: {len(others)} of its {len(stored)} tensors have no place in {pipeline.folder}, e.g. "
+            f"{others[0]}; likely --model is another than it was trained from"
+        )
+    if broken := [name for name, weight in stored.items() if not weight.isfinite().all()]:
+        raise InputError(f"{folder / 'lora'}: NaN or infinite values, e.g. in {broken[0]}; it comes from a run that diverged")
+    return adapted
+
+
 def start_from(folder: Path, adapted: AdaptedModel, position: float) -> None:
     """Put an export's prompt and LoRA into a fresh model. position: s at which E is to be that prompt.
 

@@ -19,7 +19,7 @@ from softprompt.prompt import SoftPrompt
 from train.checkpoint import DamagedError, checkpoint_folder, list_checkpoints, read_state, restore_trained, verify
 from train.command_line import parse
 from train.config import Config
-from train.export.read import exported_prompt, start_from, with_lora_of
+from train.export.read import exported_prompt, open_lora, start_from
 from train.export.write import describe
 from train.options import MICRO, ExportConfig
 from train.pacing import Pace, position_of
@@ -165,16 +165,9 @@ def open_export(folder: Path, *, model: str | None, device: torch.device) -> Sou
         )
     pipeline = open_pipeline(model or metadata["model"], device)
     prompt = load_prompt(file, num_views=pipeline.num_views, width=pipeline.prompt_width)
-    try:
-        adapted = with_lora_of(pipeline, folder, torch.float32)
-    except Exception as error:  # which one depends on what is wrong in the file
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{folder / 'lora'}: cannot be loaded into {pipeline.folder} ({problem[:300]})") from error
-    if broken := [n for n, p in adapted.unet.named_parameters() if ".lora_" in n and not p.isfinite().all()]:
-        raise InputError(f"{folder / 'lora'}: NaN or infinite values, e.g. in {broken[0]}; it comes from a run that diverged")
     run = next((parent for parent in folder.absolute().parents[:2] if is_run(parent)), None)
     config = None if run is None else parse(["--config", str(run / "config.yaml")]).config
-    return Source(folder, run, config, metadata, adapted, prompt)
+    return Source(folder, run, config, metadata, open_lora(pipeline, folder, torch.float32), prompt)
 
 
 def open_pipeline(model: str, device: torch.device) -> Pipeline:
