@@ -1,6 +1,7 @@
 """Objectives beside the denoising loss, in the trainer: what they move, what they cost where they are off, and resuming."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from train import keep
 from train.checkpoint import load_checkpoint
 from train.config import Config
 from train.loop import Run, train
+from train.objectives.functions import load_function
 from train.setup import Job, prepare
 from train.step import training_step
 from train.stop import StopSignal
@@ -190,3 +192,23 @@ def test_a_function_that_gives_no_scalar_is_refused(small):
         job.objectives.terms[0].function = lambda seen, value=value: value
         with pytest.raises(InputError, match=rf"test_objectives:smooth returned {found}; expected a tensor with one number"):
             training_step(job, 0)
+
+
+def test_the_functions_in_the_documents_are_objectives_and_rewards(small, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"```python\n# (\w+)\.py.*?\n(.*?)```", page, re.DOTALL))
+    assert blocks.keys() >= {"my_losses", "my_rewards"}
+    for name, code in blocks.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    job = prepare(small(**{"custom.weight": 1, "custom.function": "my_losses:smooth"}))
+    assert training_step(job, 0).objectives["custom"] > 0
+    job.objectives.terms[0].function = load_function("my_losses:near", "custom.function")
+    assert training_step(job, 1).objectives["custom"] > 0
+    views, truth, masks = (
+        torch.rand(2, 6, 3, 16, 16, requires_grad=True),
+        torch.rand(2, 6, 3, 16, 16),
+        torch.zeros(2, 6, 1, 16, 16),
+    )
+    found = load_function("my_rewards:both", "draft.reward")(views, truth, masks)
+    assert found.shape == (2,) and found.requires_grad
