@@ -88,7 +88,7 @@ def test_an_objective_alone_takes_steps_that_move_only_prompt_and_lora(small, na
 
 def test_an_interrupted_run_with_every_objective_equals_one_that_was_not(small, tmp_path, stop_after, monkeypatch):
     monkeypatch.setattr(keep, "export", lambda run, folder: None)
-    rare = {"train.steps": 3, "monitor.validate_every": 3, "monitor.preview_every": 3}
+    rare = {"train.steps": 2, "monitor.validate_every": 2, "monitor.preview_every": 2}
     config = small(**ALL, **rare, **{"lora.dropout": 0.1})
     whole = run_to_end(config, tmp_path / "whole")
     assert run_to_end(config, tmp_path / "parts", stop=stop_after(1)).step == 1
