@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from softprompt.errors import InputError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -66,9 +68,14 @@ def cut_strips(tiles: Path, *, views: int, rows: int) -> list[list[Image.Image]]
 
     Returns: RGBA pictures, the first row of an object led by the picture given, the others by an empty tile; none where the
     picture is of another number of views or rows: better none than one cut wrongly.
+    Raises: InputError when the file is damaged.
     """
-    with Image.open(tiles) as opened:
-        image = opened.convert("RGBA")
+    try:
+        with Image.open(tiles) as opened:
+            image = opened.convert("RGBA")
+    except (OSError, SyntaxError, ValueError) as error:  # which one depends on the byte that is wrong
+        reason = " ".join(str(error).split())
+        raise InputError(f"{tiles}: cannot be read ({reason}); likely it is damaged: remove it, or move it away") from error
     size = image.width // (views + 1)
     if size == 0 or image.width != (views + 1) * size or image.height % (rows * size):
         return []

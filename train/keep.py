@@ -31,9 +31,9 @@ def checkpoint(run: Run) -> None:
 def export(run: Run, folder: Path) -> None:
     """Prompt and LoRA as they are now, verified. Raises: RunError where they do not read back."""
     job, config = run.job, run.job.config
-    if job.accelerator.is_main_process:
-        metadata = write.describe(config, position=run.position, step=run.step, last=run.last)
-        try:
+    try:
+        if job.accelerator.is_main_process:
+            metadata = write.describe(config, position=run.position, step=run.step, last=run.last)
             with averaged(job, run.ema), torch.no_grad():
                 run.exported = write.export(
                     job.pipeline,
@@ -43,10 +43,8 @@ def export(run: Run, folder: Path) -> None:
                     metadata=metadata,
                     tolerance=config.export.tolerance,
                 )
-        finally:
-            job.accelerator.wait_for_everyone()  # also where it fails: the others wait, and the run may go on
-    else:
-        job.accelerator.wait_for_everyone()
+    finally:
+        job.accelerator.wait_for_everyone()  # also where it fails: the others wait, and the run may go on
 
 
 def best(run: Run) -> bool:
@@ -89,9 +87,9 @@ def report(run: Run) -> None:
         if run.step >= config.train.steps and not _ablated(run):
             shown = run.shown or preview(job, prompt, run.pretrained_views)
             rows = ablation(job, prompt, shown)
-            labelled = [(name.replace("_", " "), views) for name, views in rows.items()]
+            labelled = [("truth", shown.truth), *((name.replace("_", " "), views) for name, views in rows.items())]
             run.monitor.picture(run.step, "ablation", preview_grid(labelled, shown.pictures, shown.names))
-            run.monitor.tiles(run.step, preview_tiles([shown.truth, *rows.values()], shown.pictures), "ablation-tiles")
+            run.monitor.tiles(run.step, preview_tiles([views for _, views in labelled], shown.pictures), "ablation-tiles")
             run.monitor.scalars(run.step, ablation_series(rows, shown))
     write_report(run.folder)
 

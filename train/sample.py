@@ -116,7 +116,7 @@ class Case:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns: the exit code."""
+    """Returns: 0 done, 2 bad input, 130 interrupted."""
     calm_environment()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = SampleParser(
@@ -133,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 def _sample(options: Options) -> int:
@@ -168,10 +171,13 @@ def _sample(options: Options) -> int:
             f"part of it. Remove the background first, as for training"
         )
     colour = torch.tensor(BACKGROUNDS[options.background])
-    with new_folder(options.output) as partial:
-        for name, picture in tqdm(loaded.items(), unit="picture", delay=2, disable=not sys.stderr.isatty()):
-            given = composite(picture, colour)
-            _write(partial, name, given, cases, [sample(pipeline, case, given, options) for case in cases])
+    try:
+        with new_folder(options.output) as partial:
+            for name, picture in tqdm(loaded.items(), unit="picture", delay=2, disable=not sys.stderr.isatty()):
+                given = composite(picture, colour)
+                _write(partial, name, given, cases, [sample(pipeline, case, given, options) for case in cases])
+    except OSError as error:
+        raise InputError(f"output: {options.output}: cannot be written ({error}); likely its disk is full") from error
     print(f"made       {options.output}: {', '.join(files)}; {len(cases)} x {pipeline.num_views} views each")
     return 0
 
@@ -271,9 +277,9 @@ def sample(pipeline: "Pipeline", case: Case, picture: "Tensor", options: Options
     """[V, 3, S, S] in [0, 1] of one picture, [3, S, S] in [0, 1]."""
     from softprompt.model import adapters_off
     from softprompt.sampling import sample_views
+    from train.export.write import has_lora
 
-    has_lora = bool(getattr(pipeline.unet, "peft_config", None))
-    if has_lora and case.lora != 0:
+    if has_lora(pipeline) and case.lora != 0:
         pipeline.unet.set_adapters(["default"], weights=[case.lora])
     with adapters_off(pipeline.unet) if case.lora == 0 else nullcontext():
         return sample_views(

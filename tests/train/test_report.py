@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -95,6 +96,8 @@ def test_the_commands_it_gives_are_understood(reported):
     assert by_module.keys() == {"train.sample", "train.export", "train.prompts", "train.softprompt"}
     (longer,) = by_module["train.softprompt"]
     assert parse(longer).config.train.steps == 6, "twice as long"
+    outputs = [words[words.index("--output") + 1] for words in by_module["train.sample"]]
+    assert len(set(outputs)) == 2, "one after the other, neither is in the other's way"
     assert by_module["train.export"] == [
         [str(reported / "export"), "--pipeline", "--output", "FOLDER", "--into", "FACELIFT"]
     ], "the LoRA has to be merged"
@@ -131,6 +134,9 @@ def test_a_run_that_was_killed_before_its_export_has_a_report_on_request(copy, c
     (copy / "report.html").unlink()
     assert main([str(copy)]) == 0
     assert "no export yet" in (copy / "report.html").read_text()
+    said = [command for _, command in commands(read_story(copy))]
+    assert f"python -m train.export {copy} --output FOLDER" in said
+    assert not any(str(copy / "export") in command for command in said), "nothing is there"
     assert str(copy / "report.html") in capsys.readouterr().out
 
 
@@ -144,10 +150,39 @@ def test_a_picture_of_the_run_at_a_glance_is_drawn_on_request(copy, tmp_path):
         assert picture.width == with_views[0] and picture.height < with_views[1], "the curves alone"
 
 
+def test_a_run_that_lacks_options_of_a_later_version_has_a_report(copy):
+    file = copy / "config.yaml"
+    options = yaml.safe_load(file.read_text())
+    del options["kl"], options["export"], options["lora"]["targets"]
+    file.write_text(yaml.safe_dump(options | {"an_earlier_option": 1}))
+    assert main([str(copy)]) == 0
+    assert "an_earlier_option" in (copy / "report.html").read_text()
+
+
+def test_a_run_that_was_only_evaluated_at_its_start_says_so(copy):
+    first = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    (copy / "metrics.jsonl").write_text(first)
+    assert headline(read_story(copy)).startswith("Nothing has been evaluated since the start")
+    write_report(copy)
+
+
+def test_a_report_of_real_weights_names_their_folder_and_the_prompt_it_began_with(copy):
+    options = yaml.safe_load((copy / "config.yaml").read_text())
+    options["prompt"]["waypoints"][0] = "my start.pt"
+    (copy / "config.yaml").write_text(yaml.safe_dump(options | {"model": "pipeckpts"}))
+    said = {shlex.split(command)[2]: shlex.split(command)[3:] for _, command in commands(read_story(copy))}
+    assert said["train.prompts"] == ["show", "my start.pt", f"{copy}/export/clr_embeds.safetensors", "--model", "pipeckpts"]
+    assert said["train.sample"][4:] == [
+        *("--model", "pipeckpts", "--rows", "strengths", "--pretrained", "my start.pt", "--output", "strengths")
+    ]
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda run: (run / "config.yaml").unlink(), r"holds no config\.yaml; expected the folder of a run"),
+        (lambda run: (run / "config.yaml").write_text("[1]"), r"config\.yaml: holds no options"),
+        (lambda run: (run / "previews" / "tiles-step-000003.png").write_bytes(b"x"), r"tiles-step-000003\.png: cannot be read"),
         (lambda run: (run / "metrics.jsonl").unlink(), r"has no evaluation yet"),
         (lambda run: (run / "report.html").write_text("mine"), r"is no earlier page of this command"),
         (lambda run: (run / "export" / "clr_embeds.safetensors").write_bytes(b"x"), r"clr_embeds\.safetensors"),

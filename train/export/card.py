@@ -1,5 +1,6 @@
 """README.md of an export: a model card as the Hugging Face Hub reads it, with picture, results and exact commands."""
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from softprompt.files import new_file
 from train.config import Config, option_values
 from train.export.lora import FORMATS
 from train.export.source import Source
+from train.export.write import has_lora
 from train.options import MICRO
 from train.series import OUTCOMES, is_evaluation, read_series
 
@@ -65,7 +67,7 @@ def front_matter(source: Source, *, has_picture: bool) -> ModelCardData:
     base: dict[str, Any] = {} if micro else {"base_model": FACELIFT, "base_model_relation": "adapter"}
     grid = {"text": "true views, pretrained and adapted ones", "output": {"url": PICTURE}}
     shown: dict[str, Any] = {"widget": [grid]} if has_picture else {}
-    lora = ["lora"] if _has_lora(source) else []
+    lora = ["lora"] if has_lora(source.pipeline) else []
     return ModelCardData(
         **base,
         library_name="diffusers",
@@ -114,7 +116,7 @@ def _context(source: Source, folder: Path, rows: list[tuple[str, float, float, i
         "picture": PICTURE if grid_step is not None else None,
         "grid_step": grid_step,
         "rows": [(words, f"{before:.4g}", f"{now:.4g}", step) for words, before, now, step in rows],
-        "lora": source.pipeline.unet.peft_config["default"] if _has_lora(source) else None,
+        "lora": source.pipeline.unet.peft_config["default"] if has_lora(source.pipeline) else None,
         "has": {name: (folder / form.path).exists() for name, form in FORMATS.items()},
         "pipeline": (folder / "pipeckpts").is_dir(),
         "unet": 'MICRO_MODEL / "unet"' if micro else '"PIPECKPTS/unet"',
@@ -126,10 +128,6 @@ def _context(source: Source, folder: Path, rows: list[tuple[str, float, float, i
         "base": FACELIFT,
         "licence": FACELIFT_LICENCE,
     }
-
-
-def _has_lora(source: Source) -> bool:
-    return bool(getattr(source.pipeline.unet, "peft_config", None))
 
 
 def _reason(what: str, source: Source, otherwise: str) -> str:
@@ -152,4 +150,4 @@ def _public(value: Any) -> Any:
 
 def _cell(value: Any) -> str:
     """In a table of Markdown."""
-    return ("null" if value is None else str(value)).replace("|", "\\|").replace("\n", " ")
+    return (value if isinstance(value, str) else json.dumps(value)).replace("|", "\\|").replace("\n", " ")

@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except OSError as error:
+        print(f"error: cannot be written ({error}); likely read-only, or the disk is full", file=sys.stderr)
+        return EXIT_BAD_INPUT
     print(f"{headline}\n\nmade       {page}" + (f", {given.picture}" if given.picture else ""))
     return 0
 

@@ -79,6 +79,8 @@ def _context(story: Story) -> dict[str, Any]:
 def headline(story: Story) -> str:
     """What came of the run, in a sentence or two."""
     first, last, shown = story.first, story.last, story.shown
+    if last is first:
+        return "Nothing has been evaluated since the start, so there is nothing to compare yet."
     said = "The held-out loss was not finite at the end"
     if _finite(first["loss/validation"], last["loss/validation"]):
         before, now = first["loss/validation"], last["loss/validation"]
@@ -151,9 +153,9 @@ def _ablation(story: Story) -> dict[str, Any] | None:
     return {
         "objects": objects[:1],  # the others are in the PNG
         "rows": [{"name": _words(name), "psnr": psnr[name], "ssim": ssim[name]} for name in names],
-        "follow": f"In the last row each place has the next view's prompt: {share:.0%} of the views then are nearer to the "
-        f"true view of that prompt than to that of their own place. 100 % means that the prompt alone decides which view is "
-        f"drawn, 0 % that it does not matter.",
+        "follow": f"In the last row of pictures each place has the next view's prompt: {share:.0%} of the views then are "
+        f"nearer to the true view of that prompt than to that of their own place. 100 % means that the prompt alone decides "
+        f"which view is drawn, 0 % that it does not matter.",
     }
 
 
@@ -196,7 +198,7 @@ def _asked(story: Story) -> list[tuple[str, str]]:
             _place(options["data.train"], "the embedded mice") + f", held out: {options['data.val'] or 'a part of them'}",
         ),
         ("length", f"{options['train.steps']} steps of {batch}{pace}"),
-        ("prompt", f"from {' over '.join(options['prompt.waypoints'])}, learned {learned} ({options['prompt.carry']})"),
+        ("prompt", f"{' → '.join(options['prompt.waypoints'])}, learned {learned} ({options['prompt.carry']})"),
         ("LoRA", lora if options["lora.rank"] == 0 else f"{lora}, at {options['lora.learning_rate']:g}"),
         ("KL", held),
     ]
@@ -204,24 +206,31 @@ def _asked(story: Story) -> list[tuple[str, str]]:
 
 def commands(story: Story) -> list[tuple[str, str]]:
     """(what for, the command), to be copied."""
-    run, export = (shlex.quote(str(path)) for path in (story.folder, story.folder / "export"))
+    run, export, start = (
+        shlex.quote(str(one)) for one in (story.folder, story.folder / "export", story.options["prompt.waypoints"][0])
+    )
     model = "" if story.options["model"] == MICRO else f" --model {shlex.quote(str(story.options['model']))}"
+    sample = f"python -m train.sample --pictures '[PICTURE.png]' --export {export}{model}"
+    pretrained = "" if start == "facelift" else f" --pretrained {start}"
     found = []
     if not story.finished:
         found.append(("Go on with it:", f"python -m train.softprompt --resume {run}"))
-    found += [
-        ("Six views of pictures of your own:", f"python -m train.sample --pictures '[PICTURE.png]' --export {export}{model}"),
-        (
-            "How much of prompt and LoRA to use:",
-            f"python -m train.sample --pictures '[PICTURE.png]' --export {export}{model} --rows strengths",
-        ),
-        (
-            "Into FaceLift, whose own prompt is kept beside it; --undo puts it back:",
-            into_facelift(story.folder / "export"),
-        ),
-        ("The prompt in detail, beside the pretrained one:", f"python -m train.prompts show facelift {export}/clr_embeds.pt"),
-        ("The curves, live and to zoom into:", f"tensorboard --logdir {run}"),
-    ]
+    if story.prompt is not None:
+        found += [
+            ("Six views of pictures of your own:", f"{sample} --output views"),
+            ("How much of prompt and LoRA to use:", f"{sample} --rows strengths{pretrained} --output strengths"),
+            (
+                "Into FaceLift, whose own prompt is kept beside it; --undo puts it back:",
+                into_facelift(story.folder / "export"),
+            ),
+            (
+                "The prompt in detail, beside the pretrained one:",
+                f"python -m train.prompts show {start} {export}/clr_embeds.safetensors{model}",
+            ),
+        ]
+    elif story.start is not None:
+        found.append(("An export of its newest checkpoint:", f"python -m train.export {run} --output FOLDER"))
+    found.append(("The curves, live and to zoom into:", f"tensorboard --logdir {run}"))
     if story.finished:
         more = 2 * int(story.options["train.steps"])
         found.append(("Train it for longer:", f"python -m train.softprompt --resume {run} --train.steps {more}"))

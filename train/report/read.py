@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from softprompt.embeddings import load_prompt
@@ -57,12 +56,12 @@ class Story:
     @property
     def best(self) -> dict[str, Any]:
         """The evaluation of the lowest held-out loss."""
-        return min(self.evaluations, key=lambda point: _loss(point))
+        return min(self.evaluations, key=_loss)
 
     @property
     def step(self) -> int:
         """That it came to."""
-        return max([int(point["step"]) for point in (self.last, *self.training[-1:])])
+        return max(int(point["step"]) for point in (self.last, *self.training[-1:]))
 
     @property
     def finished(self) -> bool:
@@ -96,6 +95,9 @@ def read_story(run: Path) -> Story:
     """Raises: InputError for a folder that is no run, or of which there is nothing to tell yet."""
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: holds no config.yaml; expected the folder of a run, e.g. runs/micro-001")
+    given = read_yaml(run / "config.yaml")
+    if not isinstance(given, dict):
+        raise InputError(f"{run / 'config.yaml'}: holds no options; expected them by name, as a run writes them")
     points = read_series(run)
     evaluations = [point for point in points if is_evaluation(point)]
     if not evaluations:
@@ -104,7 +106,7 @@ def read_story(run: Path) -> Story:
     state = load_checkpoint(run) if list_checkpoints(run) else None
     return Story(
         folder=run,
-        options=dict(_flat(read_yaml(run / "config.yaml"), "")),
+        options=option_values(Config()) | dict(_flat(given, "")),  # a run of an earlier version lacks some
         training=[point for point in points if not is_evaluation(point) and not is_ablation(point)],
         evaluations=evaluations,
         ablation={name: value for name, value in ablated[-1].items() if value is not None} if ablated else {},
@@ -120,8 +122,7 @@ def _exported(folder: Path, state: Mapping[str, Any] | None) -> Tensor | None:
     if state is None or not any((folder / f"clr_embeds.{suffix}").is_file() for suffix in ("safetensors", "pt")):
         return None
     views, _, width = state["waypoints"][0].shape
-    prompt = load_prompt(exported_prompt(folder, option="run"), num_views=views, width=width)
-    return prompt if torch.isfinite(prompt).all() else None
+    return load_prompt(exported_prompt(folder, option="run"), num_views=views, width=width)
 
 
 def _pictures(run: Path) -> Iterator[tuple[str, Path]]:
