@@ -100,7 +100,7 @@ def picture(story: Story, path: Path) -> None:
     rows = [*zip(("truth", "pretrained", "now"), objects[0], strict=True)] if objects else []
     if len(objects) > 1:
         rows += [("truth", objects[1][0]), ("now", objects[1][2])]
-    heights = [3.2, len(rows)] if rows else [3.2]
+    heights = [3.2, 1.3 * len(rows)] if rows else [3.2]
     figure = Figure(figsize=(11, sum(heights)), layout="constrained", facecolor="white")
     above, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flatten()
     for axes, title in zip(above.subplots(1, 3), ("Loss", "Sampled views", "The prompt"), strict=True):
@@ -115,10 +115,13 @@ def picture(story: Story, path: Path) -> None:
         axes.legend(frameon=False, fontsize=8)
         axes.tick_params(labelsize=8)
     for part in below:
-        for axes, (name, strip) in zip(part.subplots(len(rows), 1), rows, strict=True):
+        columns = ("input", *(name.replace("_", " ") for name in story.slots))
+        for row, (axes, (name, strip)) in enumerate(zip(part.subplots(len(rows), 1), rows, strict=True)):
             axes.imshow(strip, interpolation="nearest")
             axes.set_axis_off()
             axes.text(-0.01, 0.5, name, ha="right", va="center", fontsize=9, transform=axes.transAxes)
+            for place, column in enumerate(columns if row == 0 else ()):
+                axes.text((place + 0.5) * strip.height, 0, column, ha="center", va="bottom", fontsize=9)
     with new_file(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
 
