@@ -16,7 +16,7 @@ def ablation(job: Job, prompt: Tensor, shown: Preview) -> dict[str, Tensor]:
     """Views of the previewed objects by what they are sampled with.
 
     prompt: E [V, T, D]. shown: its previews, which are two of the rows.
-    Returns: [B, V, 3, S, S] each; a part that is not trained has no row of its own.
+    Returns: [B, V, 3, S, S] each, by row; without a LoRA there is none of it alone, and `both` is `prompt`.
     """
     order = view_order(job.config.data.first_reference, job.pipeline.num_views).to(prompt.device)
     own, start = prompt[order], job.adapted.prompt.start[order]

@@ -89,7 +89,7 @@ def report(run: Run) -> None:
             rows = ablation(job, prompt, shown)
             labelled = [("truth", shown.truth), *((name.replace("_", " "), views) for name, views in rows.items())]
             run.monitor.picture(run.step, "ablation", preview_grid(labelled, shown.pictures, shown.names))
-            run.monitor.tiles(run.step, preview_tiles([views for _, views in labelled], shown.pictures), "ablation-tiles")
+            run.monitor.tiles(run.step, "ablation-tiles", preview_tiles([views for _, views in labelled], shown.pictures))
             run.monitor.scalars(run.step, ablation_series(rows, shown))
     write_report(run.folder)
 

@@ -29,9 +29,7 @@ from train.run import Run
 from train.setup import Job
 from train.step import StepResult, training_step
 from train.stop import StopSignal
-from train.watch import (
-    is_spike,
-)
+from train.watch import is_spike
 
 SMOOTHING = 0.98
 """Share of the training loss's running mean that a step leaves in place."""

@@ -115,19 +115,15 @@ class Monitor:
                 self.writer.add_scalar(f"00_is_it_working/{WORKING[name]}", number, step)
         self.writer.flush()
 
-    def picture(self, step: int, name: str, image: Image.Image) -> Path | None:
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
         """RUN/previews/NAME-step-N.png, and in TensorBoard."""
-        if self.writer is None:
-            return None
-        path = self.folder / "previews" / f"{name}-step-{step:06d}.png"
-        with new_file(path) as partial:
-            image.save(partial)
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        self.writer.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
-        return path
+        self.tiles(step, name, image)
+        if self.writer is not None:
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            self.writer.add_image(name, pixels.view(image.height, image.width, 3), step, dataformats="HWC")
 
-    def tiles(self, step: int, image: Image.Image, name: str = "tiles") -> None:
-        """RUN/previews/NAME-step-N.png: the same pictures with nothing around them, for other programs."""
+    def tiles(self, step: int, name: str, image: Image.Image) -> None:
+        """RUN/previews/NAME-step-N.png alone: for programs, as pictures with nothing around them."""
         if self.writer is not None:
             with new_file(self.folder / "previews" / f"{name}-step-{step:06d}.png") as partial:
                 image.save(partial)

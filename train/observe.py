@@ -82,7 +82,7 @@ def evaluate_if_due(run: Run) -> None:
             run.pretrained_views, run.shown = shown.pretrained, shown
             rows = [("truth", shown.truth), ("pretrained", shown.pretrained), ("now", shown.now)]
             run.monitor.picture(run.step, "held_out", preview_grid(rows, shown.pictures, shown.names))
-            run.monitor.tiles(run.step, preview_tiles([views for _, views in rows], shown.pictures))
+            run.monitor.tiles(run.step, "tiles", preview_tiles([views for _, views in rows], shown.pictures))
             series |= preview_series(shown) | job.objectives.measure(job, run.position, shown)
         if job.accelerator.is_main_process:
             series |= _watch(run, series, with_preview=with_preview)

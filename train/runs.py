@@ -1,5 +1,6 @@
 """The runs in a folder: how far each came, how good it is, what ended it, and how to go on: `python -m train.runs`."""
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -147,9 +148,9 @@ def table(rows: Sequence[Row], *, now: float) -> str:
         lines.append(f"{row.name:{width}s}  {row.state:8s}  {step:>15s}  {best:>18s}  {last:>8s}  {psnr:>6s}  {when}")
     lines += [f"\n{row.name}: {row.error}" for row in rows if row.error]
     unfinished = [row for row in rows if row.state in ("failed", "stopped")]
-    if any(row.resumable for row in unfinished):
-        lines.append("\ngo on with")
-        lines += [f"  python -m train.softprompt --resume {row.folder}" for row in unfinished if row.resumable]
+    resumable = [shlex.quote(str(row.folder)) for row in unfinished if row.resumable]
+    if resumable:
+        lines += ["\ngo on with", *(f"  python -m train.softprompt --resume {folder}" for folder in resumable)]
     begun = [row.name for row in unfinished if not row.resumable]
     if begun:
         lines.append(f"\nno checkpoint yet, to be begun again: {', '.join(begun)}")

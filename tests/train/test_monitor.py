@@ -59,13 +59,12 @@ def test_tensorboard_holds_the_same_series_pictures_and_text(tmp_path: Path) -> 
     for step in (0, 1, 3):
         m.scalars(step, {"loss/train": step / 4, "prompt_cosine_to_waypoint_1/front": 0.5})
     picture = Image.new("RGB", (20, 10), (255, 0, 0))
-    path = m.picture(3, "held_out", picture)
+    m.picture(3, "held_out", picture)
     m.text("config", "model: micro")
     m.close()
     assert series(tmp_path, "loss/train") == [(0, 0.0), (1, 0.25), (3, 0.75)]
     assert series(tmp_path, "prompt_cosine_to_waypoint_1/front") == [(0, 0.5), (1, 0.5), (3, 0.5)]
-    assert path == tmp_path / "previews" / "held_out-step-000003.png"
-    with Image.open(path) as stored:
+    with Image.open(tmp_path / "previews" / "held_out-step-000003.png") as stored:
         assert stored.tobytes() == picture.tobytes() and stored.size == (20, 10)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -125,7 +124,7 @@ def test_a_monitor_that_is_not_open_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 9, "a": 1}\n')
     m = Monitor(tmp_path, active=True)
     m.scalars(10, {"loss/train": 2.0})
-    assert m.picture(10, "held_out", Image.new("RGB", (2, 2))) is None
+    m.picture(10, "held_out", Image.new("RGB", (2, 2)))
     m.text("config", "model: micro")
     m.close()
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -149,7 +148,7 @@ def test_a_monitor_of_another_process_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 9, "a": 1}\n')
     m = monitor(tmp_path, active=False, resumed=4)
     m.scalars(5, {"loss/train": 2.0})
-    assert m.picture(5, "held_out", Image.new("RGB", (2, 2))) is None
+    m.picture(5, "held_out", Image.new("RGB", (2, 2)))
     m.text("config", "model: micro")
     m.close()
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -289,7 +288,7 @@ def test_tiles_are_the_pictures_with_nothing_around_them(tmp_path: Path) -> None
     rows = [torch.rand(2, 6, 3, 8, 8, generator=generator) for _ in range(3)]
     given = torch.rand(2, 3, 8, 8, generator=generator)
     m = monitor(tmp_path)
-    m.tiles(7, preview_tiles(rows, given))
+    m.tiles(7, "tiles", preview_tiles(rows, given))
     m.close()
     pixels = np.array(Image.open(tmp_path / "previews" / "tiles-step-000007.png"))
     assert pixels.shape == (2 * 3 * 8, 7 * 8, 3)

@@ -6,6 +6,7 @@ model card, each read back and compared before it is called done. And into FaceL
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,7 +137,7 @@ def _export(given: argparse.Namespace) -> int:
         print("\n".join(_write(source, given)))
     if given.into is not None:
         print("\n".join(put_in(given.into, folder, with_pipeline=given.pipeline)))
-        print(f"to undo it: python -m train.export --undo {given.into}")
+        print(f"to undo it: python -m train.export --undo {shlex.quote(str(given.into))}")
     else:
         print("\n".join(["", *how_to_use(folder)]))
     return 0
