@@ -420,6 +420,18 @@ def test_a_list_of_pairs_trains_and_is_measured(small, tmp_path, pairs):
     assert torch.equal(contest.sides[1][0], loser.mean) and torch.equal(contest.encoded.mean, contest.sides[0][0])
 
 
+def test_a_run_does_not_go_on_with_other_pairs(small, tmp_path, pairs):
+    first, *others = pairs.read_text().splitlines()
+    path = pairs.with_name("changed.jsonl")
+    path.write_text("\n".join([first, *others]))
+    states = [term(prepare(small(**{"dpo.weight": 1, "dpo.pairs": p}))) for p in (pairs, path)]
+    states[1].go_on_from(states[0].state())
+    path.write_text("\n".join([*others, first]))
+    changed = term(prepare(small(**{"dpo.weight": 1, "dpo.pairs": path})))
+    with pytest.raises(InputError, match=r"dpo\.pairs: .*changed\.jsonl has other pairs than when the run began"):
+        changed.go_on_from(states[0].state())
+
+
 def test_a_table_of_pairs_is_read_as_a_list_is(pairs):
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     table = pairs.with_suffix(".csv")

@@ -12,6 +12,7 @@ from softprompt.errors import InputError, RunError
 from softprompt.objectives.preference import open_pairs, ranked_pairs, stage_at, stages_by_rank, stages_by_reward
 from softprompt.objectives.rewards import Reward
 from softprompt.pipeline import Pipeline
+from softprompt.shards import key_of
 from train.config import Config
 from train.objectives.own_samples import OwnSamples, Snapshot
 from train.objectives.pairs import ListedPair, gaps_of, read_pairs
@@ -158,6 +159,9 @@ class ListedDpo(Dpo):
         self._pairs, self._samples = self._read("dpo.pairs", self.options.pairs, config, pipeline, cache)
         gaps = gaps_of(self._pairs, "dpo.pairs") if self._ranks else [0.0] * len(self._pairs)
         self.share_out(stages_by_reward(gaps, self.options.chunks, self.options.chunk_by))
+        names = self._samples.names
+        rows = [(names[pair.input], names[pair.winner], names[pair.loser], str(pair.gap)) for pair in self._pairs]
+        self._key = key_of(*(part for row in rows for part in row)).hex()
         self._others: list[ListedPair] = []
         self._other_samples: EncodedObjects | None = None
         if self.options.held_out_pairs is not None:
@@ -195,6 +199,18 @@ class ListedDpo(Dpo):
             contests = [self._contest_of(self._other_samples, pair, given) for pair in self._others]
             self.held_out = [HeldOut(contest, ((0, 1),)) for contest in contests]
         return [f"dpo        {len(self._pairs)} pairs to train on, {len(self.held_out)} to measure on"]
+
+    def state(self) -> dict[str, Any]:
+        """What stands for the list."""
+        return {"pairs": self._key}
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Raises: InputError where the list is another."""
+        if state["pairs"] != self._key:
+            raise InputError(
+                f"dpo.pairs: {self.options.pairs} has other pairs than when the run began; expected the same ones, in the same "
+                f"order. To train on others, begin a run with --init_from"
+            )
 
     def contest(self, job: "Job", pair: int, generator: torch.Generator) -> Contest:
         """The two sets, given a view of the input."""
