@@ -145,4 +145,5 @@ def _draw(axes: "Axes", panel: Panel, curves: Sequence[tuple[str, list[int], lis
         axes.plot(steps, values, label=label, linewidth=1.8, marker=mark, markersize=3, color=COLOURS[index % len(COLOURS)])
     if panel.log:
         make_logarithmic(axes)
+    axes.locator_params("x", integer=True)
     axes.set_xlabel("step")
