@@ -50,7 +50,7 @@ def launch(processes: int, *arguments: str) -> str:
 def losses(run: Path) -> dict[str, list[float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = ["loss/train", "loss/validation", "loss/original", "loss/kl_to_pretrained", "kl/on_original", "kl_view/back"]
-    names += ["objective/draft", "objective/studio", "objective/separate"]
+    names += ["objective/draft", "objective/spin", "objective/studio", "objective/separate"]
     return {name: [line[name] for line in lines if name in line] for name in names}
 
 
@@ -75,6 +75,11 @@ def options(mice: Path) -> list[str]:
         "--draft.weight=0.1",
         "--draft.steps=1",
         "--draft.every=2",
+        "--spin.weight=0.1",
+        "--spin.beta=10",
+        "--spin.iterations=2",
+        "--spin.sample_steps=1",
+        "--spin.held_out_objects=1",
         "--studio.weight=0.1",
         "--studio.over=views",
         "--separate.weight=0.1",
@@ -85,6 +90,7 @@ def options(mice: Path) -> list[str]:
         "--monitor.validation_timesteps=1",
         "--monitor.preview_objects=1",
         "--monitor.preview_steps=2",
+        "--export.report=false",
     ]
 
 
