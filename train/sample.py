@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import set_parsing_settings
 
 from softprompt.errors import InputError
-from softprompt.files import new_folder, refuse_taken
+from softprompt.files import new_folder, read_json, refuse_taken
 from train.command_line import Parser, calm_environment
 from train.options import MICRO
 
@@ -151,6 +151,8 @@ def _sample(options: Options) -> int:
     quiet_libraries(True)
     files = find_pictures(options.pictures)
     refuse_taken(Path(options.output))  # before anything long
+    if options.export is not None:
+        _refuse_another_model(options.model, Path(options.export))
     precision, said = choose_precision(options.device, options.precision, group="")
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     folder = MICRO_MODEL if options.model == MICRO else Path(options.model)
@@ -180,6 +182,21 @@ def _sample(options: Options) -> int:
         raise InputError(f"output: {options.output}: cannot be written ({error}); likely its disk is full") from error
     print(f"made       {options.output}: {', '.join(files)}; {len(cases)} x {pipeline.num_views} views each")
     return 0
+
+
+def _refuse_another_model(model: str, export: Path) -> None:
+    """A forgotten --model would be the embedded one, whose prompts have the shape of a real one's.
+
+    Raises: InputError for that, or where the folder is no export.
+    """
+    from train.export.read import exported_prompt
+
+    exported_prompt(export, option="export")
+    about = export / "clr_embeds.json"
+    if model == MICRO and about.is_file():
+        trained_from = read_json(about, what="what a run says of its prompt").get("model", MICRO)
+        if trained_from != MICRO:
+            raise InputError(f"model: is {MICRO}; {export} was trained from {trained_from}: give that with --model")
 
 
 def find_pictures(given: Sequence[str]) -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """Views of pictures: those of the training previews bit for bit, and each part of what was learned by itself."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -156,6 +157,16 @@ def test_a_picture_without_transparency_is_told_of(picture: Path, tmp_path: Path
     given = [f"--pictures=[{tmp_path / 'opaque.png'}]", "--steps=1", "--guidance_scale=1", "--device=cpu"]
     assert main([*given, f"--output={tmp_path / 'views'}"]) == 0
     assert "WARNING    1 pictures have no transparency, e.g. opaque" in capsys.readouterr().out
+
+
+def test_an_export_of_another_model_is_not_sampled_with_the_embedded_one(
+    run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = Path(shutil.copytree(run / "export", tmp_path / "export"))
+    about = export / "clr_embeds.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"model": "pipeckpts"}))
+    assert main([f"--pictures=[{picture}]", f"--export={export}", f"--output={tmp_path / 'views'}"]) == 2
+    assert capsys.readouterr().err == f"error: model: is micro; {export} was trained from pipeckpts: give that with --model\n"
 
 
 @pytest.mark.parametrize(
