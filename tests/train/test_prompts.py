@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from tests.browser import Seen
 from train.prompts.__main__ import COMMANDS, main
 from train.prompts.cameras import in_words, read_angles
 from train.prompts.make import reproduce
-from train.prompts.measure import drift, in_ranges, measure, start_distance
+from train.prompts.measure import drift, in_ranges, measure, nearest_phrases, start_distance
 from train.prompts.sources import Encoder, Source, fill_in, open_encoder, open_file
 
 Run = Callable[..., tuple[int, str, str]]
@@ -219,6 +220,35 @@ def test_prompts_of_two_encoders_are_told_by_their_start(facelift: Path, tmp_pat
     assert code == 0 and "likely made with another text encoder" in " ".join(said.split())
     code, said, _ = run("mix", real, toy, "--position", 0.5, "--output", tmp_path / "mix.pt")
     assert code == 0 and f"warning    {toy} is likely of another text encoder than {real}" in said
+
+
+def test_show_says_which_phrase_each_view_reads_nearest_to(tmp_path: Path, run: Run, encoder: Encoder) -> None:
+    realistic = encoder.encode("realistic", fill_in("realistic", subject="mouse", angles="from above at an angle"), VIEWS)
+    turned = realistic.prompt[[3, 1, 2, 0, 4, 5]]  # front and back have changed places
+    save_prompt(turned, tmp_path / "turned.safetensors")
+    (tmp_path / "words.txt").write_text("a photograph of a hat\n\nsimple\n")
+    argv = ["show", tmp_path / "turned.safetensors", "--output", tmp_path / "p.html", "--phrases", "realistic"]
+    code, said, _ = run(*argv, str(tmp_path / "words.txt"))
+    said = " ".join(said.split())
+    assert code == 0
+    for view, text in (("front", "back"), ("back", "front"), ("left", "left")):
+        assert f"{view} reads nearest to 'a photograph of a mouse, {text} view, from above at an angle.' (1.00), then" in said
+    assert "front reads nearest to" in (tmp_path / "p.html").read_text()
+    for given, problem in (
+        (["a photograph of a hat"], r"--phrases: are 1; expected two or more"),
+        ([str(tmp_path / "none.txt")], r"--phrases .*none\.txt: cannot be read"),
+        (["realistic", "{vew} of it"], r"no \{view\}"),
+    ):
+        code, _, error = run(*argv[:-1], *given)
+        assert code == 2 and re.search(problem, error) and error.count("\n") == 1, error
+
+
+def test_nearness_to_phrases_leaves_out_what_they_have_in_common() -> None:
+    phrases = torch.tensor([[[10.0, 1.0, 0.0]], [[10.0, -1.0, 0.0]], [[10.0, 0.0, 1.0]], [[10.0, 0.0, -1.0]]])
+    cosines = nearest_phrases(torch.tensor([[[11.0, 3.0, 0.0]], [[9.0, 0.0, -2.0]]]), phrases)
+    centred = torch.tensor([[1.0, 3.0, 0.0], [-1.0, 0.0, -2.0]])
+    slow = [[float(v @ (p[0] - torch.tensor([10.0, 0, 0]))) / float(v.norm()) for p in phrases] for v in centred]
+    assert cosines.tolist() == [pytest.approx(row, abs=1e-6) for row in slow]
 
 
 def test_a_learned_prompt_is_not_taken_for_one_of_another_encoder(tmp_path: Path, run: Run, facelift_texts: Source) -> None:

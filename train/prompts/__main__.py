@@ -20,6 +20,7 @@ from softprompt.templates import TEMPLATES, VIEWS
 from train.command_line import PlainParser
 
 if TYPE_CHECKING:
+    from train.prompts.report import Phrases
     from train.prompts.sources import Source
 
 EXIT_BAD_INPUT = 2
@@ -76,14 +77,33 @@ def show_parser() -> CommandParser:
             "clr_embeds.pt",
             "clr_embeds.pt runs/mice-001/export/clr_embeds.safetensors --output learned.html",
             "clr_embeds.pt realistic --model pipeckpts --subject rat",
+            "learned.pt --model pipeckpts --phrases facelift realistic 'a photograph of a hat' words.txt",
         ],
     )
     parser.add_argument(
         "prompts", nargs="+", metavar="FILE_OR_TEMPLATE", help="The first is what the others are compared with."
     )
     parser.add_argument("--output", default="prompts.html", help="The page; an earlier one is replaced. Default: %(default)s")
+    parser.add_argument(
+        "--phrases",
+        nargs="+",
+        metavar="TEXT_OR_FILE",
+        help="Say of each view which of these it reads nearest to: templates, texts (with {view}: one a view), .txt files of "
+        "one a line.",
+    )
     _text_options(parser)
     return parser
+
+
+def _phrases(given: argparse.Namespace) -> "Phrases":
+    """Encoded by --model. Raises: InputError."""
+    from softprompt.embeddings import encode_texts
+    from train.prompts.report import Phrases
+    from train.prompts.sources import open_encoder, read_phrases
+
+    texts = read_phrases(given.phrases, subject=given.subject, angle=given.angle)
+    encoder = open_encoder(given.model)
+    return Phrases(tuple(texts), encode_texts(texts, encoder.tokenizer, encoder.model))
 
 
 def show(given: argparse.Namespace, command: str) -> int:
@@ -92,7 +112,7 @@ def show(given: argparse.Namespace, command: str) -> int:
 
     output = Path(given.output)
     refuse_other_page(output)
-    shown = look_at(_open_all(given))
+    shown = look_at(_open_all(given), _phrases(given) if given.phrases else None)
     write_page(shown, output, command)
     print_report(shown)
     print(f"page       {output}")

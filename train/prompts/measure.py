@@ -108,6 +108,17 @@ def drift(prompt: Tensor, reference: Tensor, words: Sequence[int] | None) -> Dri
     )
 
 
+def nearest_phrases(prompt: Tensor, phrases: Tensor) -> Tensor:
+    """How near each view is to each of some texts, once what those have in common, the padding above all, is taken off.
+
+    prompt: [V, T, D]. phrases: [N, T, D], N at least 2. Returns: cosines [V, N].
+    Source: ours.
+    """
+    common = phrases.double().mean(dim=0)
+    views, texts = ((x.double() - common).flatten(1) for x in (prompt, phrases))
+    return F.cosine_similarity(views[:, None], texts[None], dim=-1).float()
+
+
 def start_distance(prompt: Tensor, reference: Tensor) -> float:
     """How far a prompt's first token is from that of another, of its norm, mean over views.
 

@@ -21,6 +21,7 @@ from train.prompts.measure import (
     drift,
     in_ranges,
     measure,
+    nearest_phrases,
     start_distance,
 )
 from train.prompts.sources import TOY, Source
@@ -42,25 +43,50 @@ class Shown:
     """With what, or why not, in words; empty for the first."""
     words: tuple[int, ...] | None
     """Tokens of each view that are not padding, as far as is known."""
+    reads: tuple[str, ...] = ()
+    """What each view reads nearest to, of the phrases that were given."""
 
 
-def look_at(sources: Sequence[Source]) -> list[Shown]:
-    """Measure each prompt, and its distance to the first where their shapes agree."""
+@dataclass(frozen=True)
+class Phrases:
+    """Texts that prompts are set beside."""
+
+    texts: tuple[str, ...]
+    encoded: Tensor
+    """[N, T, D]."""
+
+    def nearest_to(self, source: Source) -> tuple[str, ...]:
+        """A sentence a view."""
+        if source.prompt.shape[1:] != self.encoded.shape[1:]:
+            width, ours = self.encoded.shape[-1], source.prompt.shape[-1]
+            return (f"not comparable: the phrases' text encoder gives tokens of {width} numbers, these have {ours}",)
+        found = nearest_phrases(source.prompt, self.encoded).topk(2, dim=1)
+        return tuple(
+            f"{view} reads nearest to {self.texts[first]!r} ({best:.2f}), then {self.texts[second]!r} ({next_:.2f})"
+            for view, (first, second), (best, next_) in zip(
+                source.views, found.indices.tolist(), found.values.tolist(), strict=True
+            )
+        )
+
+
+def look_at(sources: Sequence[Source], phrases: Phrases | None = None) -> list[Shown]:
+    """Measure each prompt, its distance to the first where their shapes agree, and what its views read nearest to."""
     shown: list[Shown] = []
     first = sources[0]
     reference_words = words_of(first)
     for source in sources:
         measures, words = measure(source.prompt, source.views), words_of(source)
+        reads = () if phrases is None else phrases.nearest_to(source)
         if source is first:
-            shown.append(Shown(source, measures, None, "", words))
+            shown.append(Shown(source, measures, None, "", words, reads))
         elif source.prompt.shape != first.prompt.shape:
-            shown.append(Shown(source, measures, None, f"not comparable with {first.name}: another shape", words))
+            shown.append(Shown(source, measures, None, f"not comparable with {first.name}: another shape", words, reads))
         else:
             far = start_distance(source.prompt, first.prompt) > ANOTHER_ENCODER
             apart = far and source.steps == first.steps == 0  # training moves the start token too
             compared = f"from {first.name}" + (", likely made with another text encoder" if apart else "")
             compared += f", learned in {source.steps} steps" if source.steps else ""
-            shown.append(Shown(source, measures, drift(source.prompt, first.prompt, reference_words), compared, words))
+            shown.append(Shown(source, measures, drift(source.prompt, first.prompt, reference_words), compared, words, reads))
     return shown
 
 
@@ -89,7 +115,7 @@ def rows(one: Shown) -> list[tuple[str, str]]:
         how = "by its texts" if source.words is not None else "by their likeness"
         counts = " or ".join(dict.fromkeys(str(count) for count in one.words))
         said.insert(-2, ("padding", f"from token {counts} on ({how})"))
-    return said + drift_rows(one)
+    return said + [("reads" if i == 0 else "", sentence) for i, sentence in enumerate(one.reads)] + drift_rows(one)
 
 
 def view_line(m: Measures) -> str:

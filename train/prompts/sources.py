@@ -143,6 +143,31 @@ def fill_in(text: str, *, subject: str, angles: str | Sequence[str], views: Sequ
     return [template.texts(subject=subject, angle=angle, views=(view,))[0] for view, angle in zip(views, each, strict=True)]
 
 
+def read_phrases(given: Sequence[str], *, subject: str, angle: str) -> list[str]:
+    """Templates, texts with {view}, plain texts, and files (.txt) of one such a line, as texts; each once.
+
+    Raises: InputError for a file that cannot be read, a text that cannot be filled in, or fewer than two texts.
+    """
+    lines: list[str] = []
+    for one in given:
+        if not one.endswith(".txt"):
+            lines.append(one)
+            continue
+        try:
+            lines += [line.strip() for line in Path(one).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--phrases {one}: cannot be read ({error}); expected a text file, one phrase a line") from error
+    texts = [
+        text
+        for line in lines
+        for text in (fill_in(line, subject=subject, angles=angle) if line in TEMPLATES or "{" in line else [line])
+    ]
+    found = list(dict.fromkeys(texts))
+    if len(found) < 2:
+        raise InputError(f"--phrases: are {len(found)}; expected two or more, to tell which of them a view is nearest to")
+    return found
+
+
 def open_file(path: str | Path) -> Source:
     """A prompt file of any number of views and any width, and what the JSON beside it says.
 
