@@ -258,6 +258,10 @@ def choose_precision(wanted: str, asked: str, *, group: str = "train.") -> tuple
 def _check_together(config: Config, pipeline: Pipeline) -> None:
     """What only shows when the model is there. Raises: InputError."""
     config.data.references(pipeline.num_views)
+    schedule = len(pipeline.scheduler.alphas_cumprod)
+    for name in ("preview_steps", "validation_timesteps"):
+        if (asked := getattr(config.monitor, name)) > schedule:
+            raise InputError(f"monitor.{name}: is {asked}; the model has {schedule} timesteps, expected so many at most")
     if config.timesteps.clusters > 1:
         try:
             timestep_edges(pipeline.scheduler.alphas_cumprod, config.timesteps.clusters, config.timesteps.edges)

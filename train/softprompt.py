@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -234,7 +235,7 @@ def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None", change
         *job.notes,
         f"training   {groups}; {config.train.steps} steps of {job.objects_per_step} objects",
         f"waypoints  mean cosine between their views: {alike}",
-        f"run        {folder}   (watch it: tensorboard --logdir {folder})",
+        f"run        {folder}   (watch it: tensorboard --logdir {shlex.quote(str(folder))})",
     ]
     if state is not None:
         lines += [f"WARNING    {damage}; the checkpoint before it is used" for damage in state["damaged"]]

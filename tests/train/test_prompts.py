@@ -234,6 +234,9 @@ def test_show_says_which_phrase_each_view_reads_nearest_to(tmp_path: Path, run: 
     for view, text in (("front", "back"), ("back", "front"), ("left", "left")):
         assert f"{view} reads nearest to 'a photograph of a mouse, {text} view, from above at an angle.' (1.00), then" in said
     assert "front reads nearest to" in (tmp_path / "p.html").read_text()
+    save_prompt(turned.flip(-1), tmp_path / "other.safetensors")
+    _, said, _ = run("show", tmp_path / "other.safetensors", *argv[2:], "simple")
+    assert "not comparable: the prompt was likely made with another text encoder" in " ".join(said.split())
     for given, problem in (
         (["a photograph of a hat"], r"--phrases: are 1; expected two or more"),
         ([str(tmp_path / "none.txt")], r"--phrases .*none\.txt: cannot be read"),

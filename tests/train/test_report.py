@@ -140,6 +140,14 @@ def test_a_run_that_was_killed_before_its_export_has_a_report_on_request(copy, c
     assert str(copy / "report.html") in capsys.readouterr().out
 
 
+def test_a_run_whose_checkpoints_are_damaged_is_told_without_them(copy):
+    for state in (copy / "checkpoints").glob("step-*/state.pt"):
+        state.write_bytes(b"x")
+    write_report(copy)
+    page = (copy / "report.html").read_text()
+    assert "holds no sound checkpoint" in page and "View by view" in page
+
+
 def test_a_picture_of_the_run_at_a_glance_is_drawn_on_request(copy, tmp_path):
     assert main([str(copy), "--picture", str(tmp_path / "glance.png")]) == 0
     with Image.open(tmp_path / "glance.png") as picture:

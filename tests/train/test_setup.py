@@ -179,6 +179,11 @@ def test_a_picture_cut_short_is_refused_before_the_run(mice: Path, small_config:
 # --------------------------------------------------------------------------------------------------- what does not fit
 
 
+def test_more_steps_than_the_model_has_are_refused(mice: Path, small_config: Small) -> None:
+    with pytest.raises(InputError, match=r"monitor\.preview_steps: is 1001; the model has 1000 timesteps"):
+        prepare(small_config(mice, **{"monitor.preview_steps": 1001}))
+
+
 @pytest.mark.parametrize("given", ["6", "[0, 7]"])
 def test_a_reference_view_out_of_range_is_refused(mice: Path, small_config: Small, given: str) -> None:
     with pytest.raises(InputError, match=r"data\.reference_view: is .*; expected views from 0 to 5"):

@@ -60,6 +60,8 @@ class Phrases:
         if source.prompt.shape[1:] != self.encoded.shape[1:]:
             width, ours = self.encoded.shape[-1], source.prompt.shape[-1]
             return (f"not comparable: the phrases' text encoder gives tokens of {width} numbers, these have {ours}",)
+        if source.steps == 0 and start_distance(source.prompt, self.encoded[:1]) > ANOTHER_ENCODER:
+            return ("not comparable: the prompt was likely made with another text encoder than the phrases; give its --model",)
         found = nearest_phrases(source.prompt, self.encoded).topk(2, dim=1)
         return tuple(
             f"{view} reads nearest to {self.texts[first]!r} ({best:.2f}), then {self.texts[second]!r} ({next_:.2f})"

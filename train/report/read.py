@@ -103,18 +103,28 @@ def read_story(run: Path) -> Story:
     if not evaluations:
         raise InputError(f"{run}: has no evaluation yet, so there is nothing to report; a run makes one before its first step")
     ablated = [point for point in points if is_ablation(point)]
-    state = load_checkpoint(run) if list_checkpoints(run) else None
+    state, damage = _newest_checkpoint(run)
     return Story(
         folder=run,
         options=option_values(Config()) | dict(_flat(given, "")),  # a run of an earlier version lacks some
         training=[point for point in points if not is_evaluation(point) and not is_ablation(point)],
         evaluations=evaluations,
         ablation={name: value for name, value in ablated[-1].items() if value is not None} if ablated else {},
-        warned=state["warned"] if state else {},
+        warned=(state["warned"] if state else {}) | damage,
         start=state["waypoints"][0] if state else None,
         prompt=_exported(run / "export", state),
         pictures=dict(_pictures(run)),
     )
+
+
+def _newest_checkpoint(run: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """A run's newest sound checkpoint where there is one, and what to say where all are damaged: the rest can be told."""
+    if not list_checkpoints(run):
+        return None, {}
+    try:
+        return load_checkpoint(run), {}
+    except InputError as error:
+        return None, {"checkpoints": str(error)}
 
 
 def _exported(folder: Path, state: Mapping[str, Any] | None) -> Tensor | None:
