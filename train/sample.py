@@ -205,7 +205,9 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
     for one in map(Path, given):
         inside = sorted(path for path in one.iterdir() if path.suffix.lower() == ".png") if one.is_dir() else [one]
         if not inside:
-            raise InputError(f"pictures: {one} holds no .png; expected pictures of objects, each seen as view 0")
+            within = next(one.rglob("cam_000.png"), None)
+            hint = f"; of a folder of samples, give the view that is given: {within}" if within else ""
+            raise InputError(f"pictures: {one} holds no .png; expected pictures of objects, each seen as view 0{hint}")
         if not one.exists():
             raise InputError(f"pictures: {one}: not found; expected a PNG or a folder of them; likely a typing mistake")
         found += inside

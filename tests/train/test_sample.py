@@ -146,6 +146,11 @@ def test_pictures_of_one_name_are_told_apart_by_their_folders(mice: Path) -> Non
     assert list(find_pictures(given)) == [f"{Path(one).parent.name}_cam_000" for one in given]
 
 
+def test_a_folder_of_samples_is_refused_with_the_picture_to_give(mice: Path) -> None:
+    with pytest.raises(InputError, match=r"train holds no \.png; .*give the view that is given: .*cam_000\.png"):
+        find_pictures([str(mice / "train")])
+
+
 def test_pictures_in_a_folder_are_found_whatever_the_case_of_their_ending(picture: Path, tmp_path: Path) -> None:
     for name in ("a.png", "b.PNG", "notes.txt"):
         shutil.copy(picture, tmp_path / name)
