@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from softprompt.embeddings import load_prompt
+from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.pipeline import load_pipeline
 from softprompt.sampling import RISES
