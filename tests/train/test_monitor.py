@@ -1,6 +1,7 @@
 """What a run leaves to be looked at."""
 
 import json
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,8 @@ from train.series import is_evaluation
 
 
 def monitor(folder: Path, resumed: int | None = None, *, active: bool = True, evaluated: bool = False) -> Monitor:
+    if resumed is not None:
+        time.sleep(1.1)  # TensorBoard sorts files by their second, and within it by a number as text: 10 before 9
     opened = Monitor(folder, active=active)
     opened.open(resumed_step=resumed, evaluated=evaluated)
     return opened
