@@ -28,7 +28,9 @@ from train.objectives.dpo import ListedDpo, OwnDpo
 from train.objectives.own_samples import OwnSamples, Sampling, Snapshot, as_it_was, predict_as
 from train.objectives.pairs import read_pairs
 from train.objectives.preferences import Contest, contest_batch, sampled
+from train.objectives.spin import Spin
 from train.objectives.terms import Scene
+from train.preference_options import DpoConfig, SpinConfig
 from train.setup import Job, make_accelerator, prepare
 from train.step import training_step
 from train.stop import StopSignal
@@ -42,14 +44,13 @@ DPO = {
     **{f"dpo.{name}": value for name, value in OWN.items()},
 }
 SPIN = {"spin.weight": "1", "spin.iterations": "2", **{f"spin.{name}": value for name, value in OWN.items()}}
-LATER = {**SPIN, "spin.start": "0.4"}
-"""From step 1 on, of 3."""
+MEASURED = {"dpo.weight": "0", "spin.weight": "0", "monitor.objectives": '["dpo", "spin"]'}
 CHEAP = {
-    "train.steps": "3",
+    "train.steps": "2",
     "kl.weight": "0",
     "monitor.guidance_scale": "1",
-    "monitor.validate_every": "3",
-    "monitor.preview_every": "3",
+    "monitor.validate_every": "2",
+    "monitor.preview_every": "2",
     "monitor.checkpoint_every": "1",
     "monitor.checkpoints_kept": "9",
     "export.report": "false",
@@ -113,7 +114,7 @@ def term(job: Job) -> Any:
 def kept_jobs(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     """Of each objective, a job in which something has been learned and samples are made; then it has moved on."""
     jobs = {}
-    for name, options in (("dpo", DPO), ("spin", LATER)):
+    for name, options in (("dpo", DPO), ("spin", SPIN)):
         jobs[name] = job = prepare(small(**options, **{"train.batch_size": 3, "loss.own_view": "false"}))
         moved(job)
         job.objectives.begin(job, tmp_path_factory.mktemp(name), 1, 0.0, lambda: False)
@@ -242,84 +243,68 @@ STATE = {"lora.dropout": "0.1", "train.ema_decay": "0.5", "train.schedule": "con
 
 
 @pytest.fixture(scope="module")
-def whole(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """`whole("dpo")`: a run that nobody interrupted."""
-    runs: dict[str, Run] = {}
-
-    def get(name: str) -> Run:
-        if name not in runs:
-            config = small(**(DPO if name == "dpo" else LATER), **STATE)
-            runs[name] = run_to_end(config, tmp_path_factory.mktemp("whole") / "run")
-        return runs[name]
-
-    return get
+def whole(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with both objectives that nobody interrupted."""
+    return run_to_end(small(**DPO, **SPIN, **STATE), tmp_path_factory.mktemp("whole") / "run")
 
 
-def the_same(folder: Path, run: Run, whole: Run) -> bool:
-    return series(folder) == series(whole.folder) and equal(weights(run.job), weights(whole.job))
-
-
-def test_dpo_stopped_while_it_makes_samples_and_between_its_stages_goes_on_as_if_it_was_not(
-    small, tmp_path, stop_after, monkeypatch, whole
+def test_a_run_stopped_and_killed_while_it_makes_samples_makes_what_is_missing_and_ends_the_same(
+    small, tmp_path, monkeypatch, whole
 ):
-    folder, config, stop, made = tmp_path / "run", small(**DPO, **STATE), StopSignal(), []
+    """Across a stage of the curriculum and an iteration of SPIN."""
+    folder, config, stop, made = tmp_path / "run", small(**DPO, **SPIN, **STATE), StopSignal(), []
     make = OwnSamples._make
 
-    def interrupted(self: OwnSamples, index: int) -> None:
+    def stopped(self: OwnSamples, index: int) -> None:
         make(self, index)
         made.append((self.folder.name, index))
         if self.folder.name == "dpo-own":
             stop.number = 2
 
-    monkeypatch.setattr(OwnSamples, "_make", interrupted)
-    assert run_to_end(config, folder, stop=stop).step == 0
-    assert made == [("dpo-held-out", 0), ("dpo-own", 0)], "what is under way is finished, no more"
-    assert run_to_end(config, folder, resume=True, stop=stop_after(2)).step == 2
-    assert made[2:] == [("dpo-own", 1)], "what is kept is not made again"
-    resumed = run_to_end(config, folder, resume=True)
-    assert len(made) == 3 and the_same(folder, resumed, whole("dpo"))
-    assert term(resumed.job).stage(1) < term(resumed.job).stage(2)
-
-
-def test_spin_killed_while_it_makes_the_samples_of_each_iteration_makes_what_is_missing_and_ends_the_same(
-    small, tmp_path, monkeypatch, whole
-):
-    folder, config, made = tmp_path / "run", small(**LATER, **STATE), []
-    make = OwnSamples._make
-    at = {"step": -1}
-
-    def killed_at_the_second(self: OwnSamples, index: int) -> None:
-        if self.folder.name == f"spin-iterate-{at['step']:06d}" and index == 1:
+    def killed(self: OwnSamples, index: int) -> None:
+        if (self.folder.name, index) == ("spin-iterate-000001", 1):
             raise KeyboardInterrupt
-        made.append((self.folder.name, index))
         make(self, index)
+        made.append((self.folder.name, index))
 
-    monkeypatch.setattr(OwnSamples, "_make", killed_at_the_second)
-    for step in (1, 2):
-        at["step"] = step
-        with pytest.raises(KeyboardInterrupt):
-            run_to_end(config, folder, resume=step == 2)
-        assert list_checkpoints(folder)[-1].name == f"step-{step:06d}", "saved before what takes long"
-    at["step"] = -1
+    monkeypatch.setattr(OwnSamples, "_make", stopped)
+    assert run_to_end(config, folder, stop=stop).step == 0
+    assert made == [("dpo-held-out", 0), ("dpo-own", 0), ("spin-held-out", 0)], "what is under way is finished, no more"
+    monkeypatch.setattr(OwnSamples, "_make", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_to_end(config, folder, resume=True)
+    assert list_checkpoints(folder)[-1].name == "step-000001", "saved before what takes long"
+    monkeypatch.setattr(OwnSamples, "_make", make)
     resumed = run_to_end(config, folder, resume=True)
-    assert made[1:] == [(f"spin-iterate-{step:06d}", index) for step in (1, 2) for index in (0, 1)], "nothing is made twice"
-    assert the_same(folder, resumed, whole("spin"))
-    assert [p.name for p in sorted((folder / "samples").iterdir())] == ["spin-held-out", "spin-iterate-000002"]
-    spin = term(resumed.job)
-    assert spin.boundaries == [1, 2] and spin.started_from.step == 1 and spin.iterate.step == 2
+    assert made[3:] == [("dpo-own", 1), *((f"spin-iterate-{k:06d}", i) for k, i in ((0, 0), (0, 1), (1, 0)))], "nothing twice"
+    assert series(folder) == series(whole.folder) and equal(weights(resumed.job), weights(whole.job))
+    assert [p.name for p in sorted((folder / "samples").iterdir())] == [
+        "dpo-held-out",
+        "dpo-own",
+        "spin-held-out",
+        "spin-iterate-000001",
+    ]
+    dpo, spin = resumed.job.objectives.terms
+    assert dpo.stage(0) < dpo.stage(1)
+    assert spin.boundaries == [0, 1] and spin.started_from.step == 0 and spin.iterate.step == 1
 
 
-@pytest.mark.parametrize(("name", "first"), [("dpo", 0), ("spin", 1)])
-def test_an_objective_begins_where_nothing_is_preferred_and_is_measured_from_then_on(whole, name, first):
-    lines = series(whole(name).folder)
-    losses = {line["step"]: line[f"objective/{name}"] for line in lines if f"objective/{name}" in line}
-    assert list(losses) == list(range(first + 1, 4)) and losses[first + 1] == pytest.approx(
-        math.log(2), abs=0.01 if first else 1e-6
-    )
+@pytest.mark.parametrize("name", ["dpo", "spin"])
+def test_an_objective_begins_where_nothing_is_preferred_and_is_measured_from_then_on(whole, name):
+    lines = series(whole.folder)
+    losses = [line[k] for line in lines if (k := f"objective/{name}") in line]
+    assert len(losses) == 2 and losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    if name == "spin":  # model and iterate are one again, but for LoRA's dropout
+        assert losses[1] == pytest.approx(math.log(2), abs=0.05)
     margins = {line["step"]: line[k] for line in lines if (k := f"objective/held_out_{name}_margin") in line}
-    assert list(margins) == ([0, 3] if first == 0 else [3]) and margins[3] != 0 == margins.get(0, 0)
-    wins = {line["step"]: line[k] for line in lines if (k := f"objective/held_out_{name}_win_rate") in line}
-    assert wins.get(0, 0.5) == 0.5, "the model as it was is no better than itself"
+    assert list(margins) == [0, 2] and margins[0] == 0 != margins[2]
+    wins = [line[k] for line in lines if (k := f"objective/held_out_{name}_win_rate") in line]
+    assert wins[0] == 0.5, "the model as it was is no better than itself"
+
+
+def test_spin_may_begin_later_and_its_iterations_share_what_is_left(small):
+    spin = Spin(small(**SPIN, **{"spin.start": 0.5, "train.steps": 11}), ("psnr", REWARDS["psnr"]))
+    assert spin.boundaries == [6, 8] and not spin.begins(5) and spin.begins(6) and not spin.due(5) and spin.due(6)
 
 
 def test_samples_that_are_lost_later_are_made_again_as_they_were(begun):
@@ -373,8 +358,8 @@ def test_pairs_of_own_samples_are_ranked_by_their_reward_and_open_from_easy_to_h
         gaps.append(order.index(loser) - order.index(winner))
     assert sorted(gaps) == [1, 1, 1, 1, 2, 2]
     assert [sorted(gaps[pair] for pair in opened) for opened in found._open] == [[2, 2], [1, 1, 1, 1, 2, 2]]
-    assert [found.stage(step) for step in (0, 1, 2, 9)] == [0, 0, 1, 1]
-    for step, expected in ((1, {2}), (2, {1, 2})):
+    assert [found.stage(step) for step in (0, 1, 2, 9)] == [0, 1, 1, 1]
+    for step, expected in ((0, {2}), (1, {1, 2})):
         scene = Scene(job, None, job.batches.take(Wanted(step, 0, lowest=0)), step=step, position=0.0)
         drawn = [found.turn(scene, 0, seeded(place)).sides for place in range(12)]
         known = {(i, w, x): gap for (i, w, x), gap in zip(found._pairs, gaps, strict=True)}
@@ -400,7 +385,7 @@ def test_near_ties_are_left_out_and_nothing_but_ties_is_refused(begun, monkeypat
     assert found._pairs == pairs
 
 
-def test_a_list_of_pairs_trains_and_is_measured(small, tmp_path, pairs):
+def test_a_list_of_pairs_trains_and_is_measured(small, pairs):
     options = {
         "dpo.weight": 1,
         "dpo.pairs": pairs,
@@ -408,15 +393,19 @@ def test_a_list_of_pairs_trains_and_is_measured(small, tmp_path, pairs):
         "dpo.chunks": 3,
         "dpo.chunk_by": "equal_count",
         "dpo.min_gap": 0.25,
+        "train.steps": 3,
     }
-    run = run_to_end(small(**options), tmp_path / "run")
-    found = term(run.job)
-    assert isinstance(found, ListedDpo) and found._open == [[1], [1, 2], [0, 1, 2]]
-    last = series(tmp_path / "run")[-1]
-    assert 0 <= last["objective/held_out_dpo_accuracy"] <= 1 and "objective/held_out_dpo_reward" not in last
-    contest = found.contest(run.job, 1, seeded(0))
+    job = prepare(small(**options))
+    found = term(job)
+    assert isinstance(found, ListedDpo) and found._open == [[1], [1, 2], [0, 1, 2]] and not found.begins(0)
+    result = training_step(job, 2)
+    assert not result.skipped and result.objectives["dpo"] > 0
+    with torch.no_grad():
+        measured = found.measure(job, 0.0, None)
+    assert set(measured) == {"held_out_dpo_accuracy", "held_out_dpo_margin"} and measured["held_out_dpo_margin"] != 0
+    contest = found.contest(job, 1, seeded(0))
     names = [json.loads(line)["loser"] for line in pairs.read_text().splitlines()]
-    loser = run.job.train.get(run.job.train.names.index(Path(names[1]).name), seeded(0))
+    loser = job.train.get(job.train.names.index(Path(names[1]).name), seeded(0))
     assert torch.equal(contest.sides[1][0], loser.mean) and torch.equal(contest.encoded.mean, contest.sides[0][0])
 
 
@@ -444,24 +433,23 @@ def test_a_table_of_pairs_is_read_as_a_list_is(pairs):
 
 
 def test_what_is_only_measured_changes_nothing(small, tmp_path):
-    measured = {**DPO, **SPIN, "dpo.weight": 0, "spin.weight": 0, "monitor.objectives": '["dpo", "spin"]'}
-    short = {"train.steps": 2, "monitor.validate_every": 2, "monitor.preview_every": 2}
-    run = run_to_end(small(**measured, **short), tmp_path / "measured")
-    plain = run_to_end(small(**short), tmp_path / "plain")
-    assert equal(weights(run.job), weights(plain.job))
-    mine, theirs = (series(tmp_path / name) for name in ("measured", "plain"))
+    measured, plain = prepare(small(**{**DPO, **SPIN, **MEASURED})), prepare(small())
+    assert measured.objectives.begins(0)
+    measured.objectives.begin(measured, tmp_path, 0, 0.0, lambda: False)
+    results = [training_step(job, 0) for job in (measured, plain)]
+    assert results[0] == results[1] and not results[0].objectives and equal(weights(measured), weights(plain))
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["dpo-held-out", "spin-held-out"]
+    found = measured.objectives.measure(measured, 0.0, None)
     names = [f"objective/held_out_{o}_{s}" for o in ("dpo", "spin") for s in ("accuracy", "margin", "reward", "win_rate")]
-    assert {name for name in mine[-1] if name.startswith("objective/")} >= set(names)
-    without = [{k: v for k, v in line.items() if not k.startswith("objective/")} for line in mine]
-    assert without == theirs
-    assert sorted(p.name for p in (tmp_path / "measured" / "samples").iterdir()) == ["dpo-held-out", "spin-held-out"]
+    assert sorted(found) == sorted(names) and not measured.objectives.begins(1)
+    assert equal(weights(measured), weights(plain)), "what was sampled with other weights has put these back"
 
 
 def test_a_dry_run_makes_no_samples(small, tmp_path):
-    job = prepare(small(**DPO, **LATER))
+    job = prepare(small(**DPO, **SPIN))
     said = [note for note in job.notes if note.startswith(("dpo ", "spin "))]
     assert said[0].startswith("dpo        own samples, 3 of each of 2 objects at step 0, and of 1 held out: 9 passes of")
-    assert "in each of 2 rounds, the first at step 1" in said[1]
+    assert "in each of 2 rounds, the first at step 0" in said[1]
     job.objectives.rehearse(job)
     result = training_step(job, 0)
     assert result.objectives["dpo"] == result.objectives["spin"] == pytest.approx(math.log(2), rel=1e-6)
@@ -471,24 +459,44 @@ def test_a_dry_run_makes_no_samples(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("group", "options", "message"),
     [
-        ({"dpo.chunks": 4, "dpo.samples": 4}, r"dpo\.chunks: is 4; expected 3 at most: 4 samples"),
-        ({"dpo.samples": 1}, r"dpo\.samples: is 1; expected 2 or more: a pair is made of two sets"),
-        ({"dpo.guidance_scales": "[1, 0.5]"}, r"dpo\.guidance_scales: is \[1\.0, 0\.5\]; expected one number of 1 or more"),
-        ({"dpo.beta": 0}, r"dpo\.beta: is 0\.0; expected a positive number"),
-        ({"dpo.reward": "beauty"}, r"dpo\.reward: is beauty; expected psnr, .*, or module:function"),
-        ({"dpo.reward": "clip"}, r"dpo\.encoder: is null; expected the folder of a CLIP vision model"),
-        ({"dpo.held_out_pairs": "some.jsonl"}, r"dpo\.held_out_pairs: is some\.jsonl; expected null where dpo\.pairs is `own`"),
-        ({"spin.start": 1}, r"spin\.start: is 1\.0; expected a fraction of the run, less than 1"),
-        ({"spin.iterations": 5}, r"spin\.iterations: is 5; expected 3 at most: an iteration takes a step at least"),
-        ({"spin.start": 1.5, "curriculum.unit": "step", "curriculum.at": "[0, 2]"}, r"spin\.start: is 1\.5; .* whole number"),
-        ({"spin.held_out_objects": 0}, r"spin\.held_out_objects: is 0; expected 1 or more"),
+        (DpoConfig, {"chunks": 4, "samples": 4}, r"dpo\.chunks: is 4; expected 3 at most: 4 samples"),
+        (DpoConfig, {"samples": 1}, r"dpo\.samples: is 1; expected 2 or more: a pair is made of two sets"),
+        (
+            DpoConfig,
+            {"guidance_scales": [1.0, 0.5]},
+            r"dpo\.guidance_scales: is \[1\.0, 0\.5\]; expected one number of 1 or more",
+        ),
+        (DpoConfig, {"guidance_scales": []}, r"dpo\.guidance_scales: is \[\]; expected one number"),
+        (DpoConfig, {"beta": 0.0}, r"dpo\.beta: is 0\.0; expected a positive number"),
+        (DpoConfig, {"reward": "beauty"}, r"dpo\.reward: is beauty; expected psnr, .*, or module:function"),
+        (DpoConfig, {"reward": "clip"}, r"dpo\.encoder: is null; expected the folder of a CLIP vision model"),
+        (
+            DpoConfig,
+            {"held_out_pairs": "a.jsonl"},
+            r"dpo\.held_out_pairs: is a\.jsonl; expected null where dpo\.pairs is `own`",
+        ),
+        (SpinConfig, {"held_out_objects": 0}, r"spin\.held_out_objects: is 0; expected 1 or more"),
+        (SpinConfig, {"iterations": 0}, r"spin\.iterations: is 0; expected 1 or more"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(small, options, message):
+def test_options_that_make_no_sense_are_refused(group, options, message):
     with pytest.raises(InputError, match=message):
-        small(**{"dpo.weight": 1, "spin.weight": 1, "spin.iterations": 2, **options})
+        group(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spin.start": 1}, r"spin\.start: is 1\.0; expected a fraction of the run, less than 1"),
+        ({"spin.iterations": 5}, r"spin\.iterations: is 5; expected 2 at most: an iteration takes a step at least"),
+        ({"spin.start": 1.5, "curriculum.unit": "step", "curriculum.at": "[0, 2]"}, r"spin\.start: is 1\.5; .* whole number"),
+    ],
+)
+def test_iterations_that_do_not_fit_the_run_are_refused(small, options, message):
+    with pytest.raises(InputError, match=message):
+        small(**{**SPIN, **options})
 
 
 @pytest.mark.parametrize(
@@ -511,7 +519,7 @@ def test_options_that_make_no_sense_are_refused(small, options, message):
         ([], r"pairs\.jsonl: lists no pair; expected lines with input, winner, loser"),
     ],
 )
-def test_a_list_that_cannot_be_used_is_refused_by_its_line(small, tmp_path, mice, lines, message):
+def test_a_list_that_cannot_be_used_is_refused_by_its_line(tmp_path, mice, lines, message):
     first, second = sorted(p for p in (mice / "train").iterdir() if p.is_dir())[:2]
     good = {"input": str(first), "winner": str(first), "loser": str(second)}
     (tmp_path / "half").mkdir()
@@ -526,7 +534,7 @@ def test_a_list_that_cannot_be_used_is_refused_by_its_line(small, tmp_path, mice
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(f"{line}\n" for line in written))
     with pytest.raises(InputError, match=rf"dpo\.pairs: .*{message}"):
-        prepare(small(**{"dpo.weight": 1, "dpo.pairs": path}))
+        read_pairs(path, size=64, num_views=6, option="dpo.pairs")
 
 
 @pytest.mark.parametrize(
@@ -537,11 +545,11 @@ def test_a_list_that_cannot_be_used_is_refused_by_its_line(small, tmp_path, mice
         ("pairs.jsonl", None, r"cannot be read as a list of pairs"),
     ],
 )
-def test_a_file_that_is_no_list_of_pairs_is_refused(small, tmp_path, name, text, message):
+def test_a_file_that_is_no_list_of_pairs_is_refused(tmp_path, name, text, message):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
-        prepare(small(**{"dpo.weight": 1, "dpo.pairs": tmp_path / name}))
+        read_pairs(tmp_path / name, size=64, num_views=6, option="dpo.pairs")
 
 
 def test_a_curriculum_over_a_list_needs_to_know_which_pairs_are_easy(small, tmp_path, pairs):
