@@ -66,6 +66,11 @@ def seeded(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
+def spread_timesteps(count: int, num_timesteps: int) -> list[int]:
+    """The middles of `count` equal parts of the schedule: where held-out objects are looked at."""
+    return [int((k + 0.5) / count * num_timesteps) for k in range(count)]
+
+
 def draw(
     generator: torch.Generator,
     *,

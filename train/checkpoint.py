@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,20 @@ _PROGRESS = {
 }
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint holds of a run, but for its progress; `restore` puts it back into them."""
+
+    adapted: AdaptedModel
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    ema: EMAModel | None
+    scaler: Any | None
+    """Of fp16's gradients, where there is one."""
+    objectives: Objectives = field(default_factory=Objectives)
+    """What they remember."""
+
+
 class DamagedError(Exception):
     """A checkpoint is not what was written."""
 
@@ -57,39 +72,18 @@ def _step_of(folder: Path) -> int:
     return int(folder.name[5:])
 
 
-def save_checkpoint(
-    run: Path,
-    *,
-    adapted: AdaptedModel,
-    optimizer: torch.optim.Optimizer,
-    schedule: LambdaLR,
-    ema: EMAModel | None,
-    scaler: Any | None,
-    objectives: Objectives | None = None,
-    progress: Mapping[str, Any],
-    keep: int,
-) -> Path:
+def save_checkpoint(run: Path, parts: Parts, *, progress: Mapping[str, Any], keep: int) -> Path:
     """Write RUN/checkpoints/step-N, read it back, then remove all but the newest `keep` and that of the best validation.
 
     The order of the data and all random numbers are functions of (seed, step, position in the batch), so the step is their
     state. progress: of `train.run.Run.progress`.
-    scaler: of fp16's gradients, where there is one. objectives: what they remember; None: they have nothing to.
     Raises: RunError where the disk is too full, or gives back something else; the checkpoints before stay.
     """
     target = checkpoint_folder(run, int(progress["step"]))
     if not _is_sound(target):  # else a finished run that is exported again, or one that was killed before it removed old ones
         if target.is_dir():
             remove_folder(target)
-        write_state(
-            target,
-            adapted=adapted,
-            optimizer=optimizer,
-            schedule=schedule,
-            ema=ema,
-            scaler=scaler,
-            objectives=objectives,
-            progress=progress,
-        )
+        write_state(target, parts, progress=progress)
     best = progress["best"] and checkpoint_folder(run, int(progress["best"]["step"]))
     for old in list_checkpoints(run)[:-keep]:
         if old != best:
@@ -105,28 +99,18 @@ def _is_sound(folder: Path) -> bool:
     return True
 
 
-def write_state(
-    target: Path,
-    *,
-    adapted: AdaptedModel,
-    optimizer: torch.optim.Optimizer,
-    schedule: LambdaLR,
-    ema: EMAModel | None,
-    scaler: Any | None,
-    objectives: Objectives | None = None,
-    progress: Mapping[str, Any],
-) -> None:
+def write_state(target: Path, parts: Parts, *, progress: Mapping[str, Any]) -> None:
     """A checkpoint in a folder of any name; see `save_checkpoint`."""
     buffer = io.BytesIO()
     torch.save(
         {
-            "trainable": {name: parameter.detach().cpu() for name, parameter in adapted.all_trainable().items()},
-            "waypoints": adapted.prompt.waypoints.cpu(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "ema": None if ema is None else ema.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "objectives": {} if objectives is None else objectives.state(),
+            "trainable": {name: parameter.detach().cpu() for name, parameter in parts.adapted.all_trainable().items()},
+            "waypoints": parts.adapted.prompt.waypoints.cpu(),
+            "optimizer": parts.optimizer.state_dict(),
+            "schedule": parts.schedule.state_dict(),
+            "ema": None if parts.ema is None else parts.ema.state_dict(),
+            "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
+            "objectives": parts.objectives.state(),
         },
         buffer,
     )
@@ -284,21 +268,13 @@ def restore_trained(state: Mapping[str, Any], *, adapted: AdaptedModel, ema: EMA
         ema.to(adapted.prompt.waypoints.device)
 
 
-def restore(
-    state: Mapping[str, Any],
-    *,
-    adapted: AdaptedModel,
-    optimizer: torch.optim.Optimizer,
-    schedule: LambdaLR,
-    ema: EMAModel | None,
-    scaler: Any | None,
-    objectives: Objectives | None = None,
-) -> None:
+def restore(state: Mapping[str, Any], parts: Parts) -> None:
     """Put a checkpoint's state into a freshly prepared run. Learning rates and decay are the configuration's, not the state's.
 
     Raises: InputError when the run is another: other trained parts, ranks or waypoints.
     """
-    restore_trained(state, adapted=adapted, ema=ema, option="resume")
+    restore_trained(state, adapted=parts.adapted, ema=parts.ema, option="resume")
+    optimizer, schedule = parts.optimizer, parts.schedule
     asked = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
@@ -307,7 +283,6 @@ def restore(
         group["initial_lr"], group["weight_decay"] = rate, decay
     for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
-    if objectives is not None:
-        objectives.go_on_from(state["objectives"])
+    if parts.scaler is not None and state["scaler"] is not None:
+        parts.scaler.load_state_dict(state["scaler"])
+    parts.objectives.go_on_from(state["objectives"])

@@ -8,7 +8,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from softprompt.batch import draw, make_batch, seeded
+from softprompt.batch import draw, make_batch, seeded, spread_timesteps
 from softprompt.cache import EncodedObjects
 from softprompt.data import rotate_views, view_order
 from softprompt.embeddings import view_names
@@ -64,8 +64,7 @@ def validation_losses(job: Job, position: float, objects: EncodedObjects, *, ref
     """
     config, accelerator = job.config, job.accelerator
     schedule_length, views = len(job.pipeline.scheduler.alphas_cumprod), job.pipeline.num_views
-    count = config.monitor.validation_timesteps
-    timesteps = [int((k + 0.5) / count * schedule_length) for k in range(count)]
+    timesteps = spread_timesteps(config.monitor.validation_timesteps, schedule_length)
     total = torch.zeros(views, dtype=torch.float64, device=accelerator.device)
     looks = [(i, t) for i in range(len(objects)) for t in timesteps]
     mine = looks[accelerator.process_index :: accelerator.num_processes]

@@ -50,7 +50,7 @@ def write_incident(run: Run, step: int, what: str) -> Path:
     try:
         if folder.is_dir():
             remove_folder(folder)  # of the same step, before the run was resumed
-        write_state(folder, progress=run.progress() | {"incident": incident}, **run.state())
+        write_state(folder, run.parts, progress=run.progress() | {"incident": incident})
     except (RunError, OSError) as error:  # a full disk, say: no reason to end a run that goes on
         tqdm.write(f"WARNING step {step}: what was not finite could not be written down: {error}", file=sys.stderr)
     for old in list_incidents(run.folder)[:-KEPT]:

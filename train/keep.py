@@ -13,8 +13,10 @@ from train.ablation import ablation, ablation_series
 from train.checkpoint import save_checkpoint
 from train.evaluate import averaged, preview
 from train.export import write
+from train.figures import in_words
 from train.monitor import preview_grid, preview_tiles
 from train.report.page import write_report
+from train.report.read import read_story
 from train.run import Run
 from train.series import is_ablation, read_series
 from train.setup import Job
@@ -24,7 +26,7 @@ def checkpoint(run: Run) -> None:
     """The run as it is now, in RUN/checkpoints."""
     if run.job.accelerator.is_main_process:
         kept = run.job.config.monitor.checkpoints_kept
-        save_checkpoint(run.folder, **run.state(), progress=run.progress(), keep=kept)
+        save_checkpoint(run.folder, run.parts, progress=run.progress(), keep=kept)
     run.job.accelerator.wait_for_everyone()
 
 
@@ -87,11 +89,11 @@ def report(run: Run) -> None:
         if run.step >= config.train.steps and not _ablated(run):
             shown = run.shown or preview(job, prompt, run.pretrained_views)
             rows = ablation(job, prompt, shown)
-            labelled = [("truth", shown.truth), *((name.replace("_", " "), views) for name, views in rows.items())]
+            labelled = [("truth", shown.truth), *((in_words(name), views) for name, views in rows.items())]
             run.monitor.picture(run.step, "ablation", preview_grid(labelled, shown.pictures, shown.names))
             run.monitor.tiles(run.step, "ablation-tiles", preview_tiles([views for _, views in labelled], shown.pictures))
             run.monitor.scalars(run.step, ablation_series(rows, shown))
-    write_report(run.folder)
+    write_report(read_story(run.folder))
 
 
 def _ablated(run: Run) -> bool:

@@ -131,7 +131,7 @@ def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
         monitor=Monitor(folder, active=job.accelerator.is_main_process),
     )
     if state is not None:
-        restore(state, **run.state())
+        restore(state, run.parts)
         run.go_on_from(state)
         if config.kl.target is None:
             run.pace = replace(run.pace, kl_weight=config.kl.weight)  # which --resume-override may have changed

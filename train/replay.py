@@ -83,7 +83,7 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
     from diffusers.training_utils import EMAModel
 
     from train.batches import Batches, Wanted, kl_domains
-    from train.checkpoint import DamagedError, read_state, restore
+    from train.checkpoint import DamagedError, Parts, read_state, restore
     from train.loop import make_schedule
     from train.objectives.terms import Scene
     from train.setup import make_accelerator, prepare
@@ -96,15 +96,7 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
     except DamagedError as error:
         raise InputError(f"{folder}: {error}") from error
     schedule = make_schedule(config, job.optimizer)
-    restore(
-        state,
-        adapted=job.adapted,
-        optimizer=job.optimizer,
-        schedule=schedule,
-        ema=ema,
-        scaler=None,
-        objectives=job.objectives,
-    )
+    restore(state, Parts(job.adapted, job.optimizer, schedule, ema, scaler=None, objectives=job.objectives))
     if job.objectives.begins(incident["step"]):  # what they made for that step is in the run's folder
         job.objectives.begin(job, folder.parents[1], incident["step"], incident["position"], stopped=lambda: False)
     found = _Found()

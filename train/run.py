@@ -10,6 +10,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from train.checkpoint import Parts
 from train.evaluate import Preview
 from train.export.write import Exported
 from train.monitor import Monitor
@@ -71,16 +72,11 @@ class Run:
         """The least noisy timestep that is trained at the present step."""
         return lowest_timestep_of(self.job.config, self.pace, self.job.pipeline.scheduler.alphas_cumprod)
 
-    def state(self) -> dict[str, Any]:
+    @property
+    def parts(self) -> Parts:
         """What a checkpoint saves and `restore` puts back, but for `progress`."""
-        return {
-            "adapted": self.job.adapted,
-            "optimizer": self.job.optimizer,
-            "schedule": self.schedule,
-            "ema": self.ema,
-            "scaler": self.job.accelerator.scaler,
-            "objectives": self.job.objectives,
-        }
+        job = self.job
+        return Parts(job.adapted, job.optimizer, self.schedule, self.ema, job.accelerator.scaler, job.objectives)
 
     def progress(self) -> dict[str, Any]:
         """How far the run is, as JSON values."""

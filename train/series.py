@@ -10,7 +10,7 @@ from softprompt.errors import InputError
 FILE = "metrics.jsonl"
 ABLATION_PSNR, ABLATION_SSIM, VIEWS_FOLLOW = "ablation_psnr", "ablation_ssim", "ablation/views_follow"
 """Series of an ablation: the first two by row, as ablation_psnr/both."""
-HANDED_ON = "prompts_handed_on"
+HANDED_ON = "next_prompt"
 """The row of an ablation whose views are not to be those of their places."""
 OUTCOMES = {
     "loss/validation": "held-out loss",

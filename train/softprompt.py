@@ -248,7 +248,7 @@ def disk_needed(job: "Job") -> int:
     """Bytes a run leaves on disk, roughly: checkpoints, exports, previews."""
     config = job.config
     trained = sum(p.numel() for p in job.adapted.all_trainable().values())
-    copies = 3 if config.train.ema_decay is None else 4  # the weights, Adam's two moments, the average
+    copies = 3 + (config.train.ema_decay is not None) + job.objectives.copies  # the weights, Adam's two moments, the average
     checkpoint = 4 * (trained * copies + job.adapted.prompt.waypoints.numel())
     pipeline = 0
     if config.export.pipeline:

@@ -58,22 +58,13 @@ def dpo_loss(
 
     beta: absorbs the number of timesteps, for errors that are means over elements. The 1/2 is the official code's; diffusers'
     example has beta without it, so its 2500 is 5000 here.
+    With the true views as winner, the previous iterate's own sample as loser and that iterate as reference it is the
+    approximate objective of SPIN-Diffusion (Yuan et al. 2402.10210; its form from secondary sources, its beta not verified).
     Returns: a scalar, float64.
     Source: Wallace et al. 2311.12908; SalesforceAIResearch/DiffusionDPO 5233e75.
     """
     preferred = preference(policy_winner, policy_loser, reference_winner, reference_loser)
     return -F.logsigmoid(0.5 * beta * preferred.double()).mean()
-
-
-def spin_loss(policy_true: Tensor, policy_own: Tensor, before_true: Tensor, before_own: Tensor, *, beta: float) -> Tensor:
-    """SPIN-Diffusion, its approximate objective: the DPO loss with the true views as winner, the previous iterate's own sample
-    as loser, and the previous iterate as reference.
-
-    All [B]: errors D of `item_errors`. beta: as in `dpo_loss`, with its 1/2.
-    Returns: a scalar, float64.
-    Source: Yuan et al. 2402.10210, the approximate objective; its form from secondary sources, its beta not verified.
-    """
-    return dpo_loss(policy_true, policy_own, before_true, before_own, beta=beta)
 
 
 # ------------------------------------------------------------------------------------------------------------ the pairs

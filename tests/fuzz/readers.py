@@ -47,6 +47,7 @@ from train.checkpoint import (
     MANIFEST,
     STATE,
     DamagedError,
+    Parts,
     _digest,
     _write_manifest,
     checkpoint_folder,
@@ -221,7 +222,7 @@ def make_checkpoint(run: Path) -> Path:
     optimizer = torch.optim.AdamW([parameter])
     schedule = LambdaLR(optimizer, lambda step: 1.0)
     folder = checkpoint_folder(run, 2)
-    write_state(folder, adapted=adapted, optimizer=optimizer, schedule=schedule, ema=None, scaler=None, progress=PROGRESS)
+    write_state(folder, Parts(adapted, optimizer, schedule, ema=None, scaler=None), progress=PROGRESS)
     return folder
 
 

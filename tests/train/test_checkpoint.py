@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from softprompt.errors import InputError, RunError
 from train import checkpoint
 from train.checkpoint import (
+    Parts,
     checkpoint_folder,
     list_checkpoints,
     load_checkpoint,
@@ -79,12 +80,14 @@ class Training:
             self.ema.step(self.parameters)
 
     def save(self, run: Path, keep: int = 3, **progress: Any) -> Path:
-        state = {"schedule": self.schedule, "ema": self.ema, "scaler": self.scaler, "progress": {**PROGRESS, **progress}}
-        return save_checkpoint(run, adapted=self.job.adapted, optimizer=self.job.optimizer, keep=keep, **state)
+        return save_checkpoint(run, self.parts, progress={**PROGRESS, **progress}, keep=keep)
 
     def restore(self, state: dict[str, Any]) -> None:
-        parts = {"schedule": self.schedule, "ema": self.ema, "scaler": self.scaler}
-        restore(state, adapted=self.job.adapted, optimizer=self.job.optimizer, **parts)
+        restore(state, self.parts)
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.job.adapted, self.job.optimizer, self.schedule, self.ema, self.scaler)
 
     def everything(self) -> dict[str, Any]:
         """All that a checkpoint should hold, copied."""

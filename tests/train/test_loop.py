@@ -18,13 +18,14 @@ from softprompt.errors import InputError, RunError
 from softprompt.micro.world import MicroWorld
 from softprompt.model import AdaptedModel
 from softprompt.path import point_on_path
+from tests.runs import run_to_end, series
 from train import keep, loop, observe
 from train.batches import object_at
-from train.checkpoint import list_checkpoints, load_checkpoint
+from train.checkpoint import list_checkpoints
 from train.command_line import parse
 from train.config import Config
 from train.export import write
-from train.loop import Run, train
+from train.loop import train
 from train.pacing import Pace, position_of
 from train.setup import Job, prepare
 from train.step import training_step
@@ -37,17 +38,6 @@ REPOSITORY = Path(__file__).parents[2]
 def small(small_config: Callable[..., Config], mice: Path) -> Callable[..., Config]:
     """`small("--train.steps=2", ...)`: the smallest run on a few mice."""
     return lambda *options: small_config(mice, **dict(option.removeprefix("--").split("=", 1) for option in options))
-
-
-def run_to_end(config: Config, folder: Path, *, resume: bool = False, stop: StopSignal | None = None) -> Run:
-    state = load_checkpoint(folder) if resume else None
-    return train(prepare(config), folder, state=state, stop=stop or StopSignal())
-
-
-def series(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
 
 
 def trained(job: Job) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Objectives beside the denoising loss, in the trainer: what they move, what they cost where they are off, and resuming."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,14 +12,12 @@ from torch import Tensor
 from softprompt.errors import InputError
 from softprompt.model import AdaptedModel
 from softprompt.objectives.seen import Seen
+from tests.runs import run_to_end, series, weights
 from train import keep
-from train.checkpoint import load_checkpoint
 from train.config import Config
-from train.loop import Run, train
 from train.objectives.functions import load_function
 from train.setup import Job, prepare
 from train.step import training_step
-from train.stop import StopSignal
 
 CUSTOM = {"custom.weight": "0.5", "custom.function": f"{__name__}:smooth"}
 DRAFT = {"draft.weight": "0.5", "draft.reward": "ssim", "draft.steps": "2"}
@@ -40,20 +37,6 @@ def smooth(seen: Seen) -> Tensor:
 def small(small_config: Callable[..., Config], mice: Path) -> Callable[..., Config]:
     """`small(**{"train.steps": 2})`: the smallest run on a few mice."""
     return lambda **options: small_config(mice, **options)
-
-
-def run_to_end(config: Config, folder: Path, *, resume: bool = False, stop: StopSignal | None = None) -> Run:
-    return train(prepare(config), folder, state=load_checkpoint(folder) if resume else None, stop=stop or StopSignal())
-
-
-def series(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
-
-
-def weights(job: Job) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in job.adapted.all_trainable().items()}
 
 
 def same(a: Any, b: Any) -> bool:

@@ -18,12 +18,13 @@ from softprompt.data import view_order
 from softprompt.errors import InputError, RunError
 from softprompt.objectives.preference import dpo_loss, preference
 from softprompt.objectives.rewards import REWARDS
+from tests.runs import run_to_end, series, weights
 from train import keep, observe
 from train.batches import Wanted
-from train.checkpoint import list_checkpoints, load_checkpoint
+from train.checkpoint import list_checkpoints
 from train.config import Config
 from train.evaluate import Preview
-from train.loop import Run, train
+from train.loop import Run
 from train.objectives.dpo import ListedDpo, OwnDpo
 from train.objectives.own_samples import OwnSamples, Sampling, Snapshot, as_it_was, predict_as
 from train.objectives.pairs import read_pairs
@@ -77,20 +78,6 @@ def hurried() -> Iterator[None]:
         patch.setattr(observe, "preview", true_views)
         patch.setattr(keep, "export", lambda run, folder: None)
         yield
-
-
-def run_to_end(config: Config, folder: Path, *, resume: bool = False, stop: StopSignal | None = None) -> Run:
-    return train(prepare(config), folder, state=load_checkpoint(folder) if resume else None, stop=stop or StopSignal())
-
-
-def series(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
-
-
-def weights(job: Job) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in job.adapted.all_trainable().items()}
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -66,7 +66,7 @@ def test_every_run_leaves_a_report_that_says_what_its_log_says(reported):
         assert f">{view.replace('_', ' ')}</th>" in page and f"<td>{value:.2f}</td>" in page
     for title in ("Loss", "Learning rates", "Gradient norms", "KL to the pretrained model"):
         assert f'aria-label="{title}"><h3>' in page
-    for row in ("pretrained", "prompt alone", "LoRA alone", "both", "prompts handed on"):
+    for row in ("pretrained", "prompt alone", "LoRA alone", "both", "next prompt"):
         assert f'<span class="name">{row}</span>' in page
     assert "mice &amp; rats" in page
 
@@ -109,7 +109,7 @@ def test_a_run_that_is_not_finished_says_so_and_how_to_go_on(small_config, mice,
     story, page = read_story(tmp_path / "run"), (tmp_path / "run" / "report.html").read_text()
     assert "The run is not finished: it stands at step 1 of 3." in page
     assert any("--resume" in command for _, command in commands(story))
-    assert not story.ablation and "prompts handed on" not in page
+    assert not story.ablation and "next prompt" not in page
 
 
 def test_a_run_that_overfitted_is_told_so(copy):
@@ -126,7 +126,7 @@ def test_what_is_not_finite_is_shown_as_such(copy):
     assert "not finite" in headline(story)
     (back,) = [row for row in view_rows(story) if row["view"] == "back"]
     assert back["cells"][2] == "-" and not back["worst"]
-    write_report(copy)
+    write_report(read_story(copy))
 
 
 def test_a_run_that_was_killed_before_its_export_has_a_report_on_request(copy, capsys):
@@ -143,7 +143,7 @@ def test_a_run_that_was_killed_before_its_export_has_a_report_on_request(copy, c
 def test_a_run_whose_checkpoints_are_damaged_is_told_without_them(copy):
     for state in (copy / "checkpoints").glob("step-*/state.pt"):
         state.write_bytes(b"x")
-    write_report(copy)
+    write_report(read_story(copy))
     page = (copy / "report.html").read_text()
     assert "holds no sound checkpoint" in page and "View by view" in page
 
@@ -171,7 +171,7 @@ def test_a_run_that_was_only_evaluated_at_its_start_says_so(copy):
     first = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
     (copy / "metrics.jsonl").write_text(first)
     assert headline(read_story(copy)).startswith("Nothing has been evaluated since the start")
-    write_report(copy)
+    write_report(read_story(copy))
 
 
 def test_a_report_of_real_weights_names_their_folder_and_the_prompt_it_began_with(copy):
@@ -223,11 +223,11 @@ def test_the_ablation_takes_prompt_and_lora_apart(small_config, mice):
     job.adapted.eval()
     shown = preview(job, prompt(0.0).detach(), None)
     rows = ablation(job, prompt(0.0).detach(), shown)
-    assert list(rows) == ["pretrained", "prompt_alone", "lora_alone", "both", "prompts_handed_on"]
+    assert list(rows) == ["pretrained", "prompt_alone", "lora_alone", "both", "next_prompt"]
     assert torch.equal(rows["lora_alone"], rows["pretrained"]), "a fresh LoRA does nothing"
     assert torch.equal(rows["prompt_alone"], rows["both"])
     assert not torch.equal(rows["both"], rows["pretrained"])
-    assert not torch.equal(rows["prompts_handed_on"], rows["both"])
+    assert not torch.equal(rows["next_prompt"], rows["both"])
     series = ablation_series(rows, shown)
     assert series["ablation_psnr/both"] == series["ablation_psnr/prompt_alone"] != series["ablation_psnr/pretrained"]
 

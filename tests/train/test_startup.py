@@ -12,7 +12,10 @@ from softprompt.data import open_source
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
-@pytest.mark.parametrize("command", ["softprompt", "compare", "benchmark", "doctor", "replay", "runs", "sample", "prompts"])
+COMMANDS = ("softprompt", "compare", "benchmark", "doctor", "export", "replay", "report", "runs", "sample", "prompts")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_imports_none_of_the_large_libraries(command: str) -> None:
     program = (
         f"import runpy, sys\nsys.argv = ['x', '--help']\n"

@@ -1,6 +1,7 @@
 """Diffusion-DPO, and with chunks Curriculum DPO: ranked pairs of the model's own samples, or of a list on the disk."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,9 +47,9 @@ class Dpo(PreferenceTerm):
         """Take in at which stage each pair joins. Where the first stages have none, they train those of the first that has."""
         self._open = [open_pairs(joins, max(stage, min(joins))) for stage in range(self.options.chunks)]
 
+    @abstractmethod
     def contest(self, job: "Job", pair: int, generator: torch.Generator) -> Contest:
         """A pair, its winner first."""
-        raise NotImplementedError
 
     def turn(self, scene: Scene, index: int, generator: torch.Generator) -> Contest:
         """Any of the pairs that are open, each as likely: `index`, whose turn it would be, may have none."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from softprompt.batch import draw, make_batch, seeded
+from softprompt.batch import draw, make_batch, seeded, spread_timesteps
 from train.objectives.terms import Scene, Term
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ def measure_on_held_out(term: Term, job: "Job", position: float) -> dict[str, fl
 def held_out_scenes(job: "Job", position: float) -> Iterator[Scene]:
     """The first held-out objects, all at one of the validation's timesteps after the other."""
     config, length = job.config, len(job.pipeline.scheduler.alphas_cumprod)
-    count = config.monitor.validation_timesteps
-    for timestep in [int((k + 0.5) / count * length) for k in range(count)]:
+    for timestep in spread_timesteps(config.monitor.validation_timesteps, length):
         encoded, draws = [], []
         for index in range(min(OBJECTS, len(job.held_out))):
             generator = seeded("held_out", index, timestep)

@@ -2,6 +2,7 @@
 timestep and one noise, by the present model and by another that it is held to."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from softprompt.batch import Batch, Draw, draw, make_batch, seeded
+from softprompt.batch import Batch, Draw, draw, make_batch, seeded, spread_timesteps
 from softprompt.conditioning import EncodedViews
 from softprompt.data import view_order
 from softprompt.errors import RunError
@@ -103,6 +104,7 @@ class PreferenceTerm(Term):
     """
 
     own_passes = True
+    copies = 1
 
     def __init__(self, config: Config, settings: DpoConfig | SpinConfig, *, start: float) -> None:
         super().__init__(settings.weight)
@@ -130,17 +132,17 @@ class PreferenceTerm(Term):
 
     # ---------------------------------------------------------------------------------------- what a subclass answers
 
+    @abstractmethod
     def turn(self, scene: Scene, index: int, generator: torch.Generator) -> Contest:
         """A winner and a loser for a training object's turn, or for another's in its place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def held_to(self, job: "Job") -> Predict:
         """The model that the present one is held to in training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measured_against(self, job: "Job") -> Predict:
         """The same on held-out contests: one model for the whole run, so that its numbers can be compared."""
-        raise NotImplementedError
 
     # --------------------------------------------------------------------------------------------------------- training
 
@@ -270,9 +272,9 @@ class PreferenceTerm(Term):
 
     def _margins(self, job: "Job", position: float, number: int, one: HeldOut) -> Tensor:
         """The preference of each of a contest's pairs, [pairs], on the CPU."""
-        length, count = len(job.pipeline.scheduler.alphas_cumprod), job.config.monitor.validation_timesteps
+        length = len(job.pipeline.scheduler.alphas_cumprod)
         ours, other = [], []
-        for timestep in (int((k + 0.5) / count * length) for k in range(count)):
+        for timestep in spread_timesteps(job.config.monitor.validation_timesteps, length):
             d = draw(
                 seeded("held-out contest", number, timestep),
                 encoded=one.contest.encoded,

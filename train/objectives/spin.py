@@ -22,6 +22,7 @@ class Spin(PreferenceTerm):
     """K iterations: as each begins, the model as it is becomes the iterate that it is held to and whose samples lose."""
 
     name = "spin"
+    copies = 2
 
     def __init__(self, config: Config, reward: tuple[str, Reward]) -> None:
         """reward: what `measure` compares samples by; nothing is trained on it."""
@@ -74,9 +75,9 @@ class Spin(PreferenceTerm):
         if own.fill(stopped=stopped, what=f"spin: own samples of step {self.iterate.step}"):
             self._own = own
             if job.accelerator.is_main_process:
-                for folder in own.folder.parent.glob(f"{self.name}-iterate-*"):
-                    if folder.name < own.folder.name:  # of an earlier one; what is lost with it can be made again
-                        remove_folder(folder)
+                for old in own.folder.parent.glob(f"{self.name}-iterate-*"):
+                    if old.name < own.folder.name:  # of an earlier one; what is lost with it can be made again
+                        remove_folder(old)
 
     def turn(self, scene: Scene, index: int, generator: torch.Generator) -> Contest:
         """The object whose turn it is, or, where there are samples of fewer, one of those."""

@@ -19,6 +19,7 @@ functions in softprompt.objectives, a subclass of `Term` in train.objectives, an
   log. On a given step all processes log the same names. The unweighted loss itself is objective/<the term's name>.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ class Scene:
         self.series[name] = value.detach().float()
 
 
-class Term:
+class Term(ABC):
     """An objective; see this module's contract."""
 
     name: ClassVar[str]
@@ -126,6 +127,9 @@ class Term:
     """Whether it runs the model itself."""
     decodes: bool = False
     """Whether it needs the VAE at its steps: then the encoders stay on the device."""
+
+    copies: ClassVar[int] = 0
+    """Of prompt and LoRA that its `state` keeps in each checkpoint, at most."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -146,6 +150,7 @@ class Term:
 
         stopped: whether the run is to stop: what takes long is then cut short. It is called again where the run goes on.
         """
+        del job, folder, step, position, stopped
 
     def kept_bytes(self, job: "Job") -> int:
         """What it keeps in the run's folder, at most."""
@@ -154,6 +159,7 @@ class Term:
 
     def rehearse(self, job: "Job") -> None:
         """Be ready for steps whose time and memory alone are looked at, with nothing made for them."""
+        del job
 
     def due(self, step: int) -> bool:
         """Whether a step has the term."""
@@ -165,15 +171,16 @@ class Term:
         del scene
         return nullcontext()
 
+    @abstractmethod
     def losses(self, scene: Scene) -> Iterator[Tensor]:
         """The parts of its loss on a batch."""
-        raise NotImplementedError
 
     def look(self, step: int, values: Mapping[str, float]) -> None:
         """See what a step measured, after its gradients are made and before it moves the weights; the same on every process.
 
         values: its series by name, averaged over batches and processes. Raises: RunError to end the run.
         """
+        del step, values
 
     def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
         """At an evaluation with previews, on the main process: what the objective is for, on held-out objects, whether it is
@@ -190,6 +197,7 @@ class Term:
 
     def go_on_from(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave."""
+        del state
 
 
 class Objectives:
@@ -215,6 +223,11 @@ class Objectives:
     def kept_bytes(self, job: "Job") -> int:
         """See `Term.kept_bytes`."""
         return sum(term.kept_bytes(job) for term in self.terms)
+
+    @property
+    def copies(self) -> int:
+        """See `Term.copies`."""
+        return sum(term.copies for term in self.terms)
 
     def rehearse(self, job: "Job") -> None:
         """See `Term.rehearse`."""

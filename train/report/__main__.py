@@ -9,9 +9,6 @@ from pathlib import Path
 
 from softprompt.errors import InputError
 from train.command_line import PlainParser, calm_environment
-from train.report.figures import picture
-from train.report.page import NAME, write_report
-from train.report.read import read_story
 
 EXIT_BAD_INPUT = 2
 
@@ -25,15 +22,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Examples: python -m train.report runs/micro-001 | python -m train.report runs/micro-001 --picture mice.png",
     )
     parser.add_argument("run", type=Path, help="Folder of a run, as train.softprompt leaves it.")
-    parser.add_argument("--output", type=Path, help=f"The page to write; RUN/{NAME} by default.")
+    parser.add_argument("--output", type=Path, help="The page to write; RUN/report.html by default.")
     parser.add_argument("--picture", type=Path, help="Also the run at a glance, as a PNG of this name.")
     given = parser.parse_args(argv)
+    from train.report.figures import picture  # torch and diffusers, which --help should not wait for
+    from train.report.page import write_report
+    from train.report.read import read_story
+
     try:
         if given.picture is not None and given.picture.suffix != ".png":
             raise InputError(f"--picture: is {given.picture}; expected a name that ends in .png")
-        page, headline = write_report(given.run, given.output)
+        story = read_story(given.run)
+        page, headline = write_report(story, given.output)
         if given.picture is not None:
-            picture(read_story(given.run), given.picture)
+            picture(story, given.picture)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

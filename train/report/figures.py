@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softprompt.files import new_file
-from train.figures import COLOURS, INK, blank, cut_strips, make_logarithmic, to_svg
+from train.figures import COLOURS, INK, blank, cut_strips, in_words, make_logarithmic, to_svg
 from train.report.read import Story
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def picture(story: Story, path: Path) -> None:
         axes.legend(frameon=False, fontsize=8)
         axes.tick_params(labelsize=8)
     for part in below:
-        columns = ("input", *(name.replace("_", " ") for name in story.slots))
+        columns = ("input", *(in_words(name) for name in story.slots))
         for row, (axes, (name, strip)) in enumerate(zip(part.subplots(len(rows), 1), rows, strict=True)):
             axes.imshow(strip, interpolation="nearest")
             axes.set_axis_off()

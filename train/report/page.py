@@ -14,12 +14,12 @@ from softprompt.errors import InputError
 from softprompt.files import new_file
 from train import page
 from train.export.facelift import into_facelift
-from train.figures import cut_strips, data_uri
+from train.figures import cut_strips, data_uri, in_words
 from train.options import MICRO
 from train.prompts.measure import drift, in_ranges, measure
 from train.prompts.report import chart, matrix_cells
 from train.report.figures import panels
-from train.report.read import Story, read_story
+from train.report.read import Story
 from train.series import ABLATION_PSNR, ABLATION_SSIM, HANDED_ON, VIEWS_FOLLOW
 
 NAME = "report.html"
@@ -29,13 +29,13 @@ OVERFITTED = 0.02
 """Share by which the lowest held-out loss is below that at the end from which on the report says so."""
 
 
-def write_report(run: Path, output: Path | None = None) -> tuple[Path, str]:
+def write_report(story: Story, output: Path | None = None) -> tuple[Path, str]:
     """Write the page of a run, whole or not at all.
 
     output: where to; None: RUN/report.html. Returns: the page, and its headline.
     Raises: InputError for a folder that is no run, or where something lies that is no earlier page.
     """
-    story, target = read_story(run), output or run / NAME
+    run, target = story.folder, output or story.folder / NAME
     if target.is_dir():
         raise InputError(f"--output {target}: is a folder; expected the name of a page, e.g. {NAME}")
     if target.is_file() and MADE_BY not in target.read_text(encoding="utf-8", errors="replace")[:1000]:
@@ -58,7 +58,7 @@ def _context(story: Story) -> dict[str, Any]:
         + f", step {story.step} of {options['train.steps']}.",
         "headline": headline(story),
         "warnings": warnings(story),
-        "columns": ["input", *(_words(name) for name in story.slots)],
+        "columns": ["input", *(in_words(name) for name in story.slots)],
         "grid": _rows(story.pictures.get("tiles"), ("truth", "pretrained", "now"), story),
         "shown_step": story.shown["step"],
         "view_columns": [
@@ -123,7 +123,7 @@ def view_rows(story: Story) -> list[dict[str, Any]]:
     worst = min(known)[1] if known else None
     return [
         {
-            "view": _words(view),
+            "view": in_words(view),
             "worst": view == worst,
             "given": view == story.slots[0],
             "cells": [
@@ -148,11 +148,11 @@ def _ablation(story: Story) -> dict[str, Any] | None:
         return None
     names = [name.split("/", 1)[1] for name in story.ablation if name.startswith(f"{ABLATION_PSNR}/")]
     psnr, ssim = ({n: story.ablation[f"{kind}/{n}"] for n in names} for kind in (ABLATION_PSNR, ABLATION_SSIM))
-    objects = _rows(story.pictures.get("ablation-tiles"), ("truth", *names, HANDED_ON), story)
+    objects = _rows(story.pictures.get("ablation-tiles"), ("truth", *names, HANDED_ON), story, most=1)  # the PNG has the others
     share = story.ablation[VIEWS_FOLLOW]
     return {
-        "objects": objects[:1],  # the others are in the PNG
-        "rows": [{"name": _words(name), "psnr": psnr[name], "ssim": ssim[name]} for name in names],
+        "objects": objects,
+        "rows": [{"name": in_words(name), "psnr": psnr[name], "ssim": ssim[name]} for name in names],
         "follow": f"In the last row of pictures each place has the next view's prompt: {share:.0%} of the views then are "
         f"nearer to the true view of that prompt than to that of their own place. 100 % means that the prompt alone decides "
         f"which view is drawn, 0 % that it does not matter.",
@@ -168,17 +168,17 @@ def _prompt(story: Story) -> dict[str, Any] | None:
     sides = []
     for title, m in (("W_0, the pretrained prompt", before), ("E, as exported", after)):
         one, other, cosine = m.closest
-        said = f"Cosines between views: {title}. Closest: {_words(one)} and {_words(other)}, {cosine:.3f}."
+        said = f"Cosines between views: {title}. Closest: {in_words(one)} and {in_words(other)}, {cosine:.3f}."
         sides.append({"title": said, "rows": matrix_cells(m.cosines, least)})
     most = sorted(moved.by_token.topk(3).indices.tolist())
     carriers = in_ranges(before.carriers)
     return {
-        "views": [_words(view) for view in story.views],
+        "views": [in_words(view) for view in story.views],
         "matrices": sides,
         "chart": chart("Change from W_0, by token, of the token's norm", moved.by_token, set(before.carriers)),
         "said": f"Change from W_0 by token, mean over views, of the token's norm there. Marked: the tokens that carry the view "
         f"in W_0 ({carriers}). Most moved: {', '.join(map(str, most))}. By view: "
-        + ", ".join(f"{_words(view)} {change:.0%}" for view, change in zip(story.views, moved.by_view.tolist(), strict=True))
+        + ", ".join(f"{in_words(view)} {change:.0%}" for view, change in zip(story.views, moved.by_view.tolist(), strict=True))
         + " of its norm.",
     }
 
@@ -237,28 +237,25 @@ def commands(story: Story) -> list[tuple[str, str]]:
     return found
 
 
-def _rows(tiles: Path | None, names: Sequence[str], story: Story) -> list[list[dict[str, Any]]]:
-    """Strips of pictures for each object; none where there is no file, or it is of other rows."""
+def _rows(tiles: Path | None, names: Sequence[str], story: Story, most: int | None = None) -> list[list[dict[str, Any]]]:
+    """Strips of pictures for each object, the first `most` of them; none where there is no file, or it is of other rows."""
     if tiles is None:
         return []
+    objects = cut_strips(tiles, views=len(story.slots), rows=len(names))[:most]
     return [
         [_strip(name, strip, number) for name, strip in zip(names, strips, strict=True)]
-        for number, strips in enumerate(cut_strips(tiles, views=len(story.slots), rows=len(names)), start=1)
+        for number, strips in enumerate(objects, start=1)
     ]
 
 
 def _strip(name: str, strip: Image.Image, number: int) -> dict[str, Any]:
     return {
-        "name": _words(name),
+        "name": in_words(name),
         "uri": data_uri(strip),
-        "alt": f"Object {number}: {_words(name)}",
+        "alt": f"Object {number}: {in_words(name)}",
         "width": strip.width,
         "height": strip.height,
     }
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ").replace("lora", "LoRA")
 
 
 def _place(given: str, embedded: str) -> str:

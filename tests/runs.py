@@ -1,0 +1,30 @@
+"""Short runs in tests, and what is compared of them."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from train.checkpoint import load_checkpoint
+from train.config import Config
+from train.loop import train
+from train.run import Run
+from train.setup import Job, prepare
+from train.stop import StopSignal
+
+
+def run_to_end(config: Config, folder: Path, *, resume: bool = False, stop: StopSignal | None = None) -> Run:
+    """A run in this process, from nothing or from its newest checkpoint on."""
+    state = load_checkpoint(folder) if resume else None
+    return train(prepare(config), folder, state=state, stop=stop or StopSignal())
+
+
+def series(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+def weights(job: Job) -> dict[str, Tensor]:
+    """All that trains, copied."""
+    return {name: p.detach().clone() for name, p in job.adapted.all_trainable().items()}
