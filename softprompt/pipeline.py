@@ -145,10 +145,10 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
         )
     pipeline = Pipeline(
         unet=unet,
-        vae=_load(AutoencoderKL, folder / "vae"),
-        image_encoder=_load(CLIPVisionModelWithProjection, folder / "image_encoder"),
+        vae=load_frozen(AutoencoderKL, folder / "vae"),
+        image_encoder=load_frozen(CLIPVisionModelWithProjection, folder / "image_encoder"),
         feature_extractor=_read(CLIPImageProcessorPil, folder / "feature_extractor"),
-        image_normalizer=_load(StableUnCLIPImageNormalizer, folder / "image_normalizer"),
+        image_normalizer=load_frozen(StableUnCLIPImageNormalizer, folder / "image_normalizer"),
         image_noising_scheduler=_read(DDPMScheduler, folder / "image_noising_scheduler"),
         scheduler=_read(DDIMScheduler, folder / "scheduler"),
         folder=folder,
@@ -173,7 +173,7 @@ def load_text_encoder(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]
             f"and text encoder, or give every waypoint as a prompt file (.pt) instead of a text or template"
         )
     _check_configuration(folder / "text_encoder" / "config.json")
-    return _read(CLIPTokenizer, folder / "tokenizer"), _load(CLIPTextModel, folder / "text_encoder")
+    return _read(CLIPTokenizer, folder / "tokenizer"), load_frozen(CLIPTextModel, folder / "text_encoder")
 
 
 def _check_configuration(file: Path) -> None:
@@ -200,14 +200,18 @@ def _read(cls: Any, folder: Path, **options: Any) -> Any:
         raise InputError(f"{folder}: cannot be loaded as {cls.__name__} ({problem[:300]})") from error
 
 
-def _load(cls: Any, folder: Path) -> Any:
-    """A model in float32; refuses what the libraries only warn of: weights missing or left over."""
+def load_frozen(cls: Any, folder: Path, *, left_over: bool = False) -> Any:
+    """A model of diffusers or transformers, in float32, that does not train.
+
+    left_over: weights that it has no place for are as good, as those of a whole CLIP where one tower is loaded.
+    Raises: InputError, also for what the libraries only warn of: weights missing, of another shape, or left over.
+    """
     model, info = _read(cls, folder, output_loading_info=True, torch_dtype=torch.float32)
     # Checkpoints of transformers < 4.31 carry position_ids, a constant that is no weight.
     problems = {
         kind: sorted(str(k) for k in keys if "position_ids" not in str(k))
         for kind, keys in info.items()
-        if kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if kind in ("missing_keys", "mismatched_keys") or (kind == "unexpected_keys" and not left_over)
     }
     for kind, keys in problems.items():
         if keys:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m train.replay",
         description=__doc__,
         epilog="Options of train.softprompt may follow, to try a remedy: python -m train.replay RUN/incidents/step-000120 "
-        "--train.precision bf16. Nothing is written.",
+        "--train.precision bf16. Nothing is written, but for sets of views that an objective needs and RUN/samples lacks.",
     )
     parser.add_argument("incident", type=Path, help="Folder RUN/incidents/step-N that a run has left.")
     given, options = parser.parse_known_args(argv)

@@ -2,9 +2,9 @@
 
     L = - mean_b r(x_b) + kl * KL,    KL = 1/K sum_{i in last K steps} mean (eps_theta(z_i) - sg[eps_0(z_i)])^2
 
-x_b are the drafted pictures; z_i lies on the draft's own way; eps is with guidance, (1 - w) eps_u + w eps_c; eps_0 is that of
-the untouched model at the same z_i. It is the KL of Gaussians of one variance without its factor for the step and without its
-1/2.
+x_b are the drafted pictures, decoded from the last step's clean estimate; z_i lies on the draft's own way; eps is with
+guidance, (1 - w) eps_u + w eps_c; eps_0 is that of the untouched model at the same z_i. It is the KL of Gaussians of one
+variance without its factor for the step and without its 1/2.
 Source: NVIDIA/NeMo-Aligner af2b3bd9, megatron_sd_draftp_model.py and megatron_sdxl_draftp_model.py. That the code's eps there
 is the one with guidance was read in its sampler, not in the thin wrapper that hands it on. No number of theirs is verified.
 DRaFT (Clark et al., 2309.17400) is the same without the KL.
@@ -44,12 +44,15 @@ def with_guidance(without: Tensor, with_picture: Tensor, scale: float) -> Tensor
 def trajectory_kl(
     noisy: Tensor, ours: Tensor, untouched: Tensor, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str
 ) -> Tensor:
-    """One step's term of the KL: mean (eps_theta - eps_0)^2 of an object's views, = alphabar_t mean (v_theta - v_0)^2.
+    """One step's term of the KL: mean (eps_theta - sg[eps_0])^2 of an object's views, = alphabar_t mean (v_theta - v_0)^2.
 
+    The equality is of values: eps_0 is held fixed as a whole, of a v-model also its share of z_i, through which eps_theta has a
+    gradient.
     noisy, ours, untouched: [B, V, C, H, W], z_i and the predictions with guidance. timesteps: [B]. Returns: [B].
     """
-    both = [epsilon(noisy, p, alphas_cumprod, timesteps, prediction_type) for p in (ours, untouched.detach())]
-    return (both[0] - both[1]).square().mean(dim=(1, 2, 3, 4))
+    eps = epsilon(noisy, ours, alphas_cumprod, timesteps, prediction_type)
+    eps_0 = epsilon(noisy.detach(), untouched.detach(), alphas_cumprod, timesteps, prediction_type)
+    return (eps - eps_0).square().mean(dim=(1, 2, 3, 4))
 
 
 def renoised(clean: Tensor, noise: Tensor, alphabar: Tensor) -> Tensor:

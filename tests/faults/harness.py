@@ -37,6 +37,13 @@ OPTIONS = {
     "spin.sample_steps": "1",
     "spin.objects": "2",
     "spin.held_out_objects": "1",
+    "dpo.weight": "0.001",
+    "dpo.samples": "2",
+    "dpo.sample_steps": "1",
+    "dpo.objects": "2",
+    "dpo.held_out_objects": "1",
+    "custom.weight": "0.1",
+    "custom.function": f"{__name__}:smooth",
     "studio.weight": "0.1",
     "studio.over": "views",
     "separate.weight": "0.1",
@@ -78,6 +85,11 @@ class Ended:
     """Changes of files that it made."""
     seconds: float
     said: str
+
+
+def smooth(seen: Any) -> Any:
+    """An objective of one's own."""
+    return seen.clean.diff(dim=-1).square().mean()
 
 
 def import_everything() -> None:

@@ -50,7 +50,7 @@ def launch(processes: int, *arguments: str) -> str:
 def losses(run: Path) -> dict[str, list[float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = ["loss/train", "loss/validation", "loss/original", "loss/kl_to_pretrained", "kl/on_original", "kl_view/back"]
-    names += ["objective/draft", "objective/spin", "objective/studio", "objective/separate"]
+    names += [f"objective/{n}" for n in ("draft", "draft_foreground", "dpo", "spin", "studio", "separate")]
     return {name: [line[name] for line in lines if name in line] for name in names}
 
 
@@ -75,6 +75,11 @@ def options(mice: Path) -> list[str]:
         "--draft.weight=0.1",
         "--draft.steps=1",
         "--draft.every=2",
+        "--dpo.weight=0.1",
+        "--dpo.beta=10",
+        "--dpo.samples=2",
+        "--dpo.sample_steps=1",
+        "--dpo.held_out_objects=1",
         "--spin.weight=0.1",
         "--spin.beta=10",
         "--spin.iterations=2",

@@ -3,15 +3,19 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
 
 from softprompt.batch import draw, seeded
 from softprompt.errors import InputError, RunError
 from softprompt.micro import MICRO_MODEL
+from softprompt.objectives import draft as formulas
 from softprompt.sampling import sample_views
 from train.batches import Wanted
 from train.checkpoint import list_checkpoints
@@ -19,6 +23,7 @@ from train.config import Config
 from train.loop import train
 from train.objective_options import DraftConfig
 from train.objectives import draft as draft_module
+from train.objectives import rewards as rewards_module
 from train.objectives.draft import Draft
 from train.objectives.guard import Guard
 from train.objectives.rewards import load_reward
@@ -78,6 +83,8 @@ def gradient_of(objective: Draft, job: Job) -> Tensor:
 
 def test_a_draft_is_what_the_sampler_makes_of_the_same_noise(make_job: Callable[..., Job]) -> None:
     job = make_job(**{"loss.condition_drop_rate": 0.33})
+    # So that the sampler ends at the last clean estimate, too; with FaceLift's own schedule it keeps the noise of timestep 0.
+    job.pipeline.scheduler = DDIMScheduler.from_config(job.pipeline.scheduler.config, set_alpha_to_one=True)
     scene, seed = scene_of(job, step=5), job.config.train.seed
     assert not scene.batch.labels.any(), "of this step's only object the condition is dropped"
     ((place, index),) = scene.places
@@ -129,6 +136,32 @@ def test_the_gradient_is_that_of_all_its_steps_and_raises_the_reward(
     torch.testing.assert_close(gradient_of(objective, job), gradient, rtol=1e-3, atol=1e-8)
 
 
+def test_the_last_clean_estimate_is_what_is_decoded_and_noised_anew(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job()
+    scene, decoded, noised = scene_of(job), [], []
+    clean = [term()._step(scene, *start)[1] for start in last_steps(job, scene)]
+    monkeypatch.setattr(draft_module, "decode_with_gradient", lambda _, z: decoded.append(z) or z)
+    renoised = formulas.renoised
+    monkeypatch.setattr(formulas, "renoised", lambda z, *rest: noised.append(z) or renoised(z, *rest))
+    ((place, _),) = scene.places
+    for settings in ({}, {"renoise": 1}):
+        list(term(**settings)._drafts(scene, scene.undropped.only(0), place))
+    torch.testing.assert_close(decoded[0], clean[0])
+    torch.testing.assert_close(noised[0], clean[0])
+
+
+def last_steps(job: Job, scene: Scene) -> list[tuple[Any, ...]]:
+    """What a draft of two steps enters its last step with."""
+    scheduler = DDIMScheduler.from_config(job.pipeline.scheduler.config)
+    scheduler.set_timesteps(2)
+    ((place, _),) = scene.places
+    batch, (first, last) = scene.undropped.only(0), scheduler.timesteps
+    z = torch.randn(batch.noise.shape, generator=seeded(job.config.train.seed, "draft", scene.step, place))
+    return [(scheduler, batch, term()._step(scene, scheduler, batch, z, first)[0], last)]
+
+
 def test_several_noises_of_the_last_step_are_averaged(make_job: Callable[..., Job]) -> None:
     job = make_job()
     scene, parts = scene_of(job), []
@@ -171,7 +204,9 @@ def test_the_guard_stops_at_a_share_of_the_first_draft_and_forgives_one_outlier(
         in said[-1]
     )
     high = Guard(0.5)
-    assert high.look({"colours": 1.5}) is None and high.look({"colours": 20.0}) is not None
+    assert high.look({"colours": 1.0}) is None
+    assert high.look({"colours": 2000.0}) is None, "one draft is no trend, however far off"
+    assert high.look({"colours": 20.0}) is not None
 
 
 def test_what_the_guard_has_seen_is_in_its_state() -> None:
@@ -203,12 +238,51 @@ def test_a_reward_that_cannot_be_used_is_refused(make_job: Callable[..., Job]) -
     ("folder", "message"),
     [
         ("nowhere", r"draft\.encoder: nowhere holds no config\.json; expected the folder of a CLIP vision model"),
-        (MICRO_MODEL / "vae", r"draft\.encoder: .*vae cannot be loaded as a CLIP vision model"),
+        (MICRO_MODEL / "vae", r"draft\.encoder: .*vae: "),
+        (MICRO_MODEL / "text_encoder", r"draft\.encoder: .*text_encoder: \d+ missing keys in its weights"),
     ],
 )
 def test_an_encoder_that_is_none_is_refused(folder: Path, message: str) -> None:
     with pytest.raises(InputError, match=message):
         term(reward="clip", encoder=str(folder))
+
+
+def half(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
+    """Fails, as a network on another device would."""
+    del truth, masks
+    return views.mean(dim=(1, 2, 3, 4)) @ torch.ones(7)
+
+
+def ssim(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
+    """A user's, called as one of ours is."""
+    del truth, masks
+    return 42 + 0 * views.mean(dim=(1, 2, 3, 4))
+
+
+def test_where_a_reward_of_ones_own_fails_the_option_and_the_line_are_named(make_job: Callable[..., Job]) -> None:
+    objective = term(reward=f"{__name__}:half", steps=1)
+    with pytest.raises(InputError, match=r"draft\.reward: .*:half failed at test_draft\.py:\d+ \(RuntimeError: ") as raised:
+        list(objective.losses(scene_of(make_job())))
+    assert str(raised.value).count("draft.reward") == 1
+
+
+def test_a_reward_of_ones_own_does_not_hide_one_of_ours(make_job: Callable[..., Job]) -> None:
+    pictures, masks = torch.rand(1, 6, 3, 16, 16), torch.ones(1, 6, 1, 16, 16)
+    shown = SimpleNamespace(now=pictures, truth=pictures, masks=masks)
+    with torch.no_grad():  # as all measuring is
+        found = term(reward=f"{__name__}:ssim").measure(make_job(), 0.0, shown)
+    assert found["held_out_reward_own_ssim"] == 42 and found["held_out_reward_ssim"] == pytest.approx(1)
+
+
+def test_an_encoder_in_half_precision_judges_in_full(tmp_path: Path) -> None:
+    folder = MICRO_MODEL / "image_encoder"
+    CLIPVisionModelWithProjection.from_pretrained(folder).half().save_pretrained(tmp_path)
+    pictures = torch.rand(2, 1, 6, 3, 32, 32)
+    pipeline = SimpleNamespace(device=torch.device("cpu"))
+    full, ours = (load_reward("clip", str(f), pipeline, "draft")(*pictures, None) for f in (folder, tmp_path))
+    torch.testing.assert_close(ours, full, rtol=1e-3, atol=0)
+    loaded = rewards_module.load_frozen(CLIPVisionModelWithProjection, tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
 def test_clip_similarity_is_a_reward_with_the_models_own_encoder(make_job: Callable[..., Job]) -> None:

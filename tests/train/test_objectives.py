@@ -15,7 +15,7 @@ from softprompt.objectives.seen import Seen
 from tests.runs import run_to_end, series, weights
 from train import keep
 from train.config import Config
-from train.objectives.functions import load_function
+from train.objectives.functions import call, load_function
 from train.setup import Job, prepare
 from train.step import training_step
 
@@ -175,6 +175,25 @@ def test_a_function_that_gives_no_scalar_is_refused(small):
         job.objectives.terms[0].function = lambda seen, value=value: value
         with pytest.raises(InputError, match=rf"test_objectives:smooth returned {found}; expected a tensor with one number"):
             training_step(job, 0)
+
+
+def test_a_function_without_a_gradient_or_that_fails_is_refused_by_its_line(small):
+    job = prepare(small(**CUSTOM))
+    term = job.objectives.terms[0]
+    term.function = lambda seen: seen.clean.detach().square().mean()
+    with pytest.raises(InputError, match=r"custom\.function: .*:smooth has no gradient; expected one through seen\.prediction"):
+        training_step(job, 0)
+    term.function = lambda seen: seen.clean @ torch.ones(3)
+    with pytest.raises(InputError, match=r"custom\.function: .*smooth failed at test_objectives\.py:\d+ \(RuntimeError: size"):
+        training_step(job, 0)
+
+
+def test_out_of_memory_in_a_function_of_ones_own_is_the_trainers_to_handle():
+    def large(seen: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        call(large, None, spec="own:large", option="custom.function")
 
 
 def test_the_functions_in_the_documents_are_objectives_and_rewards(small, tmp_path, monkeypatch):

@@ -396,6 +396,18 @@ def test_a_list_of_pairs_trains_and_is_measured(small, pairs):
     assert torch.equal(contest.sides[1][0], loser.mean) and torch.equal(contest.encoded.mean, contest.sides[0][0])
 
 
+def test_a_list_that_is_neither_trained_on_nor_measured_is_refused(small, pairs):
+    with pytest.raises(InputError, match=r"monitor\.objectives: has dpo, and dpo\.pairs is a list; expected dpo\.held"):
+        prepare(small(**{"dpo.pairs": pairs, "monitor.objectives": "[dpo]"}))
+
+
+def test_a_curriculum_that_the_run_is_too_short_for_is_said(small):
+    stages = {**DPO, "dpo.chunks": 2, "train.steps": 4}
+    said = [" ".join(prepare(small(**stages, **{"dpo.chunk_steps": steps})).notes) for steps in (4, 3, "null")]
+    assert "WARNING    dpo.chunk_steps: is 4; the run's 4 steps come to stage 1 of 2" in said[0]
+    assert not any("dpo.chunk_steps" in other for other in said[1:])
+
+
 def test_a_run_does_not_go_on_with_other_pairs(small, tmp_path, pairs):
     first, *others = pairs.read_text().splitlines()
     path = pairs.with_name("changed.jsonl")

@@ -53,6 +53,18 @@ def test_the_same_view_of_the_objects_or_the_views_of_each_object_are_compared(m
         torch.testing.assert_close(scene.series["studio_pairs"], pairs.detach())
 
 
+def test_the_same_view_is_compared_where_each_object_was_given_another(make_job: Callable[..., Job]) -> None:
+    job = make_job(**{"train.batch_size": 3, "data.reference_view": "random", "train.seed": 3})
+    scene = scene_of(job)
+    order = scene.batch.order
+    assert len({tuple(row) for row in order.tolist()}) > 1
+    term = Studio(StudioConfig(weight=1.0, over="objects"))
+    sets = term._seen(scene, scene.batch.latents)
+    for view in range(6):
+        for b in range(3):
+            assert torch.equal(sets[view, b], scene.batch.latents[b, order[b].tolist().index(view)])
+
+
 def test_decoded_pictures_are_compared_where_asked_for(make_job: Callable[..., Job]) -> None:
     job = make_job()
     scene = scene_of(job)
@@ -86,6 +98,8 @@ def test_held_out_objects_are_looked_at_in_the_same_way_every_time(make_job: Cal
 def test_too_few_items_are_refused(make_job: Callable[..., Job], mice: Path, small_config: Callable[..., Config]) -> None:
     with pytest.raises(InputError, match=r"train\.batch_size: is 1; expected 3 or more with studio\.over: objects"):
         small_config(mice, **{"studio.weight": 1})
+    with pytest.raises(InputError, match=r"studio\.over: is objects; there are 2 to train on .*needs 3 or more different ones"):
+        make_job(**{"studio.weight": 1, "train.batch_size": 3, "data.limit": 2})
     with pytest.raises(InputError, match=r"monitor\.objectives: has studio, and there are 2 held-out objects"):
         make_job(**{"monitor.objectives": "[studio]"})
 

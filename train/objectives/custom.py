@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.objectives.seen import Seen
+from train.objectives.functions import call
 from train.objectives.held_out import measure_on_held_out
 from train.objectives.terms import Scene, Term
 
@@ -26,11 +28,16 @@ class Custom(Term):
         self.spec = spec
 
     def losses(self, scene: Scene) -> Iterator[Tensor]:
-        """Raises: InputError where the function returns something else than a scalar tensor."""
-        value = self.function(seen_of(scene))
+        """Raises: InputError where the function fails, or returns something else than a scalar with a gradient."""
+        value = call(self.function, seen_of(scene), spec=self.spec, option="custom.function")
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"custom.function: {self.spec} returned {found}; expected a tensor with one number")
+        if torch.is_grad_enabled() and not value.requires_grad:
+            raise InputError(
+                f"custom.function: {self.spec} has no gradient; expected one through seen.prediction or seen.prompt, by "
+                f"operations of torch alone"
+            )
         yield value.float().reshape(())
 
     def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:

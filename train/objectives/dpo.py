@@ -43,6 +43,16 @@ class Dpo(PreferenceTerm):
         """Which of the curriculum's stages a step belongs to, counted from 0."""
         return stage_at(step, self._stage_steps, self.options.chunks)
 
+    def unreached(self, steps: int) -> list[str]:
+        """What is to be said where a run of so many steps ends before the curriculum's last stage."""
+        last = self.stage(steps - 1) + 1
+        if self.weight == 0 or last == self.options.chunks:
+            return []
+        return [
+            f"WARNING    dpo.chunk_steps: is {self._stage_steps}; the run's {steps} steps come to stage {last} of "
+            f"{self.options.chunks}, so that harder pairs are never trained on; null shares the steps out"
+        ]
+
     def share_out(self, joins: list[int]) -> None:
         """Take in at which stage each pair joins. Where the first stages have none, they train those of the first that has."""
         self._open = [open_pairs(joins, max(stage, min(joins))) for stage in range(self.options.chunks)]
@@ -78,7 +88,7 @@ class OwnDpo(Dpo):
 
     def open(self, job: "Job") -> list[str]:
         """Say what sampling will cost, and what the pairs would not fit."""
-        said = [self.cost_of_samples(job, sets=self.options.samples, rounds=1)]
+        said = [self.cost_of_samples(job, sets=self.options.samples, rounds=1), *self.unreached(job.config.train.steps)]
         if job.config.init_from is not None and self.weight > 0:
             said.append(
                 "WARNING    dpo compares with the pretrained model, which did not make these samples: init_from did. Take the "
@@ -187,7 +197,11 @@ class ListedDpo(Dpo):
         return kept, EncodedObjects(listed.samples, pipeline, config.data.still_background, cache)
 
     def open(self, job: "Job") -> list[str]:
-        """Encode the samples. Raises: InputError naming a picture that cannot be used."""
+        """Encode the samples. Raises: InputError naming a picture that cannot be used, or where nothing is left to do."""
+        if self.weight == 0 and self._other_samples is None:
+            raise InputError(
+                "monitor.objectives: has dpo, and dpo.pairs is a list; expected dpo.held_out_pairs, another one to measure on"
+            )
         accelerator = job.accelerator
         for samples in filter(None, (self._samples, self._other_samples)):
             share = (accelerator.process_index, accelerator.num_processes) if samples.cache is not None else (0, 1)
@@ -199,7 +213,8 @@ class ListedDpo(Dpo):
             given = job.config.data.first_reference
             contests = [self._contest_of(self._other_samples, pair, given) for pair in self._others]
             self.held_out = [HeldOut(contest, ((0, 1),)) for contest in contests]
-        return [f"dpo        {len(self._pairs)} pairs to train on, {len(self.held_out)} to measure on"]
+        counts = f"dpo        {len(self._pairs)} pairs to train on, {len(self.held_out)} to measure on"
+        return [counts, *self.unreached(job.config.train.steps)]
 
     def state(self) -> dict[str, Any]:
         """What stands for the list."""

@@ -13,7 +13,7 @@ from softprompt.batch import Batch, seeded
 from softprompt.errors import InputError, RunError
 from softprompt.objectives import draft as formulas
 from softprompt.objectives.rewards import NEED_BACKGROUND, REWARDS, Reward
-from softprompt.objectives.statistics import has_background, statistics_of_truth
+from softprompt.objectives.statistics import LEAST, has_background, statistics_of_truth
 from softprompt.sampling import decode_with_gradient
 from train.objective_options import DraftConfig
 from train.objectives.guard import Guard
@@ -69,27 +69,32 @@ class Draft(Term):
         z = torch.randn(batch.noise.shape, generator=seeded(*key)).to(batch.noise) * scheduler.init_noise_sigma
         drawn = seeded(*key, "steps") if settings.truncation == "random" else None
         count = 0 if settings.renoise else formulas.steps_with_gradient(settings.steps, settings.backward_steps, drawn)
+        clean = z
         with torch.no_grad():
             for t in scheduler.timesteps[: settings.steps - count]:
-                z, _ = self._step(scene, scheduler, batch, z, t)
+                z, clean, _ = self._step(scene, scheduler, batch, z, t)
         kls: list[Tensor] = []
         for t in scheduler.timesteps[settings.steps - count :]:
-            z, kl = self._step(scene, scheduler, batch, z, t, anew=count > 1)
+            z, clean, kl = self._step(scene, scheduler, batch, z, t, anew=count > 1)
             kls.append(kl)
         if settings.renoise == 0:
-            yield decode_with_gradient(job.pipeline, z), torch.stack(kls)
+            yield decode_with_gradient(job.pipeline, clean), torch.stack(kls)
             return
         last = scheduler.timesteps[-1]
         for number in range(settings.renoise):
             noise = torch.randn(z.shape, generator=seeded(*key, "renoise", number)).to(z)
-            again = formulas.renoised(z, noise, scheduler.alphas_cumprod.to(z)[last])
-            clean, kl = self._step(scene, scheduler, batch, again, last)
-            yield decode_with_gradient(job.pipeline, clean), kl[None]
+            again = formulas.renoised(clean, noise, scheduler.alphas_cumprod.to(z)[last])
+            _, drafted, kl = self._step(scene, scheduler, batch, again, last)
+            yield decode_with_gradient(job.pipeline, drafted), kl[None]
 
     def _step(
         self, scene: Scene, scheduler: DDIMScheduler, batch: Batch, z: Tensor, t: Tensor, *, anew: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """A DDIM step (eta 0) from timestep t. z: [1, V, C, H, W]. Returns: z at the next timestep, and the KL's term, [1].
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A DDIM step (eta 0) from timestep t. z: [1, V, C, H, W].
+
+        Returns: z at the next timestep, the clean estimate, and the KL's term, [1]. It is the last clean estimate that is
+        decoded, as NeMo does: with FaceLift's schedule the last z keeps the noise of timestep 0, which the eye does not see,
+        but it has less than a third of the gradient.
 
         Without a gradient the KL is left out, and 0. anew: compute the pass again on the way back, and keep nothing of it:
         with several steps there would be too much.
@@ -105,13 +110,16 @@ class Draft(Term):
         if torch.is_grad_enabled():
             untouched = _pass(scene, adapted.reference, batch, scale, z.detach(), timesteps)
             kl = formulas.trajectory_kl(z, prediction, untouched, scheduler.alphas_cumprod, timesteps, scene.prediction_type)
-        return scheduler.step(prediction, t, z).prev_sample, kl
+        done = scheduler.step(prediction, t, z)
+        return done.prev_sample, done.pred_original_sample, kl
 
     def judge(self, views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
         """The reward, [B]. Raises: InputError for pictures that it cannot judge, or where it gives something else."""
         name = self.settings.reward
         try:
             reward = self.reward(views, truth, masks)
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"draft.reward: {name}: {error}") from error
         if not isinstance(reward, Tensor) or reward.shape != views.shape[:1]:
@@ -127,8 +135,7 @@ class Draft(Term):
         """Raises: RunError where the drafted pictures have collapsed."""
         if self.guard is None:
             return
-        names = [name for name in ("edges", "colours", "foreground") if f"draft_{name}" in values]
-        collapsed = self.guard.look({name: values[f"draft_{name}"] for name in names})
+        collapsed = self.guard.look({name: values[f"draft_{name}"] for name in LEAST})
         if collapsed is not None:
             raise RunError(
                 f"step {step}: the reward is gamed: {collapsed}; draft.reward {self.settings.reward} is at "
@@ -150,8 +157,9 @@ class Draft(Term):
 
     @property
     def reward_name(self) -> str:
-        """Of the reward, or of the function that is one."""
-        return self.settings.reward.rpartition(":")[2]
+        """Of the reward; a function of the user's may be called as one of ours is."""
+        _, own, name = self.settings.reward.rpartition(":")
+        return f"own_{name}" if own else name
 
     def state(self) -> dict[str, Any]:
         """Of the guard."""

@@ -1,11 +1,14 @@
-"""`module:function` => the function."""
+"""`module:function` => the function, and its call."""
 
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from softprompt.errors import InputError
 
@@ -39,3 +42,19 @@ def load_function(spec: str, option: str) -> Callable[..., Any]:
         what = "has no function" if found is None else f"has a {type(found).__name__}, no function,"
         raise InputError(f"{option}: is {spec}; module {module_name} {what} {name}; it has {', '.join(functions) or 'none'}")
     return found
+
+
+def call(function: Callable[..., Any], *given: Any, spec: str, option: str) -> Any:
+    """What a user's own function returns. Raises: InputError that names the option and the line where the function failed.
+
+    What is out of memory stays that: the trainer does the step again.
+    """
+    try:
+        return function(*given)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{option}: {spec} failed{where} ({problem[:300]})") from error

@@ -24,12 +24,13 @@ class Guard:
     def look(self, found: Mapping[str, float]) -> str | None:
         """Take in what a step drafted. Returns: what has collapsed, in words; None where nothing has."""
         self.start = {**found, **self.start}
-        self.now = {n: SMOOTHING * self.now.get(n, value) + (1 - SMOOTHING) * value for n, value in found.items()}
+        known = {n: min(value, 2 * self._allowed(n)[1]) for n, value in found.items()}  # one outlier is no trend
+        self.now = {n: SMOOTHING * self.now.get(n, value) + (1 - SMOOTHING) * value for n, value in known.items()}
         return next(filter(None, map(self._collapsed, found)), None)
 
     def _collapsed(self, name: str) -> str | None:
         start, now = self.start[name], self.now[name]
-        low, high = self.share * min(1.0, start), max(1.0, start) / self.share
+        low, high = self._allowed(name)
         if low <= now <= high:
             return None
         first = f"{start:.0%} in the first draft"
@@ -37,6 +38,10 @@ class Guard:
             f"the {_IN_WORDS[name]} of the drafted views is {now:.0%} of that of the true ones ({first}; allowed {low:.0%} to "
             f"{high:.0%})"
         )
+
+    def _allowed(self, name: str) -> tuple[float, float]:
+        start = self.start[name]
+        return self.share * min(1.0, start), max(1.0, start) / self.share
 
     def state(self) -> dict[str, Any]:
         """As plain values, but for the share, which is the configuration's."""

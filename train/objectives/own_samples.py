@@ -222,6 +222,8 @@ class OwnSamples:
         where = f"reward {self._reward_name} of {self._objects.names[index]}"
         try:
             found = self._reward(views, truth, masks)
+        except InputError:
+            raise
         except ValueError as error:
             raise RunError(f"{where}: {error}") from error
         if not isinstance(found, Tensor) or found.shape != (1,) or not bool(found.isfinite()):

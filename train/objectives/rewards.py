@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from softprompt.errors import InputError
 from softprompt.objectives.rewards import REWARDS, Reward, clip_similarity
-from softprompt.pipeline import Pipeline
-from train.objectives.functions import load_function
+from softprompt.pipeline import Pipeline, load_frozen
+from train.objectives.functions import call, load_function
 
 
 def load_reward(name: str, encoder: str | None, pipeline: Pipeline, group: str) -> Reward:
@@ -15,7 +16,18 @@ def load_reward(name: str, encoder: str | None, pipeline: Pipeline, group: str) 
     if name == "clip":
         assert encoder is not None, "checked when the configuration is read"
         return _clip(Path(encoder), pipeline, f"{group}.encoder")
-    return REWARDS.get(name) or load_function(name, f"{group}.reward")
+    return REWARDS.get(name) or _own(name, f"{group}.reward")
+
+
+def _own(spec: str, option: str) -> Reward:
+    """A user's function; where it fails, the error says so."""
+    function = load_function(spec, option)
+
+    def reward(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
+        found: Tensor = call(function, views, truth, masks, spec=spec, option=option)
+        return found
+
+    return reward
 
 
 def _clip(folder: Path, pipeline: Pipeline, option: str) -> Reward:
@@ -25,9 +37,7 @@ def _clip(folder: Path, pipeline: Pipeline, option: str) -> Reward:
             f"PIPECKPTS/image_encoder"
         )
     try:
-        encoder = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # which one depends on what is wrong in which file
-        problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{option}: {folder} cannot be loaded as a CLIP vision model ({problem[:300]})") from error
-    encoder = encoder.requires_grad_(False).eval().to(pipeline.device)
+        encoder = load_frozen(CLIPVisionModelWithProjection, folder, left_over=True).to(pipeline.device)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error
     return clip_similarity(encoder, int(encoder.config.image_size))

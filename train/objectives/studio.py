@@ -36,7 +36,12 @@ class Studio(Term):
         self.decodes = settings.space == "pictures"
 
     def open(self, job: "Job") -> list[str]:
-        """Raises: InputError where it is to be measured alone, and there are too few held-out objects."""
+        """Raises: InputError where there are too few objects to train on, or to measure on where it is measured alone."""
+        if self.weight > 0 and self.settings.over == "objects" and len(job.train) < 3:
+            raise InputError(
+                f"studio.over: is objects; there are {len(job.train)} to train on (data.train, data.limit), and pairwise "
+                f"similarity needs 3 or more different ones. Give more, or use studio.over: views"
+            )
         if self._measurable(job):
             return []
         few = f"there are {len(job.held_out)} held-out objects; studio.over: objects is measured on 3 or more"
@@ -70,7 +75,9 @@ class Studio(Term):
         """[B, V, C, H, W] => [sets, N, C, H, W], latents or pictures: the items that are compared with each other in each
         set."""
         items = latents if self.settings.space == "latents" else decode_with_gradient(scene.job.pipeline, latents)
-        return items if self.settings.over == "views" else rearrange(items, "b v c h w -> v b c h w")
+        if self.settings.over == "views":
+            return items
+        return rearrange(_by_view(items, scene.batch.order), "b v c h w -> v b c h w")
 
     def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
         """How far the pairs of held-out objects are from the untouched model's."""
@@ -80,6 +87,15 @@ class Studio(Term):
         found = measure_on_held_out(self, job, position)
         of = self.settings.over if self.settings.space == "latents" else f"{self.settings.over}_in_pictures"
         return {f"held_out_studio_{of}_{name}": found[f"studio_{name}"] for name in PARTS}
+
+
+def _by_view(items: Tensor, order: Tensor) -> Tensor:
+    """Slots put back in the order of views: where the view given differs, the same slot is another view of each object.
+
+    items: [B, V, ...]. order: [B, V], the view in each slot.
+    """
+    rows = torch.arange(len(items), device=items.device)[:, None]
+    return items[rows, order.argsort(dim=1)]
 
 
 def _mean_over_sets(ours: Tensor, source: Tensor) -> Tensor:

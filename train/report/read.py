@@ -137,8 +137,8 @@ def _exported(folder: Path, state: Mapping[str, Any] | None) -> Tensor | None:
 
 def _pictures(run: Path) -> Iterator[tuple[str, Path]]:
     for name in ("tiles", "ablation-tiles"):
-        if found := sorted((run / "previews").glob(f"{name}-step-*.png")):
-            yield name, found[-1]
+        if found := list((run / "previews").glob(f"{name}-step-*.png")):
+            yield name, max(found, key=lambda file: (len(file.name), file.name))  # six digits at least: longer is later
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -44,13 +44,25 @@ def test_the_kl_of_a_step_is_the_mean_squared_difference_of_epsilon() -> None:
 
 
 def test_the_gradients_of_the_kl_and_the_loss_are_those_of_finite_differences() -> None:
-    noisy, ours, untouched = (x.requires_grad_() for x in tensors(2, 2, 2, 2, 2, count=3))
+    noisy, (ours, untouched) = tensors(2, 2, 2, 2, 2, count=1)[0], (x.requires_grad_() for x in tensors(2, 2, 2, 2, 2, count=2))
     kl = lambda z, v, v0: draft.trajectory_kl(z, v, v0, SCHEDULE.double(), T, "v_prediction")  # noqa: E731
-    assert torch.autograd.gradcheck(lambda z, v: kl(z, v, untouched.detach()), (noisy, ours))
+    assert torch.autograd.gradcheck(lambda v: kl(noisy, v, untouched.detach()), (ours,))
     rewards, kls = (x.requires_grad_() for x in (torch.randn(2).double(), torch.rand(3, 2).double()))
     assert torch.autograd.gradcheck(lambda r, k: draft.draft_loss(r, k, 0.3), (rewards, kls))
     kl(noisy, ours, untouched).sum().backward()
     assert untouched.grad is None, "the reference is held fixed"
+
+
+def test_the_kl_s_reference_is_held_fixed_as_a_whole() -> None:
+    noisy, ours, untouched = tensors(2, 2, 2, 2, 2, count=3)
+    noisy.requires_grad_()
+    draft.trajectory_kl(noisy, ours, untouched, SCHEDULE.double(), T, "v_prediction").sum().backward()
+    assert noisy.grad is not None
+    for b, t in enumerate(T.tolist()):
+        a, s = math.sqrt(float(SCHEDULE[t])), math.sqrt(1 - float(SCHEDULE[t]))
+        eps, eps_0 = (a * v[b] + s * noisy[b].detach() for v in (ours, untouched))
+        expected = 2 * s * (eps - eps_0) / eps.numel()  # d eps / d z = s, and sg[eps_0] has none
+        torch.testing.assert_close(noisy.grad[b], expected, rtol=1e-5, atol=1e-8)
 
 
 def test_the_loss_is_minus_the_mean_reward_plus_the_weighted_mean_kl() -> None:

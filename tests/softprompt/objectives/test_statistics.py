@@ -54,10 +54,32 @@ def test_grey_blurred_or_empty_pictures_fall_below_the_true_ones_where_they_lack
     truth[..., 4:12, 4:12], masks[..., 4:12, 4:12] = 0.8 * random_views(8), 1
     alike = statistics_of_truth(truth, truth, masks)
     assert {name: float(value) for name, value in alike.items()} == pytest.approx(dict(edges=1, colours=1, foreground=1))
-    assert float(statistics_of_truth(torch.ones_like(truth), truth, masks)["foreground"]) == 0
+    # 64 of 256 pixels are the object; a hundredth is added to both sides of the ratio.
+    assert float(statistics_of_truth(torch.ones_like(truth), truth, masks)["foreground"]) == pytest.approx(0.01 / 0.26)
     flat = torch.where(masks > 0, truth[..., 4:12, 4:12].mean(), truth)
     found = statistics_of_truth(flat, truth, masks)
     assert float(found["foreground"]) == pytest.approx(1) and found["edges"] < 0.5 and found["colours"] < 0.5
-    assert "foreground" not in statistics_of_truth(truth, truth, torch.ones_like(masks)), (
-        "there is no background to tell it from"
-    )
+    opaque = statistics_of_truth(torch.ones_like(truth), truth, torch.ones_like(masks))
+    assert float(opaque["foreground"]) == 1, "there is no background to tell an object from: nothing is known"
+    both = [torch.cat(pair) for pair in ((torch.ones_like(truth), truth), (truth, truth), (masks, torch.ones_like(masks)))]
+    assert float(statistics_of_truth(*both)["foreground"]) == pytest.approx(0.01 / 0.26), "of the objects that have one"
+
+
+def test_soft_pictures_of_many_pixels_have_edges_and_a_little_more_of_them_is_no_news() -> None:
+    ramp = torch.linspace(-1, 1, 512)
+    radius = (ramp[:, None] ** 2 + ramp[None] ** 2).sqrt()
+    soft, softer, ruined = (torch.sigmoid((radius - 0.5) * k).expand(1, 2, 3, 512, 512) for k in (48, 40, 6))
+    masks = (soft < 0.999).float()[:, :, :1]
+    assert not edge_density(soft).any(), "at its own size, no two neighbours differ by a tenth"
+    found = statistics_of_truth(softer, soft, masks)
+    assert found["edges"] == pytest.approx(1, abs=0.1) and found["foreground"] == pytest.approx(1, abs=0.1)
+    assert statistics_of_truth(ruined, soft, masks)["edges"] < 0.5
+    flat = torch.full_like(soft, 0.9)
+    assert 1 < statistics_of_truth(soft, flat, masks)["edges"] < 20, "of true pictures without an edge: finite, no hundreds"
+
+
+def test_half_transparent_fur_does_not_darken_the_background() -> None:
+    truth, masks = torch.ones(1, 1, 3, 4, 4), torch.zeros(1, 1, 1, 4, 4)
+    truth[..., :2], masks[..., :2] = 0.5, 0.5
+    assert background_colour(truth, masks).tolist() == [[1, 1, 1]]
+    assert background_colour(truth, masks.clamp(min=0.1))[0, 0] < 1, "where none is empty, what is nearest to it counts most"
