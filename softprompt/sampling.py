@@ -25,6 +25,11 @@ RISES: Mapping[Rise, Callable[[float], float]] = {
 Source: annealed importance guidance (2409.06493), as in NVIDIA/NeMo-Aligner af2b3bd9."""
 
 
+def with_guidance(without: Tensor, with_picture: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: u + w (c - u), of v or of epsilon alike."""
+    return without + scale * (with_picture - without)
+
+
 @dataclass(frozen=True)
 class Annealed:
     """Sampling that begins with the untouched model and goes over to the adapted one: what is large in a picture is decided
@@ -134,7 +139,7 @@ def sample_latents(
         ).sample.float()
         if guided:
             without, with_picture = predicted.chunk(2)
-            predicted = without + guidance_scale * (with_picture - without)
+            predicted = with_guidance(without, with_picture, guidance_scale)
         return predicted
 
     for step, t in enumerate(scheduler.timesteps):

@@ -99,6 +99,7 @@ class Parser(ArgumentParser):
         del ex
         message = " ".join(message.split())
         unknown = re.search(r"unrecognized arguments: --?([\w.\-]+)|ption '([\w.\-]+)'", message, re.IGNORECASE)
+        group_of = re.match(r'Parser key "(\w+)": Unable to load config', message)
         value = re.match(r'Parser key "([\w.]+)": .*(?:Got|Given) value: ?(.*)$', message)
         kinds = option_kinds(self.options)
         if unknown:
@@ -106,6 +107,10 @@ class Parser(ArgumentParser):
             group = re.search(r"Group '([\w.]+)'", message)
             wanted = f"{group.group(1)}.{key}" if group and not key.startswith(group.group(1)) else key
             message = f"unknown option {wanted!r}{suggestion(wanted, [*kinds, *self.also])}"
+        elif group_of and (inside := [kind for kind in kinds if kind.startswith(f"{group_of.group(1)}.")]):
+            weight = f"{group_of.group(1)}.weight"
+            likely = weight if weight in inside else inside[0]
+            message = f"{group_of.group(1)}: is a group of options; give one of them, e.g. --{likely}"
         elif value and value.group(1) in kinds:
             message = f"{value.group(1)}: is {value.group(2) or 'empty'}; expected {kinds[value.group(1)]}"
         print(f"error: {f'{self.reading}: ' if self.reading else ''}{message}", file=sys.stderr)

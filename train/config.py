@@ -90,6 +90,19 @@ class Config:
             0,
             f"a positive number, or a weight for one of the objectives ({', '.join(OBJECTIVES)}): nothing would be trained on",
         )
+        objectives = [name for name in OBJECTIVES if getattr(self, name).weight > 0]
+        require(
+            self.loss.weight > 0 or objectives != ["draft"] or self.draft.every == 1,
+            "draft.every",
+            self.draft.every,
+            "1 with loss.weight 0 and no other objective: nothing would be trained on in the steps between",
+        )
+        require(
+            self.loss.weight > 0 or objectives != ["spin"] or self.step_of(self.spin.start) == 0,
+            "spin.start",
+            self.spin.start,
+            "0 with loss.weight 0 and no other objective: nothing would be trained on before",
+        )
         known = set(self.monitor.objectives) <= set(OBJECTIVES)
         require(known, "monitor.objectives", self.monitor.objectives, f"some of {', '.join(OBJECTIVES)}")
         require(
@@ -112,6 +125,18 @@ class Config:
         )
         self._check_start("spin.start", self.spin.start)
         left, rounds = self.train.steps - self.step_of(self.spin.start), self.spin.iterations
+        require(
+            left > 0 or not self.uses("spin"),
+            "spin.start",
+            self.spin.start,
+            f"a time that leaves steps of train.steps, {self.train.steps}, for {rounds} iterations",
+        )
+        require(
+            not self.uses("dpo") or self.dpo.chunks <= self.train.steps,
+            "dpo.chunks",
+            self.dpo.chunks,
+            f"{self.train.steps} at most: a stage takes a step at least (train.steps)",
+        )
         fits = not self.uses("spin") or rounds <= left
         require(fits, "spin.iterations", rounds, f"{left} at most: an iteration takes a step at least")
 

@@ -142,15 +142,6 @@ def learned_effect(job: Job, position: float) -> float | None:
     return float((ours - plain).square().mean().sqrt() / ours.square().mean().sqrt())
 
 
-def view_weights(job: Job, num_objects: int) -> Tensor | None:
-    """[B, V]: 0 for the reference's own view where `loss.own_view` is off; None where every view counts."""
-    if job.config.loss.own_view:
-        return None
-    weights = torch.ones(num_objects, job.pipeline.num_views, device=job.accelerator.device)
-    weights[:, 0] = 0
-    return weights
-
-
 @torch.no_grad()
 def preview(job: Job, prompt: Tensor, pretrained: Tensor | None) -> Preview:
     """Sample the first held-out objects at a fixed seed.

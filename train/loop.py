@@ -4,6 +4,7 @@ All randomness is a function of (seed, step, position in the global batch), and 
 whether the run was interrupted before it or not, and however its objects are shared out between batches and processes.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -202,9 +203,14 @@ def _skipped(run: Run, result: StepResult) -> None:
     if given_up:
         checkpoints = list_checkpoints(run.folder)
         sound = f"{checkpoints[-1]} is sound" if checkpoints else "there is no checkpoint yet"
+        fit = [value for value in (result.denoising, result.kl) if value is not None]
+        guilty = [name for name, value in result.objectives.items() if not math.isfinite(value)]
+        likely = "a learning rate is too high, or fp16 overflows (try train.precision bf16)"
+        if guilty and all(map(math.isfinite, fit)):
+            likely = f"it is {guilty[0]} itself that gives no number, since the denoising loss and the KL do"
         raise RunError(
             f"step {run.step}: not finite in {run.skipped_in_a_row} steps in a row (train.max_skipped), nothing trained in "
-            f"them: {what}. {sound}. Likely a learning rate is too high, or fp16 overflows (try train.precision bf16); see "
+            f"them: {what}. {sound}. Likely {likely}; see "
             f"which sample and layer it comes from: python -m train.replay {incident}"
         )
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from train.options import require
 
-REWARDS = ("psnr", "ssim", "silhouette", "consistency", "sharpness", "clip")
+REWARD_NAMES = ("psnr", "ssim", "silhouette", "consistency", "sharpness", "clip")
 """What `draft.reward` may be by name; see softprompt.objectives.rewards."""
 
 
@@ -18,7 +18,7 @@ class DraftConfig:
     """DRaFT+: a reward for views that are sampled while training, with its gradient through the last sampling steps."""
 
     weight: float = 0.0
-    """Of the term in the loss; 0 leaves it out."""
+    """Of the term in the loss; 0 leaves it out. The reward `psnr` is about 2: begin with 0.1 to 0.3."""
     reward: str = "psnr"
     """What the sampled views are judged by, against the true ones: psnr, ssim, silhouette, consistency, sharpness, clip, or
     `module:function` (views, truth, masks => a number an object; see softprompt.objectives.rewards)."""
@@ -45,9 +45,9 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "draft.weight", self.weight, "zero or a positive number")
-        named = self.reward in REWARDS or ":" in self.reward
-        require(named, "draft.reward", self.reward, f"{', '.join(REWARDS)}, or module:function")
-        require_function("draft.reward", None if self.reward in REWARDS else self.reward)
+        named = self.reward in REWARD_NAMES or ":" in self.reward
+        require(named, "draft.reward", self.reward, f"{', '.join(REWARD_NAMES)}, or module:function")
+        require_function("draft.reward", None if self.reward in REWARD_NAMES else self.reward)
         require(
             self.reward != "clip" or self.encoder is not None,
             "draft.encoder",
@@ -55,6 +55,7 @@ class DraftConfig:
             "the folder of a CLIP vision model with draft.reward: clip, e.g. PIPECKPTS/image_encoder; none is downloaded",
         )
         require(self.steps >= 1, "draft.steps", self.steps, "1 or more")
+        require(self.guidance_scale >= 1, "draft.guidance_scale", self.guidance_scale, "1 (none) or more")
         fits = 1 <= self.backward_steps <= self.steps
         require(fits, "draft.backward_steps", self.backward_steps, f"1 to draft.steps, {self.steps}")
         require(self.renoise >= 0, "draft.renoise", self.renoise, "0 or more")
@@ -74,17 +75,17 @@ class StudioConfig:
     """DomainStudio: how objects, or views, differ from each other stays as the untouched model has it; for few objects."""
 
     weight: float = 0.0
-    """Of the term in the loss; 0 leaves it out."""
+    """Of the term in the loss; 0 leaves it out. 1 has the proportions of the three weights below."""
     over: Literal["objects", "views"] = "objects"
     """What is compared: the same view of the objects of a batch (3 or more), or the views of each object."""
     space: Literal["latents", "pictures"] = "latents"
     """Of the clean prediction: as it is, or decoded, as the paper has it (the decoder's pass, there and back, comes on
     top)."""
-    pairs: float = 4.0
-    """Weight of the pairwise similarities within the term."""
-    detail_pairs: float = 4.0
-    """Weight of those of the high frequencies (Haar)."""
-    detail: float = 1.0
+    pairs: float = 30.0
+    """Weight of the pairwise similarities within the term. They differ by 1e-6 on latents: hence so much."""
+    detail_pairs: float = 1.0
+    """Weight of those of the high frequencies (Haar). The paper's three are 100, 100, 0.1, and 4, 4, 1 unconditionally."""
+    detail: float = 0.1
     """Weight of the squared error of the high frequencies against the true views."""
 
     def __post_init__(self) -> None:
@@ -108,7 +109,7 @@ class SeparateConfig:
     """Separate-and-Enhance: the tokens that say which view it is, and the other words, are attended to in different places."""
 
     weight: float = 0.0
-    """Of the term in the loss; 0 leaves it out."""
+    """Of the term in the loss; 0 leaves it out. Begin with 0.02."""
     presence: float = 0.5
     """Weight, within the term, of what the weaker of the two lacks."""
     side: int | None = None

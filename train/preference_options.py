@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from train.objective_options import REWARDS, require_function
+from train.objective_options import REWARD_NAMES, require_function
 from train.options import require
 
 OWN = "own"
@@ -16,7 +16,7 @@ class DpoConfig:
     pretrained model. With `chunks` of 2 or more it is Curriculum DPO."""
 
     weight: float = 0.0
-    """Of the term in the loss; 0 leaves it out."""
+    """Of the term in the loss; 0 leaves it out. Begin with 4 / beta or less."""
     beta: float = 2000.0
     """How hard the model is held to the pretrained one; higher: harder, and a preference counts as won sooner."""
     pairs: str = OWN
@@ -60,11 +60,11 @@ class DpoConfig:
             self.held_out_pairs,
             f"null where dpo.pairs is `{OWN}`: own samples of held-out objects are measured on then",
         )
-        named = self.reward in REWARDS or ":" in self.reward
-        require(named, "dpo.reward", self.reward, f"{', '.join(REWARDS)}, or module:function")
-        require_function("dpo.reward", None if self.reward in REWARDS else self.reward)
+        named = self.reward in REWARD_NAMES or ":" in self.reward
+        require(named, "dpo.reward", self.reward, f"{', '.join(REWARD_NAMES)}, or module:function")
+        require_function("dpo.reward", None if self.reward in REWARD_NAMES else self.reward)
         require(
-            self.reward != "clip" or self.encoder is not None,
+            self.reward != "clip" or self.encoder is not None or self.pairs != OWN,
             "dpo.encoder",
             "null",
             "the folder of a CLIP vision model with dpo.reward: clip; none is downloaded",
@@ -91,7 +91,7 @@ class SpinConfig:
     """SPIN-Diffusion: the true views are preferred to those that the model's previous iterate made of the same picture."""
 
     weight: float = 0.0
-    """Of the term in the loss; 0 leaves it out."""
+    """Of the term in the loss; 0 leaves it out. Begin with 4 / beta or less."""
     beta: float = 2000.0
     """How hard the model is held to its previous iterate; higher: harder."""
     iterations: int = 3

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import diffusers
@@ -27,6 +27,7 @@ from softprompt.shards import key_of
 from train.batches import Batches
 from train.config import Config
 from train.export.read import start_from
+from train.objective_options import OBJECTIVES
 from train.objectives.make import make_objectives
 from train.objectives.terms import Objectives
 from train.options import MICRO
@@ -38,6 +39,8 @@ FIRST_HELD_OUT = 10_000
 MICRO_HELD_OUT_OBJECTS = 24
 ORIGINAL_HELD_OUT_OBJECTS = 12
 """Of the pretrained model's own domain, at most, to measure what is forgotten on."""
+HEAVY = 30
+"""Times the denoising loss's pull from which on that of a preference is pointed out."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -259,9 +262,12 @@ def _check_together(config: Config, pipeline: Pipeline) -> None:
     """What only shows when the model is there. Raises: InputError."""
     config.data.references(pipeline.num_views)
     schedule = len(pipeline.scheduler.alphas_cumprod)
-    for name in ("preview_steps", "validation_timesteps"):
-        if (asked := getattr(config.monitor, name)) > schedule:
-            raise InputError(f"monitor.{name}: is {asked}; the model has {schedule} timesteps, expected so many at most")
+    steps = {f"monitor.{name}": getattr(config.monitor, name) for name in ("preview_steps", "validation_timesteps")}
+    steps |= {"draft.steps": config.draft.steps, "dpo.sample_steps": config.dpo.sample_steps}
+    steps |= {"spin.sample_steps": config.spin.sample_steps}
+    for name, asked in steps.items():
+        if asked > schedule and (name.startswith("monitor.") or config.uses(name.partition(".")[0])):
+            raise InputError(f"{name}: is {asked}; the model has {schedule} timesteps, expected so many at most")
     if config.timesteps.clusters > 1:
         try:
             timestep_edges(pipeline.scheduler.alphas_cumprod, config.timesteps.clusters, config.timesteps.edges)
@@ -299,6 +305,7 @@ def _advice(config: Config) -> list[str]:
             )
     if config.model != MICRO and config.data.train == MICRO:
         advice.append("WARNING    data.train is the embedded toy world; give --data.train for pictures of your own")
+    advice += _advice_on_objectives(config)
     curriculum = config.curriculum
     for name, least in least_steps(config).items():
         if least > config.train.steps:
@@ -315,6 +322,23 @@ def _advice(config: Config) -> list[str]:
             f"WARNING    the curriculum reaches its end at step {curriculum.at[-1]:g}; the run has {config.train.steps} steps "
             f"and stops before"
         )
+    return advice
+
+
+def _advice_on_objectives(config: Config) -> list[str]:
+    advice, untouched = [], Config()
+    for group in (name for name in OBJECTIVES if not config.uses(name)):
+        given, default = asdict(getattr(config, group)), asdict(getattr(untouched, group))
+        if changed := [f"{group}.{name}" for name, value in given.items() if value != default[name]]:
+            advice.append(
+                f"WARNING    {', '.join(changed)}: of no use, since {group}.weight is 0 and the objective is left out"
+            )
+    for group, settings in (("dpo", config.dpo), ("spin", config.spin)):
+        if (pull := settings.weight * settings.beta / 4) > HEAVY * max(1.0, config.loss.weight):
+            advice.append(
+                f"WARNING    {group}.weight {settings.weight:g}: a pair pulls {pull:.0f} times as hard as the denoising loss "
+                f"(weight x beta / 4); begin with {4 / settings.beta:g}, 4 / {group}.beta"
+            )
     return advice
 
 

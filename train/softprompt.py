@@ -267,12 +267,14 @@ def _dry_run(job: "Job", folder: Path) -> int:
     from train.step import training_step
 
     seconds = 0.0
-    job.objectives.rehearse(job)
+    rehearsed = job.objectives.rehearse(job)
     dearest = math.lcm(job.config.kl.every, job.config.draft.every)  # steps of this kind have all terms
-    for step in range(2):
+    for step in (0, dearest if dearest < job.config.train.steps else 0):
         began = time.monotonic()
-        result = training_step(job, step * dearest)
+        result = training_step(job, step)
         seconds = time.monotonic() - began
+        if result.not_finite is not None:
+            raise RunError(f"dry run: not finite, and nothing would be trained: {result.not_finite}")
     began = time.monotonic()
     if job.accelerator.is_main_process:
         with torch.no_grad():
@@ -282,7 +284,8 @@ def _dry_run(job: "Job", folder: Path) -> int:
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     total = seconds * job.config.train.steps
     if job.accelerator.is_main_process:
-        measured = {"loss": result.denoising, **result.objectives}
+        known = {n: v for n, v in result.objectives.items() if n.partition("_")[0] not in rehearsed}
+        measured = {"loss": result.denoising, **known}
         shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items() if value is not None)
         print(f"\ndry run: one step forward and back works; {shown}; no run was written")
         for name, group in job.adapted.trainable().items():
@@ -290,7 +293,9 @@ def _dry_run(job: "Job", folder: Path) -> int:
             print(
                 f"  trains   {name}: {count:,} parameters in {len(group)} tensors, gradient norm {result.grad_norms[name]:.3g}"
             )
-        print(f"  step     {seconds:.2f} s with KL; {job.config.train.steps} steps in at most {total / 60:.1f} min")
+        kl, own = " with KL" if job.config.kl.weight > 0 else "", f"; samples for {' and '.join(rehearsed)} come on top"
+        minutes = f"{job.config.train.steps} steps in at most {total / 60:.1f} min"
+        print(f"  step     {seconds:.2f} s{kl}; {minutes}{own if rehearsed else ''}")
         print(
             f"  preview  {preview_seconds:.1f} s for the first, about half of it after that; validation and export come on top"
         )

@@ -12,8 +12,7 @@ from softprompt.batch import Batch, seed_of
 from softprompt.losses import denoising_loss, kl_to_reference, kl_weights, separation_hinge, snr, snr_weights
 from train.batches import kl_domains
 from train.config import Config
-from train.evaluate import view_weights
-from train.objectives.terms import Scene, Term
+from train.objectives.terms import Scene, Term, view_weights
 from train.pacing import Pace, lowest_timestep_of, position_of
 from train.setup import Job
 

@@ -36,11 +36,6 @@ def steps_with_gradient(steps: int, last: int, generator: torch.Generator | None
     return steps - min(max(first, 1), steps - 1) if steps > 1 else 1
 
 
-def with_guidance(without: Tensor, with_picture: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: u + w (c - u), of v or of epsilon alike."""
-    return without + scale * (with_picture - without)
-
-
 def trajectory_kl(
     noisy: Tensor, ours: Tensor, untouched: Tensor, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str
 ) -> Tensor:

@@ -51,7 +51,10 @@ def background_colour(truth: Tensor, masks: Tensor) -> Tensor:
     Raises: ValueError where an object's masks leave no background, as those of pictures without transparency.
     """
     if not has_background(masks):
-        raise ValueError("masks leave no background: the pictures have no transparency, so the object cannot be told from it")
+        raise ValueError(
+            "masks leave no background: the pictures have no transparency, so the object cannot be told from it; expected an "
+            "alpha channel, or a reward that needs none: psnr, ssim, sharpness or clip"
+        )
     empty = (masks == 0).to(truth)
     outside = torch.where(reduce(empty, "b v 1 h w -> b 1 1 1 1", "max") > 0, empty, 1 - masks.to(truth))
     return reduce(truth * outside, "b v c h w -> b c", "sum") / reduce(outside, "b v 1 h w -> b 1", "sum")

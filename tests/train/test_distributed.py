@@ -50,7 +50,7 @@ def launch(processes: int, *arguments: str) -> str:
 def losses(run: Path) -> dict[str, list[float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = ["loss/train", "loss/validation", "loss/original", "loss/kl_to_pretrained", "kl/on_original", "kl_view/back"]
-    names += [f"objective/{n}" for n in ("draft", "draft_foreground", "dpo", "spin", "studio", "separate")]
+    names += [f"objective/{n}" for n in ("draft", "dpo", "spin", "studio", "separate")]
     return {name: [line[name] for line in lines if name in line] for name in names}
 
 

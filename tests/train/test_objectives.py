@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt.errors import InputError
+from softprompt.errors import InputError, RunError
 from softprompt.model import AdaptedModel
 from softprompt.objectives.seen import Seen
 from tests.runs import run_to_end, series, weights
 from train import keep
-from train.config import Config
+from train.config import Config, to_yaml
 from train.objectives.functions import call, load_function
 from train.setup import Job, prepare
+from train.softprompt import main
 from train.step import training_step
 
 CUSTOM = {"custom.weight": "0.5", "custom.function": f"{__name__}:smooth"}
@@ -31,6 +32,11 @@ ALL = {option: value for options in OBJECTIVES.values() for option, value in opt
 def smooth(seen: Seen) -> Tensor:
     """An objective of the test's own: neighbouring latents are to be alike."""
     return (seen.clean.diff(dim=-1)).square().mean()
+
+
+def nothing(seen: Seen) -> Tensor:
+    """No number."""
+    return seen.clean.mean() * float("nan")
 
 
 @pytest.fixture
@@ -136,6 +142,21 @@ def test_an_objective_that_is_not_finite_is_named_and_moves_nothing(small):
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(job).items())
 
 
+def test_a_run_that_one_objective_stops_says_which(small, tmp_path, monkeypatch):
+    config = small(**{**CUSTOM, "custom.function": f"{__name__}:nothing", "train.max_skipped": 2, "train.steps": 5})
+    monkeypatch.setattr(keep, "export", lambda run, folder: None)
+    with pytest.raises(RunError, match=r"not finite in 2 steps in a row .* Likely it is custom itself that gives no number"):
+        run_to_end(config, tmp_path / "run")
+
+
+def test_a_dry_run_does_not_call_what_is_not_finite_working(small, tmp_path, capsys):
+    config = small(**{**CUSTOM, "custom.function": f"{__name__}:nothing"})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert main(["--config", str(tmp_path / "config.yaml"), f"--output={tmp_path / 'run'}", "--dry-run"]) == 1
+    said = capsys.readouterr()
+    assert "error: dry run: not finite, and nothing would be trained" in said.err and "works" not in said.out
+
+
 # ------------------------------------------------------------------------------------------------------- one's own
 
 
@@ -170,10 +191,10 @@ def test_a_function_that_is_not_there_is_refused(small, tmp_path, monkeypatch, f
 
 def test_a_function_that_gives_no_scalar_is_refused(small):
     job = prepare(small(**CUSTOM))
-    wrong: list[tuple[Any, str]] = [(torch.ones(2), r"\[2\]"), (1.0, "float")]
+    wrong: list[tuple[Any, str]] = [(torch.ones(2), r"\[2\]"), (torch.ones(1), r"\[1\]"), (1.0, "float")]
     for value, found in wrong:
         job.objectives.terms[0].function = lambda seen, value=value: value
-        with pytest.raises(InputError, match=rf"test_objectives:smooth returned {found}; expected a tensor with one number"):
+        with pytest.raises(InputError, match=rf"test_objectives:smooth returned {found}; expected a scalar tensor"):
             training_step(job, 0)
 
 

@@ -290,7 +290,7 @@ def test_an_objective_begins_where_nothing_is_preferred_and_is_measured_from_the
 
 
 def test_spin_may_begin_later_and_its_iterations_share_what_is_left(small):
-    spin = Spin(small(**SPIN, **{"spin.start": 0.5, "train.steps": 11}), ("psnr", REWARDS["psnr"]))
+    spin = Spin(small(**SPIN, **{"spin.start": 0.5, "train.steps": 11}))
     assert spin.boundaries == [6, 8] and not spin.begins(5) and spin.begins(6) and not spin.due(5) and spin.due(6)
 
 
@@ -513,6 +513,7 @@ def test_iterations_that_do_not_fit_the_run_are_refused(small, options, message)
             r"line 2: 'nowhere' \(No such file or directory\): no such sample folder",
         ),
         (["GOOD", {"input": "FIRST", "winner": "FIRST", "loser": "half"}], r"half: cam_003\.png, .* missing"),
+        (['{"input": "a", "winner": "b", "winner": "c", "loser": "d"}'], r"line 1: is no JSON \(a name is given twice\)"),
         (["not JSON"], r"line 1: is no JSON \(.*\); expected one object a line"),
         (["[1]"], r"line 1: holds a JSON list; expected an object"),
         ([], r"pairs\.jsonl: lists no pair; expected lines with input, winner, loser"),
@@ -541,7 +542,9 @@ def test_a_list_that_cannot_be_used_is_refused_by_its_line(tmp_path, mice, lines
     [
         ("pairs.txt", "a,b", r"dpo\.pairs: is .*pairs\.txt; expected `own`, or a list of pairs: a \.jsonl or a \.csv file"),
         ("pairs.csv", "input,better,worse\na,b,c\n", r"its first line names input, better, worse; expected input, winner"),
-        ("pairs.jsonl", None, r"cannot be read as a list of pairs"),
+        ("pairs.csv", "input,winner,loser\na,b,c,d,e\n", r"line 2: has 2 values more than the first line has names"),
+        ("pairs.csv", "input, winner, loser\na, b, b\n", r"line 2: winner and loser are both b; expected two"),
+        ("pairs.jsonl", None, r"cannot be read as a list of pairs .* likely the path is not from where the command runs"),
     ],
 )
 def test_a_file_that_is_no_list_of_pairs_is_refused(tmp_path, name, text, message):
@@ -562,7 +565,65 @@ def test_a_curriculum_over_a_list_needs_to_know_which_pairs_are_easy(small, tmp_
         prepare(small(**{"dpo.weight": 1, "dpo.pairs": pairs, "dpo.min_gap": 9}))
 
 
-def test_a_reward_that_gives_no_number_ends_the_run_in_words(begun, monkeypatch):
+def test_more_chunks_than_different_gaps_are_refused(small, pairs):
+    with pytest.raises(InputError, match=r"dpo\.chunks: is 4; the pairs of .* have 3 different gaps; expected as many"):
+        prepare(small(**{"dpo.weight": 1, "dpo.pairs": pairs, "dpo.chunks": 4, "train.steps": 4}))
+
+
+def test_what_a_list_may_not_have_meant_is_said(small, pairs):
+    first, second, _ = pairs.read_text().splitlines()
+    row = json.loads(first)
+    opposite = json.dumps(row | {"winner": row["loser"], "loser": row["winner"]})
+    path = pairs.with_name("doubtful.jsonl")
+    path.write_text("\n".join([first, first, opposite, second]) + "\n")
+    notes = prepare(small(**{"dpo.weight": 1, "dpo.pairs": path, "dpo.held_out_pairs": pairs})).notes
+    assert [note for note in notes if note.startswith("WARNING    dpo.pairs")] == [
+        "WARNING    dpo.pairs: 1 of 4 are there more than once",
+        "WARNING    dpo.pairs: 2 of 4 say the opposite of another",
+        "WARNING    dpo.pairs: 2 of 4 are in dpo.held_out_pairs too, which then measures what was learned by heart",
+    ]
+
+
+def two(views: Tensor, truth: Tensor) -> Tensor:
+    """Takes too little."""
+    return (views - truth).mean(dim=(1, 2, 3, 4))
+
+
+def nothing(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
+    """No number."""
+    return math.nan * views.mean(dim=(1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (f"{__name__}:two", r"dpo\.reward: .*:two failed.*TypeError: two\(\) takes 2 positional arguments but 3 were given"),
+        (f"{__name__}:nothing", r"dpo\.reward: .*:nothing of .*: is tensor\(\[nan\]\); expected one finite number"),
+    ],
+)
+def test_a_reward_is_tried_before_sets_are_made(small, reward, message):
+    with pytest.raises(InputError, match=message):
+        prepare(small(**{**DPO, "dpo.reward": reward}))
+
+
+def test_what_is_likely_not_meant_is_said(small):
+    notes = prepare(small(**{**DPO, "dpo.weight": 0, "spin.weight": 5, "spin.iterations": 1, "spin.objects": 1})).notes
+    said = " ".join(notes)
+    assert (
+        "WARNING    dpo.samples, dpo.sample_steps, dpo.guidance_scales, dpo.objects, dpo.held_out_objects, dpo.chunks: of no"
+        in said
+    )
+    assert "spin.weight 5: a pair pulls 2500 times as hard as the denoising loss (weight x beta / 4); begin with 0.002" in said
+
+
+@pytest.mark.parametrize("option", ["draft.steps", "dpo.sample_steps", "spin.sample_steps"])
+def test_more_sampling_steps_than_the_schedule_has_are_refused(small, option):
+    objective = option.partition(".")[0]
+    with pytest.raises(InputError, match=rf"{option}: is 1001; the model has 1000 timesteps, expected so many at most"):
+        prepare(small(**{f"{objective}.weight": 1, "train.steps": 4, option: 1001}))
+
+
+def test_a_reward_that_gives_no_number_is_refused_in_words(begun, monkeypatch):
     own = term(begun("dpo"))._own
     wrong: list[tuple[Any, str]] = [
         (lambda v, t, m: v.mean(), r"is tensor\(0\.\d+\); expected one finite"),
@@ -572,5 +633,5 @@ def test_a_reward_that_gives_no_number_ends_the_run_in_words(begun, monkeypatch)
     ]
     for reward, message in wrong:
         monkeypatch.setattr(own, "_reward", reward)
-        with pytest.raises(RunError, match=rf"reward psnr of .*: {message}"):
+        with pytest.raises(InputError, match=rf"dpo\.reward: psnr of .*: {message}"):
             own.draw(0, 0, own.snapshot.prompt)

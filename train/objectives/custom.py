@@ -30,15 +30,15 @@ class Custom(Term):
     def losses(self, scene: Scene) -> Iterator[Tensor]:
         """Raises: InputError where the function fails, or returns something else than a scalar with a gradient."""
         value = call(self.function, seen_of(scene), spec=self.spec, option="custom.function")
-        if not isinstance(value, Tensor) or value.numel() != 1:
+        if not isinstance(value, Tensor) or value.dim() != 0:
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"custom.function: {self.spec} returned {found}; expected a tensor with one number")
+            raise InputError(f"custom.function: {self.spec} returned {found}; expected a scalar tensor, e.g. by .mean()")
         if torch.is_grad_enabled() and not value.requires_grad:
             raise InputError(
                 f"custom.function: {self.spec} has no gradient; expected one through seen.prediction or seen.prompt, by "
                 f"operations of torch alone"
             )
-        yield value.float().reshape(())
+        yield value.float()
 
     def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
         """The function's value on held-out objects."""

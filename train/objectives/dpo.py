@@ -15,12 +15,12 @@ from softprompt.objectives.rewards import Reward
 from softprompt.pipeline import Pipeline
 from softprompt.shards import key_of
 from train.config import Config
-from train.objectives.own_samples import OwnSamples, Snapshot
-from train.objectives.pairs import ListedPair, gaps_of, read_pairs
+from train.objectives.own_samples import OwnSamples, Snapshot, rate
+from train.objectives.pairs import ListedPair, Told, doubtful, gaps_of, read_pairs
 from train.objectives.preferences import Contest, HeldOut, Predict, PreferenceTerm, sampled
 from train.objectives.rewards import load_reward
 from train.objectives.terms import Scene
-from train.preference_options import OWN
+from train.preference_options import OWN, DpoConfig
 
 if TYPE_CHECKING:
     from train.setup import Job
@@ -30,10 +30,10 @@ class Dpo(PreferenceTerm):
     """Pairs of any kind, joining in stages; the reference is the untouched model: adapters off and prompt W_0."""
 
     name = "dpo"
+    options: DpoConfig
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, config.dpo, start=0.0)
-        self.options = config.dpo
         equal_share = math.ceil(config.train.steps / self.options.chunks)
         self._stage_steps = self.options.chunk_steps or equal_share
         self._open: list[list[int]] = []
@@ -87,7 +87,10 @@ class OwnDpo(Dpo):
         """(object, winner, loser)."""
 
     def open(self, job: "Job") -> list[str]:
-        """Say what sampling will cost, and what the pairs would not fit."""
+        """Say what sampling will cost, and what the pairs would not fit. Raises: InputError for a reward that fails."""
+        name, reward = self._reward
+        truth, masks = (x[None].to(job.accelerator.device) for x in job.train.views(0, torch.Generator()))
+        rate(reward, f"{name} of {job.train.names[0]}", 0.9 * truth, truth, masks)  # now, and not once all sets are made
         said = [self.cost_of_samples(job, sets=self.options.samples, rounds=1), *self.unreached(job.config.train.steps)]
         if job.config.init_from is not None and self.weight > 0:
             said.append(
@@ -110,7 +113,7 @@ class OwnDpo(Dpo):
 
     def begin(self, job: "Job", folder: Path, step: int, position: float, stopped: Callable[[], bool]) -> None:
         """Make the sets, and rank them. Raises: RunError where no object has a pair."""
-        started = self.start_from(job, step, position)
+        started = self.take_start(job, step, position)
         if self.others is None:
             self.others = self.samples_of_held_out(job, folder, sets=self.options.samples, reward=self._reward)
             held_out = [self._held_out_contest(self.others, index) for index in range(len(self.others))]
@@ -133,7 +136,7 @@ class OwnDpo(Dpo):
             widest = max(max(given) - min(given) for given in rewards)
             raise RunError(
                 f"dpo.min_gap: is {self.options.min_gap:g}; no two own sample sets of an object are further apart: their "
-                f"rewards ({self._reward[0]}) differ by {widest:.3g} at most. Expected less than that, or more dpo.samples"
+                f"rewards ({self.options.reward}) differ by {widest:.3g} at most. Expected less than that, or more dpo.samples"
             )
         self._pairs = [(index, pair.winner, pair.loser) for index, pair in ranked]
         if self.options.difficulty == "rank_gap":
@@ -169,6 +172,11 @@ class ListedDpo(Dpo):
         cache = None if config.data.cache is None else PictureCache(Path(config.data.cache), pipeline)
         self._pairs, self._samples = self._read("dpo.pairs", self.options.pairs, config, pipeline, cache)
         gaps = gaps_of(self._pairs, "dpo.pairs") if self._ranks else [0.0] * len(self._pairs)
+        if self.options.chunks > (different := len(set(gaps))):
+            raise InputError(
+                f"dpo.chunks: is {self.options.chunks}; the pairs of {self.options.pairs} have {different} different gaps; "
+                f"expected as many chunks at most, since further ones would be empty"
+            )
         self.share_out(stages_by_reward(gaps, self.options.chunks, self.options.chunk_by))
         names = self._samples.names
         rows = [(names[pair.input], names[pair.winner], names[pair.loser], str(pair.gap)) for pair in self._pairs]
@@ -179,6 +187,13 @@ class ListedDpo(Dpo):
             self._others, self._other_samples = self._read(
                 "dpo.held_out_pairs", self.options.held_out_pairs, config, pipeline, cache
             )
+
+    def _doubtful(self) -> list[str]:
+        def told(pairs: list[ListedPair], samples: EncodedObjects | None) -> list[Told]:
+            folders = [] if samples is None else samples.source.locations
+            return [(folders[pair.input], folders[pair.winner], folders[pair.loser]) for pair in pairs]
+
+        return doubtful(told(self._pairs, self._samples), told(self._others, self._other_samples))
 
     @property
     def _ranks(self) -> bool:
@@ -203,9 +218,14 @@ class ListedDpo(Dpo):
                 "monitor.objectives: has dpo, and dpo.pairs is a list; expected dpo.held_out_pairs, another one to measure on"
             )
         accelerator = job.accelerator
-        for samples in filter(None, (self._samples, self._other_samples)):
+        for option, samples in (("dpo.pairs", self._samples), ("dpo.held_out_pairs", self._other_samples)):
+            if samples is None:
+                continue
             share = (accelerator.process_index, accelerator.num_processes) if samples.cache is not None else (0, 1)
-            samples.fill(progress=accelerator.is_main_process, share=share)
+            try:
+                samples.fill(progress=accelerator.is_main_process, share=share)
+            except InputError as error:
+                raise InputError(f"{option}: {error}") from error
             accelerator.wait_for_everyone()
             if samples.cache is not None:
                 samples.cache.refresh()
@@ -214,7 +234,7 @@ class ListedDpo(Dpo):
             contests = [self._contest_of(self._other_samples, pair, given) for pair in self._others]
             self.held_out = [HeldOut(contest, ((0, 1),)) for contest in contests]
         counts = f"dpo        {len(self._pairs)} pairs to train on, {len(self.held_out)} to measure on"
-        return [counts, *self.unreached(job.config.train.steps)]
+        return [counts, *self._doubtful(), *self.unreached(job.config.train.steps)]
 
     def state(self) -> dict[str, Any]:
         """What stands for the list."""
@@ -244,4 +264,5 @@ def make_dpo(config: Config, pipeline: Pipeline) -> Dpo:
     """Raises: InputError for a list, or a reward, that cannot be used."""
     if config.dpo.pairs != OWN:
         return ListedDpo(config, pipeline)
-    return OwnDpo(config, (config.dpo.reward, load_reward(config.dpo.reward, config.dpo.encoder, pipeline, "dpo")))
+    reward = load_reward(config.dpo.reward, config.dpo.encoder, pipeline, "dpo")
+    return OwnDpo(config, (f"dpo.reward: {config.dpo.reward}", reward))

@@ -14,7 +14,7 @@ from softprompt.errors import InputError, RunError
 from softprompt.objectives import draft as formulas
 from softprompt.objectives.rewards import NEED_BACKGROUND, REWARDS, Reward
 from softprompt.objectives.statistics import LEAST, has_background, statistics_of_truth
-from softprompt.sampling import decode_with_gradient
+from softprompt.sampling import decode_with_gradient, with_guidance
 from train.objective_options import DraftConfig
 from train.objectives.guard import Guard
 from train.objectives.terms import Scene, Term
@@ -183,4 +183,4 @@ def _pass(scene: Scene, model: Callable[..., Tensor], batch: Batch, scale: float
     if scale == 1:
         return prediction
     without, with_picture = prediction.chunk(2)
-    return formulas.with_guidance(without, with_picture, scale)
+    return with_guidance(without, with_picture, scale)

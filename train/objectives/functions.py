@@ -30,7 +30,7 @@ def load_function(spec: str, option: str) -> Callable[..., Any]:
         own = f"{module_name}.".startswith(f"{error.name}.")
         place = f"on the Python path or in {here}" if own else f"which {module_name} imports"
         raise InputError(f"{option}: is {spec}; {missing} ({place})") from error
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module raises while it is imported
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{option}: is {spec}; module {module_name} cannot be imported ({problem[:300]})") from error
     finally:
@@ -53,7 +53,7 @@ def call(function: Callable[..., Any], *given: Any, spec: str, option: str) -> A
         return function(*given)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         frames = traceback.extract_tb(error.__traceback__)[1:]
         where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
         problem = " ".join(f"{type(error).__name__}: {error}".split())

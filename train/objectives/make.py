@@ -1,6 +1,5 @@
 """From a configuration to the objectives of its run."""
 
-from softprompt.objectives.rewards import REWARDS
 from softprompt.pipeline import Pipeline
 from train.config import Config
 from train.objectives.custom import Custom
@@ -22,7 +21,7 @@ def make_objectives(config: Config, pipeline: Pipeline) -> Objectives:
     if config.uses("dpo"):
         terms.append(make_dpo(config, pipeline))
     if config.uses("spin"):
-        terms.append(Spin(config, ("psnr", REWARDS["psnr"])))
+        terms.append(Spin(config))
     if config.uses("studio"):
         terms.append(make_studio(config.studio, pipeline))
     if config.uses("separate"):

@@ -120,11 +120,25 @@ class Sampling:
     seed: int
 
 
+def rate(reward: Reward, where: str, views: Tensor, truth: Tensor, masks: Tensor) -> float:
+    """The reward of one set, [1, V, 3, S, S]. where: named in errors. Raises: InputError for one that is no finite number."""
+    try:
+        found = reward(views, truth, masks)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+    if not isinstance(found, Tensor) or found.shape != (1,) or not bool(found.isfinite()):
+        what = f"shape {list(found.shape)}" if isinstance(found, Tensor) and found.numel() != 1 else f"{found!s:.40}"
+        raise InputError(f"{where}: is {what}; expected one finite number an object, a tensor [B]")
+    return float(found)
+
+
 class OwnSamples:
     """Sets of views of the first objects of a source, by one snapshot.
 
     folder: where they are kept. sets: of each object. references: views that may be given; one is drawn for each object, and
-    its background with it. reward: what it is called, and what sets are rated by.
+    its background with it. reward: what it is called in errors, e.g. `dpo.reward: ssim`, and what sets are rated by.
     """
 
     def __init__(
@@ -197,7 +211,7 @@ class OwnSamples:
         """One set of an object, with noise and guidance of its set `number`, by the model as it is, and its reward.
 
         prompt: E [V, T, D], by view. Returns: [V, C, H, W], by view, unscaled, on the CPU; the reward.
-        Raises: RunError for a reward that cannot be computed, or is no finite number.
+        Raises: InputError for a reward that cannot be computed, or is no finite number.
         """
         generator = self._generator(index)
         pictures, masks = self._objects.views(index, generator)
@@ -214,22 +228,10 @@ class OwnSamples:
                 seed=seed_of(self._sampling.seed, "own samples", self._objects.names[index], number),
             )
             views = decode_latents(pipeline, z)
-            reward = self._rate(index, views, truth[None].to(views), masks[None].to(views))
+            where = f"{self._reward_name} of {self._objects.names[index]}"
+            reward = rate(self._reward, where, views, truth[None].to(views), masks[None].to(views))
         by_view = rotate_views(z[0], (len(truth) - reference) % len(truth))
         return by_view.cpu() / pipeline.vae.config.scaling_factor, reward
-
-    def _rate(self, index: int, views: Tensor, truth: Tensor, masks: Tensor) -> float:
-        where = f"reward {self._reward_name} of {self._objects.names[index]}"
-        try:
-            found = self._reward(views, truth, masks)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise RunError(f"{where}: {error}") from error
-        if not isinstance(found, Tensor) or found.shape != (1,) or not bool(found.isfinite()):
-            what = f"shape {list(found.shape)}" if isinstance(found, Tensor) and found.numel() != 1 else f"{found!s:.40}"
-            raise RunError(f"{where}: is {what}; expected one finite number an object, a tensor [B]")
-        return float(found)
 
     def _generator(self, index: int) -> torch.Generator:
         """Of an object's background and the view given."""

@@ -13,6 +13,8 @@ from softprompt.data import FolderSource
 from softprompt.errors import InputError
 
 COLUMNS = ("input", "winner", "loser", "gap")
+BEYOND = "beyond the last name"
+"""Where a table's row is longer than its line of names, the rest of it."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,23 @@ def read_pairs(path: str | Path, *, size: int, num_views: int, option: str) -> P
     try:
         samples.check(range(len(samples)))
     except InputError as error:
-        raise InputError(f"{option}: {error}") from error
+        raise InputError(f"{option}: {path}: {error}") from error
     return PairList(samples, pairs)
+
+
+Told = tuple[str, str, str]
+"""The folders of a pair: given, winner, loser."""
+
+
+def doubtful(pairs: Sequence[Told], measured: Sequence[Told]) -> list[str]:
+    """What a list may not have meant, as warnings: pairs twice, or that say the opposite, or are also measured on."""
+    known = set(pairs)
+    found = {
+        "are there more than once": len(pairs) - len(known),
+        "say the opposite of another": sum((given, loser, winner) in known for given, winner, loser in known),
+        "are in dpo.held_out_pairs too, which then measures what was learned by heart": len(known & set(measured)),
+    }
+    return [f"WARNING    dpo.pairs: {count} of {len(pairs)} {what}" for what, count in found.items() if count]
 
 
 def _rows(path: Path, option: str) -> list[tuple[int, Mapping[str, Any]]]:
@@ -66,12 +83,15 @@ def _rows(path: Path, option: str) -> list[tuple[int, Mapping[str, Any]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{option}: {path}: cannot be read as a list of pairs ({error})") from error
+        raise InputError(
+            f"{option}: {path}: cannot be read as a list of pairs ({error}); likely the path is not from where the command "
+            f"runs, or the file is no text"
+        ) from error
     if path.suffix == ".jsonl":
         lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
         return [(number, _json_object(f"{option}: {path}: line {number}", line)) for number, line in lines]
     try:
-        reader = csv.DictReader(text.splitlines(), strict=True)
+        reader = csv.DictReader(text.splitlines(), strict=True, restkey=BEYOND, skipinitialspace=True)
         found: list[tuple[int, Mapping[str, Any]]]
         found = [(reader.line_num, {name: value for name, value in row.items() if value}) for row in reader]
     except csv.Error as error:
@@ -84,11 +104,18 @@ def _rows(path: Path, option: str) -> list[tuple[int, Mapping[str, Any]]]:
 
 def _json_object(where: str, line: str) -> Mapping[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_each_name_once)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: is no JSON ({error}); expected one object a line") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: holds a JSON {type(row).__name__}; expected an object with {', '.join(COLUMNS)}")
+    return row
+
+
+def _each_name_once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(items)
+    if len(row) < len(items):
+        raise ValueError("a name is given twice")
     return row
 
 
@@ -100,6 +127,8 @@ def _pair(where: str, number: int, row: Mapping[str, Any], folders: dict[str, tu
             raise InputError(f"{where}: has no {name}; expected {', '.join(COLUMNS[:3])}{why}")
         if not isinstance(row[name], str):
             raise InputError(f"{where}: {name}: is {row[name]}; expected a sample folder")
+    if BEYOND in row:
+        raise InputError(f"{where}: has {len(row[BEYOND])} values more than the first line has names; expected as many")
     if unknown := [str(name) for name in row if name not in COLUMNS]:
         raise InputError(f"{where}: has {', '.join(unknown)}; expected {', '.join(COLUMNS)} alone")
     if os.path.normpath(row["winner"]) == os.path.normpath(row["loser"]):

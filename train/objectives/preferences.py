@@ -21,7 +21,7 @@ from softprompt.objectives.rewards import Reward
 from softprompt.pipeline import Pipeline
 from train.config import Config
 from train.objectives.own_samples import OwnSamples, Sampling, Snapshot
-from train.objectives.terms import Scene, Term
+from train.objectives.terms import Scene, Term, view_weights
 from train.preference_options import DpoConfig, SpinConfig
 
 if TYPE_CHECKING:
@@ -81,8 +81,6 @@ Predict = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 def contest_errors(job: "Job", batch: Batch, predict: Predict) -> Tensor:
     """D of each object of a batch, [B], float64; without the reference's own view where `loss.own_view` is off."""
     scheduler = job.pipeline.scheduler
-    view_weights = torch.ones_like(batch.order)
-    view_weights[:, 0] = int(job.config.loss.own_view)
     noisy, target = noisy_and_target(scheduler, batch)
     with job.accelerator.autocast():
         prediction = predict(noisy, batch.given, batch.timesteps, batch.labels, batch.order)
@@ -91,7 +89,7 @@ def contest_errors(job: "Job", batch: Batch, predict: Predict) -> Tensor:
         target,
         scheduler.alphas_cumprod.to(batch.timesteps.device)[batch.timesteps],
         prediction_type=scheduler.config["prediction_type"],
-        view_weights=view_weights,
+        view_weights=view_weights(job, len(noisy)),
     )
 
 
@@ -105,6 +103,7 @@ class PreferenceTerm(Term):
 
     own_passes = True
     copies = 1
+    options: DpoConfig | SpinConfig
 
     def __init__(self, config: Config, settings: DpoConfig | SpinConfig, *, start: float) -> None:
         super().__init__(settings.weight)
@@ -116,7 +115,7 @@ class PreferenceTerm(Term):
         self.others: OwnSamples | None = None
         """What that made of held-out objects."""
         self.held_out: list[HeldOut] = []
-        self._settings = settings
+        self.options = settings
         self._expected: dict[tuple[int, int], Tensor] = {}
         """Errors of the model that held-out contests are measured against, by contest and timestep."""
         self._rehearsing = False
@@ -125,10 +124,11 @@ class PreferenceTerm(Term):
         """From its first step on."""
         return step >= self.first
 
-    def rehearse(self, job: "Job") -> None:
+    def rehearse(self, job: "Job") -> bool:
         """Compare true views with themselves, from the first step on: no samples are made for it."""
         del job
         self._rehearsing, self.first = True, 0
+        return True
 
     # ---------------------------------------------------------------------------------------- what a subclass answers
 
@@ -182,7 +182,7 @@ class PreferenceTerm(Term):
 
     # ------------------------------------------------------------------------------------------------------ own samples
 
-    def start_from(self, job: "Job", step: int, position: float) -> Snapshot:
+    def take_start(self, job: "Job", step: int, position: float) -> Snapshot:
         """The model as it was when the objective began: as it is now, if it begins now."""
         started = self.started_from or Snapshot.take(job.adapted, step, position)
         self.started_from = started.to(job.accelerator.device)
@@ -195,7 +195,7 @@ class PreferenceTerm(Term):
         return OwnSamples(
             job,
             job.train,
-            self._settings.objects or len(job.train),
+            self.options.objects or len(job.train),
             folder / "samples" / f"{self.name}-{name}",
             snapshot,
             self._sampling(job.config),
@@ -211,7 +211,7 @@ class PreferenceTerm(Term):
         others = OwnSamples(
             job,
             job.held_out,
-            self._settings.held_out_objects,
+            self.options.held_out_objects,
             folder / "samples" / f"{self.name}-held-out",
             self.started_from,
             self._sampling(job.config),
@@ -228,12 +228,12 @@ class PreferenceTerm(Term):
         return (config.monitor.guidance_scale,)
 
     def _sampling(self, config: Config) -> Sampling:
-        return Sampling(self._settings.sample_steps, self.guidance_scales(config), config.monitor.eta, config.train.seed)
+        return Sampling(self.options.sample_steps, self.guidance_scales(config), config.monitor.eta, config.train.seed)
 
     def cost_of_samples(self, job: "Job", *, sets: int, rounds: int) -> str:
         """In words. rounds: how often they are made of training objects."""
         objects, held_out = self._counts(job)
-        passes = (objects * rounds + held_out) * sets * self._settings.sample_steps
+        passes = (objects * rounds + held_out) * sets * self.options.sample_steps
         when = f"at step {self.first}" if rounds == 1 else f"in each of {rounds} rounds, the first at step {self.first}"
         wide = "" if set(self.guidance_scales(job.config)) == {1} else ", twice as wide with guidance"
         made = f"{objects} objects {when}, and of {held_out} held out" if objects else f"{held_out} held-out objects"
@@ -245,8 +245,8 @@ class PreferenceTerm(Term):
 
     def _counts(self, job: "Job") -> tuple[int, int]:
         """How many training and held-out objects there are samples of."""
-        objects = min(self._settings.objects or len(job.train), len(job.train)) if self.weight > 0 else 0
-        return objects, min(self._settings.held_out_objects, len(job.held_out))
+        objects = min(self.options.objects or len(job.train), len(job.train)) if self.weight > 0 else 0
+        return objects, min(self.options.held_out_objects, len(job.held_out))
 
     # --------------------------------------------------------------------------------------------------------- held out
 

@@ -7,15 +7,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from softprompt.files import remove_folder
-from softprompt.objectives.rewards import Reward
+from softprompt.objectives.rewards import REWARDS
 from train.config import Config
 from train.objectives.own_samples import OwnSamples, Snapshot, predict_as
 from train.objectives.preferences import Contest, HeldOut, Predict, PreferenceTerm, sampled
 from train.objectives.terms import Scene
+from train.preference_options import SpinConfig
 
 if TYPE_CHECKING:
     from softprompt.conditioning import EncodedViews
     from train.setup import Job
+
+
+CLOSENESS = ("spin: psnr", REWARDS["psnr"])
+"""What `measure` compares samples by; nothing is trained on it."""
 
 
 class Spin(PreferenceTerm):
@@ -23,17 +28,15 @@ class Spin(PreferenceTerm):
 
     name = "spin"
     copies = 2
+    options: SpinConfig
 
-    def __init__(self, config: Config, reward: tuple[str, Reward]) -> None:
-        """reward: what `measure` compares samples by; nothing is trained on it."""
+    def __init__(self, config: Config) -> None:
         super().__init__(config, config.spin, start=config.spin.start)
-        self.options = config.spin
         steps, count = config.train.steps - self.first, self.options.iterations
         self.boundaries = [self.first + k * steps // count for k in range(count)]
         """The steps at which iterations begin."""
         self.iterate: Snapshot | None = None
         """The previous iterate: the model as it was when the present iteration began."""
-        self._reward = reward
         self._own: OwnSamples | None = None
         """Its samples, once all are there."""
 
@@ -56,9 +59,9 @@ class Spin(PreferenceTerm):
 
     def begin(self, job: "Job", folder: Path, step: int, position: float, stopped: Callable[[], bool]) -> None:
         """Take over the present model as iterate where that is due; make its samples."""
-        started = self.start_from(job, step, position)
+        started = self.take_start(job, step, position)
         if self.others is None:
-            self.others = self.samples_of_held_out(job, folder, sets=1, reward=self._reward)
+            self.others = self.samples_of_held_out(job, folder, sets=1, reward=CLOSENESS)
             self.held_out = [
                 HeldOut(_true_against_own(*self.others.given(index), self.others.latents(index)[0]), ((0, 1),))
                 for index in range(len(self.others))
@@ -71,7 +74,7 @@ class Spin(PreferenceTerm):
         assert self.iterate is not None
         self.iterate = self.iterate.to(job.accelerator.device)
         name = f"iterate-{self.iterate.step:06d}"
-        own = self.samples_of_training(job, folder, name, self.iterate, sets=1, reward=self._reward)
+        own = self.samples_of_training(job, folder, name, self.iterate, sets=1, reward=CLOSENESS)
         if own.fill(stopped=stopped, what=f"spin: own samples of step {self.iterate.step}"):
             self._own = own
             if job.accelerator.is_main_process:
@@ -98,10 +101,10 @@ class Spin(PreferenceTerm):
         started = self.started_from
         return lambda *inputs: predict_as(job.adapted, started, *inputs)
 
-    def rehearse(self, job: "Job") -> None:
+    def rehearse(self, job: "Job") -> bool:
         """Held to itself."""
-        super().rehearse(job)
         self.iterate = Snapshot.take(job.adapted, 0, 0.0)
+        return super().rehearse(job)
 
     def state(self) -> dict[str, Any]:
         """The first and the present iterate."""

@@ -40,6 +40,15 @@ if TYPE_CHECKING:
     from train.setup import Job
 
 
+def view_weights(job: "Job", num_objects: int) -> Tensor | None:
+    """[B, V]: 0 for the reference's own view where `loss.own_view` is off; None where every view counts."""
+    if job.config.loss.own_view:
+        return None
+    weights = torch.ones(num_objects, job.pipeline.num_views, device=job.accelerator.device)
+    weights[:, 0] = 0
+    return weights
+
+
 @dataclass
 class Scene:
     """What a step has of one batch: what costs something is computed when it is first asked for, and once."""
@@ -157,9 +166,11 @@ class Term(ABC):
         del job
         return 0
 
-    def rehearse(self, job: "Job") -> None:
-        """Be ready for steps whose time and memory alone are looked at, with nothing made for them."""
+    def rehearse(self, job: "Job") -> bool:
+        """Be ready for steps of a dry run, with nothing made for them. Returns: whether its numbers mean nothing then, and its
+        time and memory alone are to be looked at."""
         del job
+        return False
 
     def due(self, step: int) -> bool:
         """Whether a step has the term."""
@@ -229,10 +240,9 @@ class Objectives:
         """See `Term.copies`."""
         return sum(term.copies for term in self.terms)
 
-    def rehearse(self, job: "Job") -> None:
-        """See `Term.rehearse`."""
-        for term in self.terms:
-            term.rehearse(job)
+    def rehearse(self, job: "Job") -> list[str]:
+        """See `Term.rehearse`. Returns: the terms whose numbers mean nothing."""
+        return [term.name for term in self.terms if term.rehearse(job)]
 
     def trained(self, step: int, *, own_passes: bool) -> list[Term]:
         """The terms that a step trains, of one kind."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softprompt.batch import seeded
 from softprompt.objectives import draft
+from softprompt.sampling import with_guidance
 
 SCHEDULE = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
 T = torch.tensor([1, 501])
@@ -73,9 +74,9 @@ def test_the_loss_is_minus_the_mean_reward_plus_the_weighted_mean_kl() -> None:
 
 def test_guidance_at_scale_one_is_none_and_at_zero_sees_no_picture() -> None:
     without, with_picture = tensors(1, 2, 2, 2, 2, count=2)
-    assert torch.allclose(draft.with_guidance(without, with_picture, 1.0), with_picture)
-    assert torch.equal(draft.with_guidance(without, with_picture, 0.0), without)
-    assert torch.allclose(draft.with_guidance(without, with_picture, 3.0), 3 * with_picture - 2 * without)
+    assert torch.allclose(with_guidance(without, with_picture, 1.0), with_picture)
+    assert torch.equal(with_guidance(without, with_picture, 0.0), without)
+    assert torch.allclose(with_guidance(without, with_picture, 3.0), 3 * with_picture - 2 * without)
 
 
 def test_renoised_latents_have_the_levels_mean_and_deviation_and_no_gradient_into_the_draft() -> None:

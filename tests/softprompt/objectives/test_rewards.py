@@ -180,4 +180,4 @@ def test_clip_similarity_is_the_mean_cosine_of_the_encoders_embeddings() -> None
 
 
 def test_the_names_that_the_option_takes_are_those_there_are() -> None:
-    assert {*REWARDS, "clip"} == set(objective_options.REWARDS)
+    assert {*REWARDS, "clip"} == set(objective_options.REWARD_NAMES)
