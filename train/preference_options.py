@@ -91,7 +91,7 @@ class SpinConfig:
     """SPIN-Diffusion: the true views are preferred to those that the model's previous iterate made of the same picture."""
 
     weight: float = 0.0
-    """Of the term in the loss; 0 leaves it out. Begin with 4 / beta or less."""
+    """Of the term in the loss; 0 leaves it out. Begin with 4 to 10 / beta."""
     beta: float = 2000.0
     """How hard the model is held to its previous iterate; higher: harder."""
     iterations: int = 3
