@@ -337,6 +337,12 @@ def test_three_variants_and_two_seeds_from_nothing_to_a_report(mice, tmp_path, r
 
     def command(**changed):
         options = QUICK | {"data.val": str(mice / "val")}  # two instead of twenty-four
+        options |= {
+            "train.steps": 20,
+            "monitor.validate_every": 10,
+            "monitor.checkpoint_every": 10,
+            "monitor.preview_every": 20,
+        }
         file = write_comparison(tmp_path, options=options, **changed)
         argv = [sys.executable, "-m", "train.compare", "--config", str(file), "--output", str(out), "--jobs", "2"]
         done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
@@ -347,7 +353,7 @@ def test_three_variants_and_two_seeds_from_nothing_to_a_report(mice, tmp_path, r
         return {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()}
 
     said = command(base=["configs/micro.yaml"], variants=variants)
-    assert "6 runs of 60 steps: 0 are finished, 6 to do" in said and "6 of 6" in said
+    assert "6 runs of 20 steps: 0 are finished, 6 to do" in said and "6 of 6" in said
     report = (out / "comparison-asked.html").read_text()
     assert "6 of 6 runs are finished" in report and report.count("<svg") == 3
     if PROGRAM is not None:
@@ -359,7 +365,7 @@ def test_three_variants_and_two_seeds_from_nothing_to_a_report(mice, tmp_path, r
     assert written() == before
     more = variants | {"fixed": {"prompt.learn": False, "curriculum": {"at": [0.0], "position": [0.0]}}}
     said = command(base=["configs/micro.yaml"], variants=more, seeds=[0])
-    assert "4 runs of 60 steps: 3 are finished, 1 to do" in said and "fixed seed 0: loss" in said
+    assert "4 runs of 20 steps: 3 are finished, 1 to do" in said and "fixed seed 0: loss" in said
     assert before.items() <= written().items()
 
 

@@ -18,8 +18,9 @@ from softprompt.pipeline import load_pipeline
 from softprompt.sampling import sample_views
 from softprompt.templates import VIEWS
 from train.config import Config
-from train.evaluate import Preview, averaged, preview, preview_series, validation_losses, validation_series, view_weights
+from train.evaluate import Preview, averaged, preview, preview_series, validation_losses, validation_series
 from train.loop import training_step
+from train.objectives.terms import view_weights
 from train.setup import Job, prepare
 
 

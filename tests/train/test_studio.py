@@ -69,7 +69,7 @@ def test_decoded_pictures_are_compared_where_asked_for(make_job: Callable[..., J
     job = make_job()
     scene = scene_of(job)
     assert scene.prediction is not None
-    (found,) = Studio(StudioConfig(weight=1.0, over="views", space="pictures", pairs=0, detail_pairs=0)).losses(scene)
+    (found,) = Studio(StudioConfig(weight=1.0, over="views", space="pictures", pairs=0, detail_pairs=0, detail=1)).losses(scene)
     pictures = [decode_latents(job.pipeline, z) for z in (scene.clean(scene.prediction), scene.batch.latents)]
     torch.testing.assert_close(found, detail_loss(*pictures))
     found.backward()
