@@ -116,12 +116,7 @@ class Draft(Term):
     def judge(self, views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
         """The reward, [B]. Raises: InputError for pictures that it cannot judge, or where it gives something else."""
         name = self.settings.reward
-        try:
-            reward = self.reward(views, truth, masks)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(f"draft.reward: {name}: {error}") from error
+        reward = self.reward(views, truth, masks)
         if not isinstance(reward, Tensor) or reward.shape != views.shape[:1]:
             found = list(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
             raise InputError(f"draft.reward: {name} returned {found}; expected a tensor [{len(views)}], a number an object")

@@ -122,12 +122,7 @@ class Sampling:
 
 def rate(reward: Reward, where: str, views: Tensor, truth: Tensor, masks: Tensor) -> float:
     """The reward of one set, [1, V, 3, S, S]. where: named in errors. Raises: InputError for one that is no finite number."""
-    try:
-        found = reward(views, truth, masks)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from error
+    found = reward(views, truth, masks)
     if not isinstance(found, Tensor) or found.shape != (1,) or not bool(found.isfinite()):
         what = f"shape {list(found.shape)}" if isinstance(found, Tensor) and found.numel() != 1 else f"{found!s:.40}"
         raise InputError(f"{where}: is {what}; expected one finite number an object, a tensor [B]")

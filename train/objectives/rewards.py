@@ -12,20 +12,19 @@ from train.objectives.functions import call, load_function
 
 
 def load_reward(name: str, encoder: str | None, pipeline: Pipeline, group: str) -> Reward:
-    """The reward that the options GROUP.reward and GROUP.encoder name. Raises: InputError where it cannot be loaded."""
-    if name == "clip":
-        assert encoder is not None, "checked when the configuration is read"
-        return _clip(Path(encoder), pipeline, f"{group}.encoder")
-    return REWARDS.get(name) or _own(name, f"{group}.reward")
-
-
-def _own(spec: str, option: str) -> Reward:
-    """A user's function; where it fails, the error says so."""
-    function = load_function(spec, option)
+    """The reward that the options GROUP.reward and GROUP.encoder name. Raises: InputError where it cannot be loaded; the reward
+    itself, where it cannot judge."""
+    option = f"{group}.reward"
+    if ":" in name:
+        function = load_function(name, option)
+        return lambda *given: call(function, *given, spec=name, option=option)
+    known = REWARDS[name] if encoder is None or name != "clip" else _clip(Path(encoder), pipeline, f"{group}.encoder")
 
     def reward(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
-        found: Tensor = call(function, views, truth, masks, spec=spec, option=option)
-        return found
+        try:
+            return known(views, truth, masks)
+        except ValueError as error:
+            raise InputError(f"{option}: {name}: {error}") from error
 
     return reward
 
