@@ -1,6 +1,7 @@
 """Six views of pictures, with what a run exported: `python -m train.sample`.
 
-The views are those of the training previews, bit for bit, at the same seed and settings.
+The views are those of the training previews at the same seed and settings. A preview is computed in a batch, so a pixel may
+differ by one level of 255.
 """
 
 import sys
