@@ -83,7 +83,7 @@ class Parser(ArgumentParser):
     """The YAML file that is being read."""
     options: type = Config
     """What its options are the fields of."""
-    also: tuple[str, ...] = ("config", "resume", "resume-override", "dry-run")
+    also: tuple[str, ...] = ("config", "resume", "resume-or-start", "resume-override", "dry-run")
     """Its other options."""
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **named: Any) -> Namespace:  # type: ignore[override]
@@ -180,6 +180,11 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--resume", type=str, default=None, help="Run folder to go on with; its own configuration is taken.")
     parser.add_argument(
+        "--resume-or-start",
+        action="store_true",
+        help="Start the run in --output, or resume it where it has begun: one line for a job that is submitted repeatedly.",
+    )
+    parser.add_argument(
         "--resume-override", action="store_true", help="Let a resumed run change settings that its numbers depend on."
     )
     parser.add_argument(
@@ -199,13 +204,18 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     resume = _resume_folder(argv)
     if resume is not None:
         argv = ["--config", str(resume / "config.yaml"), *argv]
-    for parser.reading in _values(argv, "--config"):  # each by itself first, so that an error can name its file
-        _check_file(parser.reading)
-        parser.parse_args(["--config", parser.reading])
-    parser.reading = None
+    _check_files(parser, argv)
     namespace = parser.parse_args(argv)
+    if namespace.resume_or_start:
+        resume = _begun_folder(namespace)
+        if resume is not None:
+            argv = ["--config", str(resume / "config.yaml"), *argv]
+            _check_files(parser, argv[:2])
+            namespace = parser.parse_args(argv)
     config = parser.instantiate(namespace)
     changed = {} if resume is None else _changed(parser.parse_args(argv[:2]), namespace)
+    if namespace.resume_or_start:
+        changed.pop("output", None)  # it is where the run lies now
     free = tuple(name for name in FREE_ON_RESUME if not (config.studio.compares_objects and name in OF_A_BATCH))
     refused = [said for name, said in changed.items() if not name.startswith(free)]
     if refused and not namespace.resume_override:
@@ -213,7 +223,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
             f"--resume {resume}: {'; '.join(refused)}. A resumed run keeps its settings, but for {', '.join(free)}; "
             f"leave the option out, start a new run, or change it on purpose with --resume-override"
         )
-    if resume is None and namespace.resume_override:
+    if resume is None and namespace.resume_override and not namespace.resume_or_start:
         raise InputError("--resume-override: there is no --resume; it changes settings of a run that is resumed")
     files = tuple(str(c) for c in (namespace.config or []))
     name = MICRO if config.model == MICRO and not files else Path(files[-1]).stem if files else Path(config.model).name
@@ -225,6 +235,14 @@ def parse(argv: Sequence[str] | None = None) -> Request:
         resume_override=namespace.resume_override,
         changed=tuple(changed.values()),
     )
+
+
+def _check_files(parser: Parser, argv: Sequence[str]) -> None:
+    """Each file of options by itself, so that an error can name it."""
+    for parser.reading in _values(argv, "--config"):
+        _check_file(parser.reading)
+        parser.parse_args(["--config", parser.reading])
+    parser.reading = None
 
 
 def _changed(before: Namespace, now: Namespace) -> dict[str, str]:
@@ -242,7 +260,7 @@ def _check_file(file: str) -> None:
         raise InputError(f"{file}: holds no options; expected them by name, as in configs/micro.yaml")
     kinds = option_kinds()
     for key, value in content.items():
-        if key in ("resume", "resume_override", "dry_run", "config"):
+        if key in ("resume", "resume_or_start", "resume_override", "dry_run", "config"):
             raise InputError(f"{file}: {key} belongs on the command line, not into a file")
         is_group = any(name.startswith(f"{key}.") for name in kinds)
         if is_group and not isinstance(value, dict):
@@ -310,3 +328,13 @@ def _resume_folder(argv: Sequence[str]) -> Path | None:
     if not (folder / "config.yaml").is_file():
         raise InputError(f"--resume {folder}: holds no config.yaml; expected the folder of an earlier run, e.g. runs/micro-001")
     return folder
+
+
+def _begun_folder(namespace: Namespace) -> Path | None:
+    """Of `--resume-or-start`: the run in `output`, where one has begun. Raises: InputError where it cannot be told."""
+    if namespace.resume is not None:
+        raise InputError("--resume-or-start: there is --resume as well; expected --output RUN, whether RUN is there or not")
+    if namespace.output is None:
+        raise InputError("--resume-or-start: output is null; expected --output RUN, the same each time the job is submitted")
+    folder = Path(namespace.output)
+    return folder if (folder / "config.yaml").is_file() else None

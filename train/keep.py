@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from softprompt.batch import seeded
 from softprompt.errors import RunError
+from softprompt.files import remove_folder
 from train.ablation import ablation, ablation_series
 from train.checkpoint import save_checkpoint
 from train.evaluate import averaged, preview
@@ -18,8 +19,16 @@ from train.monitor import preview_grid, preview_tiles
 from train.report.page import write_report
 from train.report.read import read_story
 from train.run import Run
-from train.series import is_ablation, read_series
+from train.series import FILE, is_ablation, read_series
 from train.setup import Job
+
+
+def remove_results(folder: Path) -> None:
+    """Remove what a run that was killed before its first checkpoint has written: it begins again at step 0."""
+    for name in ("tensorboard", "previews", "export"):
+        if (folder / name).is_dir():
+            remove_folder(folder / name)
+    (folder / FILE).unlink(missing_ok=True)
 
 
 def checkpoint(run: Run) -> None:

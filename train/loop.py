@@ -137,9 +137,11 @@ def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
         if config.kl.target is None:
             run.pace = replace(run.pace, kl_weight=config.kl.weight)  # which --resume-override may have changed
         if job.accelerator.is_main_process:
-            remove_partial(folder)
             set_aside_newer(folder, run.step)
     if job.accelerator.is_main_process:
+        remove_partial(folder)
+        if state is None:
+            keep.remove_results(folder)
         with new_file(folder / "config.yaml") as partial:
             partial.write_text(to_yaml(config), encoding="utf-8")
     run.frozen = job.adapted.frozen_sums()

@@ -45,7 +45,7 @@ class Row:
     error: str
     """That ended it, or what is wrong with its folder."""
     resumable: bool
-    """Whether it has a checkpoint."""
+    """Whether it has its configuration, so that --resume takes it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +106,7 @@ def _row(run: Path) -> Row:
         psnr=next((p["views/psnr"] for p in reversed(evaluations) if p.get("views/psnr") is not None), None),
         written=(run / FILE).stat().st_mtime if points else None,
         error=error,
-        resumable=any((run / "checkpoints").glob("step-*")),
+        resumable=(run / "config.yaml").is_file(),
     )
 
 
@@ -153,7 +153,7 @@ def table(rows: Sequence[Row], *, now: float) -> str:
         lines += ["\ngo on with", *(f"  python -m train.softprompt --resume {folder}" for folder in resumable)]
     begun = [row.name for row in unfinished if not row.resumable]
     if begun:
-        lines.append(f"\nno checkpoint yet, to be begun again: {', '.join(begun)}")
+        lines.append(f"\nstopped before anything was written, to be started again: {', '.join(begun)}")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from softprompt.errors import InputError, RunError
 from train.command_line import Request, calm_environment, parse
 from train.config import to_yaml
 from train.runs import ERROR, LOCK
-from train.series import OUTCOMES
+from train.series import OUTCOMES, read_series
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(request: Request) -> int:
     import torch
 
-    from train.checkpoint import load_checkpoint
+    from train.checkpoint import list_checkpoints, load_checkpoint
     from train.export.write import check_free_space
     from train.loop import train
     from train.setup import make_accelerator, prepare
@@ -59,14 +59,18 @@ def _run(request: Request) -> int:
     try:
         accelerator = make_accelerator(config)
         with _run_folder(request, accelerator) as folder:
-            state = load_checkpoint(folder) if request.resume else None
+            if request.resume and not list_checkpoints(folder):
+                _refuse_lost_checkpoints(folder, config.monitor.checkpoint_every)
+                state = None
+            else:
+                state = load_checkpoint(folder) if request.resume else None
             job = prepare(config, accelerator, resumed=state is not None)
             if state is not None and not request.resume_override:
                 _refuse_another_run(job, state)
             main_process = accelerator.is_main_process
             if main_process:
                 print(to_yaml(config))
-                print(_summary(job, folder, state, request.changed), flush=True)
+                print(_summary(job, folder, state, request), flush=True)
             if request.dry_run:
                 return _dry_run(job, folder)
             with StopSignal() as stop:
@@ -136,12 +140,25 @@ def _refuse_another_run(job: "Job", state: "Mapping[str, Any]") -> None:
         )
 
 
+def _refuse_lost_checkpoints(folder: Path, checkpoint_every: int) -> None:
+    """A run without checkpoints begins again at step 0, which removes its results. Raises: InputError where it had come further
+    than its first checkpoint, so that its checkpoints were removed by somebody else."""
+    exported = folder / "export" / "clr_embeds.pt"
+    newest = max((point["step"] for point in read_series(folder)), default=0)
+    if exported.is_file() or newest > checkpoint_every:
+        raise InputError(
+            f"{folder / 'checkpoints'}: holds no checkpoint to resume from, and the run had come to step {newest}; likely its "
+            f"checkpoints were removed or moved. Put them back, or start a new run with --config {folder / 'config.yaml'} "
+            f"--output NEW"
+        )
+
+
 def _kept(folder: Path) -> str:
     from train.checkpoint import list_checkpoints
 
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
-        return "There is no checkpoint yet"
+        return f"There is no checkpoint yet: --resume {folder} begins again at step 0"
     return f"{checkpoints[-1]} is the newest checkpoint: go on with --resume {folder}"
 
 
@@ -198,17 +215,22 @@ def _take(request: Request) -> "tuple[Path, FileLock]":
             continue
         except OSError as error:
             raise InputError(f"{folder}: cannot be written ({error.strerror}); expected a folder for the run") from error
-        if request.resume is None and os.listdir(folder) != [LOCK]:  # another run came and went meanwhile
+        if request.resume is None and _others_in(folder):  # another run came and went meanwhile
             lock.release()
             _refuse_used(folder)
         return folder, lock
 
 
 def _refuse_used(folder: Path) -> None:
-    """Raises: InputError for a folder that holds more than what a killed run may leave before it has written anything."""
-    if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {LOCK}):
+    """Raises: InputError for a folder that holds more than what a killed run may leave before its config.yaml is written."""
+    if folder.exists() and (not folder.is_dir() or _others_in(folder)):
         hint = f" Go on with that run: --resume {folder}" if (folder / "config.yaml").is_file() else ""
         raise InputError(f"output: {folder} is not empty; a run never writes over another. Give a new folder.{hint}")
+
+
+def _others_in(folder: Path) -> list[str]:
+    """What is in a folder besides the lock and what a killed process left half-written."""
+    return [name for name in os.listdir(folder) if name != LOCK and not (name.startswith(".") and ".partial-" in name)]
 
 
 def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
@@ -219,7 +241,7 @@ def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
     return root / f"{name}-{max(numbers) + 1:03d}"
 
 
-def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None", changed: Sequence[str]) -> str:
+def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None", request: Request) -> str:
     """What is about to happen, in a few lines."""
     from softprompt.embeddings import mean_pairwise_cosine
 
@@ -239,8 +261,10 @@ def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None", change
     ]
     if state is not None:
         lines += [f"WARNING    {damage}; the checkpoint before it is used" for damage in state["damaged"]]
-        lines += [f"changed    {change}" for change in changed]
-        lines.append(f"resumed    at step {state['step']} of {config.train.steps}")
+    if request.resume:
+        lines += [f"changed    {change}" for change in request.changed]
+        at = "0, since the run was stopped before its first checkpoint," if state is None else state["step"]
+        lines.append(f"resumed    at step {at} of {config.train.steps}")
     return "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ Children are forked from a process that has imported everything but computed not
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -167,21 +166,20 @@ def whole_run(mice: Path, folder: Path) -> Ended:
 
 
 def killed_run(mice: Path, folder: Path, whole: Ended, chance: random.Random, *, most_kills: int = 4) -> list[str]:
-    """A run that is killed at random moments, at most so often, and gone on with until it ends. Returns: what was done."""
+    """A run that is killed at random moments, at most so often, and started again by the same line until it ends.
+
+    Returns: what was done.
+    """
     story, kills = [], chance.randint(1, most_kills)
     while True:
-        resuming = any((folder / "run" / "checkpoints").glob("step-*"))
-        if not resuming:
-            shutil.rmtree(folder / "run", ignore_errors=True)  # killed before its first checkpoint: begun again
-        argv = ["--resume", str(folder / "run")] if resuming else _new(mice, folder)
         kill = None
         if len(story) < kills:
             by_event = chance.random() < 0.7
             # The later runs of a round are shorter.
             share = chance.random() / (1 + len(story))
             kill = Kill(event=1 + int(share * whole.events)) if by_event else Kill(seconds=share * whole.seconds)
-        ended = fork(argv, folder, kill)
-        story.append(f"{'resumed' if resuming else 'begun'}, {kill or 'left alone'}: {ended.code}")
+        ended = fork([*_new(mice, folder), "--resume-or-start"], folder, kill)
+        story.append(f"{kill or 'left alone'}: {ended.code}")
         if ended.code == 0:
             return story
         if ended.code != -signal.SIGKILL:

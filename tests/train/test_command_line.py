@@ -304,6 +304,32 @@ def test_an_override_without_a_resume_is_refused(capsys: pytest.CaptureFixture[s
     assert refusal(["--resume-override"], capsys).startswith("error: --resume-override: there is no --resume")
 
 
+def test_resume_or_start_starts_what_is_not_there_and_resumes_what_is(tmp_path: Path) -> None:
+    line = [f"--output={tmp_path / 'run'}", "--lora.rank=2", "--resume-or-start"]
+    first = parse(line)
+    assert (first.resume, first.config.lora.rank) == (None, 2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert parse(line).resume is None, "killed before its configuration was written"
+    yaml_file(tmp_path / "run", to_yaml(first.config), "config.yaml")
+    again = parse(line)
+    assert (again.resume, again.config, again.changed) == (tmp_path / "run", first.config, ())
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = parse([f"--output={tmp_path / 'moved'}", *line[1:]])
+    assert (moved.resume, moved.changed) == (tmp_path / "moved", ())
+    with pytest.raises(InputError, match=r"moved: lora\.rank: is 3; the run has 2"):
+        parse([f"--output={tmp_path / 'moved'}", "--lora.rank=3", "--resume-or-start"])
+    overridden = parse([f"--output={tmp_path / 'moved'}", "--lora.rank=3", "--resume-or-start", "--resume-override"])
+    assert overridden.config.lora.rank == 3
+
+
+@pytest.mark.parametrize("also", [[], ["--resume=RUN", "--output=RUN"]])
+def test_resume_or_start_without_a_folder_of_its_own_is_refused(tmp_path: Path, also: list[str]) -> None:
+    given = [option.replace("RUN", str(a_run(tmp_path))) for option in also]
+    with pytest.raises(InputError, match=r"^--resume-or-start: .*; expected --output RUN"):
+        parse(["--resume-or-start", *given])
+
+
 def test_all_that_cannot_change_on_a_resume_is_named_at_once_and_nothing_else(tmp_path: Path) -> None:
     names = ("lora.rank", "train.steps", "prompt.learning_rate", "monitor.log_every")
     with pytest.raises(InputError) as refused:

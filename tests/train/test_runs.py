@@ -52,18 +52,22 @@ def test_each_run_is_told_by_its_folder(runs: Path) -> None:
     done = rows["micro-001"]
     assert (done.step, done.steps, done.best, done.last, done.psnr) == (150, 150, (0.1, 100), 0.2, 22.0)
     assert rows["micro-003"].error == "step 120: not finite" and rows["micro-003"].step == 120
-    assert rows["micro-004"].best is None and not rows["micro-004"].resumable
+    assert rows["micro-004"].best is None and rows["micro-004"].resumable, "from step 0"
     assert [row.name for row in look(runs / "micro-002")] == ["micro-002"]
 
 
 def test_the_table_says_how_to_go_on_with_what_is_not_finished(runs: Path) -> None:
-    for run in runs.glob("micro-*"):
+    (runs / "micro-005").mkdir()
+    (runs / "micro-005" / ".lock").touch()
+    for run in runs.glob("micro-00[1-4]"):
         os.utime(run / "metrics.jsonl", (1000, 1000))
     said = table(look(runs), now=1000 + 3 * 3600)
     assert "0.1 at 100" in said and "3 h ago" in said and "\nmicro-003: step 120: not finite" in said
     commands = said.split("go on with\n")[1].split("\n\n")[0].splitlines()
-    assert commands == [f"  python -m train.softprompt --resume {runs / name}" for name in ("micro-002", "micro-003")]
-    assert said.endswith("to be begun again: micro-004")
+    assert commands == [
+        f"  python -m train.softprompt --resume {runs / name}" for name in ("micro-002", "micro-003", "micro-004")
+    ]
+    assert said.endswith("stopped before anything was written, to be started again: micro-005")
 
 
 def test_a_run_that_trains_now_is_told_by_its_lock(runs: Path) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from softprompt.embeddings import load_prompt
 from softprompt.micro import MICRO_MODEL
 from softprompt.unet import build_unet, save_unet
+from tests.runs import series
 from train.config import Config, to_yaml
 from train.series import is_ablation
 from train.softprompt import main
@@ -133,6 +134,27 @@ def test_a_signal_saves_exports_and_says_how_to_go_on(mice, tmp_path, number):
     assert resumed.returncode == 0, resumed.stderr
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == step + 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(mice, tmp_path, capsys):
+    out = tmp_path / "run"
+    line = [*QUICK, f"--data.train={mice / 'train'}", f"--data.val={mice / 'val'}", f"--data.cache={mice.parent / 'cache'}"]
+    line += ["--train.steps=2", "--lora.rank=2", "--kl.domain=new", "--export.pipeline=false", "--export.report=false"]
+    line += [f"--output={out}", "--resume-or-start"]
+    assert main(line) == 0
+    expected, prompt = series(out), load_prompt(out / "export" / "clr_embeds.safetensors")
+    shutil.rmtree(out / "checkpoints")
+    capsys.readouterr()
+    said = refused(capsys, *line)
+    assert "holds no checkpoint to resume from, and the run had come to step 2" in said, "a finished run is not thrown away"
+    assert series(out) == expected
+    shutil.rmtree(out / "export")  # now it is as a kill just before the checkpoint of step 2 leaves it
+    (out / "previews" / "left-step-000009.png").touch()
+    (out / ".config.partial-0123456789ab.yaml").touch()
+    assert main(line) == 0
+    assert "resumed    at step 0, since the run was stopped before its first checkpoint, of 2" in capsys.readouterr().out
+    assert series(out) == expected and torch.equal(load_prompt(out / "export" / "clr_embeds.safetensors"), prompt)
+    assert not list(out.rglob("left-*")) and not list(out.rglob("*.partial-*"))
 
 
 def test_a_dry_run_says_what_is_needed_and_writes_nothing(mice, tmp_path, capsys):
