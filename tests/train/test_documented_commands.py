@@ -49,6 +49,7 @@ HOW: list[tuple[str, str, Sequence[str] | str]] = [
     ("python -m train.softprompt *--dry-run", "run", SHORT),
     ("python -m train.softprompt *--output runs/mice", "run", [*SHORT, "--export.pipeline=false", "--export.report=false"]),
     ("python -m train.softprompt --resume runs/mice", "run", ["--train.steps=3", "--export.pipeline=true"]),
+    ("python -m train.softprompt *--resume-or-start", "run", [*SHORT, "--train.steps=3", "--export.report=false"]),
     ("python -m train.softprompt*", "read", []),
     ("accelerate launch *", "read", []),
     ("python -m train.doctor *", "run", ["--size=64"]),
