@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from softprompt.errors import InputError
 from train.config import Config
 from train.options import MICRO
+from train.paths import expand_given, expand_values
 
 FREE_ON_RESUME = (
     "model",
@@ -87,13 +88,19 @@ class Parser(ArgumentParser):
     """Its other options."""
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **named: Any) -> Namespace:  # type: ignore[override]
-        """As its parent's; YAML's tags, as `!!timestamp`, are refused, since its reader breaks at some of them."""
+        """As its parent's, with `~` and variables in paths filled in; YAML's tags, as `!!timestamp`, are refused, since its
+        reader breaks at some of them."""
         given = list(sys.argv[1:] if args is None else args)
         for before, argument in pairwise(["", *given]):
             option, equals, value = argument.partition("=") if argument.startswith("--") else (before, "=", argument)
             if equals and re.search(r"(^|[\s,:\[{])!!\w", value):
                 self.error(f"{option.lstrip('-')}: is {value}; expected a value without YAML tags (!!)")
-        return super().parse_args(given, *others, **named)
+        read: Namespace = super().parse_args(given, *others, **named)
+        try:
+            expand_values(read)
+        except InputError as error:
+            self.error(str(error))
+        return read
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         del ex
@@ -119,6 +126,15 @@ class Parser(ArgumentParser):
 
 class PlainParser(argparse.ArgumentParser):
     """Of commands whose options are no configuration: errors in one line, with the nearest option named."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As its parent's, which reads all command lines by it; with `~` and variables in paths filled in."""
+        given, others = super().parse_known_args(args, namespace)
+        try:
+            expand_values(given)
+        except InputError as error:
+            self.error(str(error))
+        return given, others
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (-\S+)", message)
@@ -200,6 +216,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     Raises: InputError for values that do not fit together, or a resumed folder that holds no run.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = expand_given(argv, ("config", "resume"))
     parser = make_parser()
     resume = _resume_folder(argv)
     if resume is not None:

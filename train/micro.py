@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
+from train.paths import expand_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         options = parser.parse_args(argv)
+        expand_values(options)
         settings = Settings(**vars(options))
         _quiet()
         if settings.report_only:

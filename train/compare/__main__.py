@@ -24,6 +24,7 @@ from train.command_line import Parser, suggestion
 from train.compare.plan import Comparison, Plan, PlannedRun, comparison_yaml, differences, make_plan, parse_quietly, read_file
 from train.compare.results import is_finished, read_run
 from train.compare.runner import Children, Outcome, ProcessRunner, Runner, has_checkpoint, run_all
+from train.paths import expand_given
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -89,6 +90,7 @@ def read_request(argv: Sequence[str] | None = None) -> Request:
     Raises: InputError for a file or values that cannot be used.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = expand_given(argv, ("config",))
     parser = make_parser()
     files = [a.partition("=")[2] or "".join(argv[i + 1 : i + 2]) for i, a in enumerate(argv) if a.split("=")[0] == "--config"]
     if len(files) > 1:
