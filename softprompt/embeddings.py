@@ -5,7 +5,6 @@ A *view prompt* is one text embedding per view. FaceLift's is `clr_embeds.pt`: a
 
 import difflib
 import json
-import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -14,19 +13,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from softprompt.errors import InputError
-from softprompt.files import load_pickle, new_file, write_json
+from softprompt.files import new_file, write_json
 from softprompt.pipeline import load_text_encoder
+from softprompt.places import FOREIGN_SUFFIXES, PROMPT_SUFFIXES
+from softprompt.prompt_files import NUM_TOKENS, Content, convert_command, read_prompt_file
 from softprompt.templates import TEMPLATES, VIEWS, view_texts
 
-NUM_TOKENS = 77
-"""T: the length every CLIP text encoder pads to."""
+_MAKE = "python -m train.prompts make --text TEXT --model PIPECKPTS --output FILE.pt"
 
+_IN_FOLDERS = ("clr_embeds.safetensors", "clr_embeds.pt", "export/clr_embeds.safetensors", "export/clr_embeds.pt")
+"""Where the prompt is in an export, in FaceLift's fixed_prompt_embeds_6view, and in a run's folder."""
 _OTHER_CLIP = {
     512: "CLIP ViT-B",
     768: "CLIP ViT-L/14 (Stable Diffusion 1.x)",
@@ -39,29 +40,23 @@ def load_prompt(path: str | Path, *, num_views: int = 6, width: int | None = Non
     """Read a view prompt from a `.pt` (bare tensor) or `.safetensors` (one tensor) file.
 
     num_views: V expected. width: D that the model takes; None leaves the width unchecked.
-    Returns: [V, T, D], float32, on the CPU. Pickled code is never run.
-    Raises: InputError (a ValueError) with what was found and what was expected; a missing file is never replaced by zeros.
+    Returns: [V, T, D], float32, on the CPU, without gradient. Pickled code is never run.
+    Raises: InputError (a ValueError) with what was found and what was expected, and for a prompt as other programs write it the
+    command that converts it; a missing file is never replaced by zeros.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such prompt file; expected a .pt or .safetensors file with a [{num_views}, 77, D] tensor")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-            content = next(iter(content.values())) if len(content) == 1 else content
-        else:
-            content = load_pickle(path)
-    except pickle.UnpicklingError as error:
+    content = read_prompt_file(path)
+    prompt = check_prompt(content.tensor, num_views=num_views, width=width, origin=str(path))
+    refuse_foreign(path, content, num_views=num_views, width=width)
+    return prompt
+
+
+def refuse_foreign(path: str | Path, content: Content, *, num_views: int, width: int | None = None) -> None:
+    """Raises: InputError that ends in the command that converts a file, where what lies in it is no bare tensor."""
+    if not content.is_bare:
         raise InputError(
-            f"{path}: is no plain tensor file ({error}); expected a bare tensor as torch.save(tensor) writes it"
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read as a prompt file ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(content, Tensor):
-        kind = type(content).__name__
-        keys = f" with keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else ""
-        raise InputError(f"{path}: holds a {kind}{keys}; expected one bare tensor [{num_views}, 77, D]")
-    return check_prompt(content, num_views=num_views, width=width, origin=str(path))
+            f"{path}: holds {content.found}; expected one bare tensor [{num_views}, {NUM_TOKENS}, {width or 'D'}]; likely "
+            f"another program wrote it; convert it with: {convert_command(path)}"
+        )
 
 
 def check_prompt(prompt: Tensor, *, num_views: int = 6, width: int | None = None, origin: str = "prompt") -> Tensor:
@@ -73,29 +68,35 @@ def check_prompt(prompt: Tensor, *, num_views: int = 6, width: int | None = None
     expected = f"[{num_views}, {NUM_TOKENS}, {width or 'D'}]"
     found = f"{list(prompt.shape)} {str(prompt.dtype).removeprefix('torch.')}"
     if prompt.ndim != 3 or not prompt.is_floating_point():
-        raise InputError(f"{origin}: holds a tensor {found}; expected floating-point {expected} (views, tokens, width)")
+        cause = f"; likely one view's alone; make one a view with {_MAKE}" if prompt.ndim == 2 else ""
+        raise InputError(f"{origin}: holds a tensor {found}; expected floating-point {expected} (views, tokens, width){cause}")
     if prompt.shape[0] != num_views:
         raise InputError(f"{origin}: has {prompt.shape[0]} views ({found}); the model has {num_views}")
     if prompt.shape[1] != NUM_TOKENS:
         raise InputError(
-            f"{origin}: has {prompt.shape[1]} tokens a view ({found}); expected {NUM_TOKENS}: encode with padding='max_length'"
+            f"{origin}: has {prompt.shape[1]} tokens a view ({found}); expected {NUM_TOKENS}: encode with "
+            f"padding='max_length', or with {_MAKE}"
         )
     if width is not None and prompt.shape[2] != width:
         made_by = _OTHER_CLIP.get(prompt.shape[2])
         cause = f"it was made with another text encoder, {made_by}" if made_by else "it was made with another text encoder"
         raise InputError(
             f"{origin}: is {prompt.shape[2]} wide ({found}); the UNet's cross-attention takes {width}. Likely {cause}; encode "
-            f"the texts with the pipeline's own"
+            f"the texts with the pipeline's own: {_MAKE}"
         )
     prompt, names = prompt.float(), view_names(num_views)
     broken = [names[v] for v in range(num_views) if not prompt[v].isfinite().all()]
     if broken:
         raise InputError(
-            f"{origin}: NaN or infinite values in view {', '.join(broken)}; the file comes from a run that diverged"
+            f"{origin}: NaN or infinite values in view {', '.join(broken)}; the file comes from a run that diverged; an "
+            f"earlier checkpoint of it: python -m train.export RUN --step best --output FOLDER"
         )
     empty = [names[v] for v in range(num_views) if not prompt[v].any()]
     if empty:
-        raise InputError(f"{origin}: all zero in view {', '.join(empty)}; the file is a placeholder, not an encoded text")
+        raise InputError(
+            f"{origin}: all zero in view {', '.join(empty)}; the file is a placeholder, not an encoded text; make one "
+            f"with {_MAKE}"
+        )
     for a, b in combinations(range(num_views), 2):
         if torch.equal(prompt[a], prompt[b]):
             raise InputError(
@@ -136,7 +137,7 @@ def save_prompt(prompt: Tensor, path: str | Path, *, metadata: Mapping[str, Any]
     Raises: InputError when the prompt is none (see `check_prompt`), before or after rounding, or the suffix is another.
     """
     path = Path(path)
-    if path.suffix not in (".pt", ".safetensors"):
+    if path.suffix not in PROMPT_SUFFIXES:
         raise InputError(f"{path}: a prompt is saved as .pt (FaceLift's float16) or .safetensors (float32)")
     prompt = check_prompt(prompt.detach().cpu(), num_views=len(prompt), origin=f"prompt to be saved as {path}")
     stored = prompt.half() if path.suffix == ".pt" else prompt
@@ -227,10 +228,14 @@ def load_waypoints(
     """
     prompts, encoders = [], None
     for spec in specs:
-        if Path(spec).suffix in (".pt", ".safetensors"):
+        is_file = spec not in TEMPLATES and Path(spec).is_file()
+        if is_file or Path(spec).suffix in (*PROMPT_SUFFIXES, *FOREIGN_SUFFIXES):
             prompts.append(load_prompt(spec, num_views=num_views, width=width))
             continue
         if spec not in TEMPLATES and "{" not in spec:
+            inside = next((Path(spec, name) for name in _IN_FOLDERS if Path(spec, name).is_file()), None)
+            if inside is not None:
+                raise InputError(f"{option}: {spec} is a folder; expected the prompt file in it: {inside}")
             near = difflib.get_close_matches(spec, TEMPLATES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(

@@ -44,6 +44,6 @@ def is_prompt_file(spec: str) -> bool:
     return spec not in TEMPLATES and "{" not in _FIELD.sub("", spec)
 
 
-def looked_for(path: str | Path) -> str:
-    """A path for a "not found" error: a relative one with the folder that it is relative to."""
-    return str(path) if Path(path).is_absolute() else f"{path} (in the working directory {Path.cwd()})"
+def base_of(path: str | Path) -> str:
+    """What follows "no such file" in an error: of a relative path, the folder it was looked for in; else nothing."""
+    return "" if Path(path).is_absolute() else f" in the working directory {Path.cwd()}"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -159,7 +160,10 @@ def whole_file(prompt: Any) -> bytes:
 BAD_FILES = {
     "a string": (whole_file("a cat"), r"holds a str; expected one bare tensor \[6, 77, D\]"),
     "a list": (pickle.dumps([1, 2], protocol=2), r"p\.pt: (is no plain tensor file|cannot be read|holds a list)"),
-    "a state": (whole_file({"prompt": some_prompt()}), r"holds a dict with keys prompt; expected one bare tensor"),
+    "a state": (
+        whole_file({"prompt": some_prompt()}),
+        r"holds a dict with 'prompt' \[6, 77, 16\] float32; expected one bare tensor",
+    ),
     "an object": (whole_file(Path("x")), r"is no plain tensor file \(it holds pickled objects other than tensors"),
     "cut short": (whole_file(some_prompt())[:9000], r"p\.pt: cannot be read as a prompt file"),
     "empty": (b"", r"p\.pt: cannot be read as a prompt file"),
@@ -205,6 +209,34 @@ def test_code_in_a_hostile_pickle_is_not_run(tmp_path: Path, save: Callable[[Any
     assert not marker.exists()
     read(path)
     assert marker.exists(), "the trap does not work, so this test shows nothing"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+def test_a_parameter_is_read_without_its_gradient_and_without_a_word(tmp_path: Path, suffix: str):
+    path = saved(torch.nn.Parameter(some_prompt()), tmp_path / f"p{suffix}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompt = load_prompt(path)
+        describe_prompt(prompt)
+    assert torch.equal(prompt, some_prompt()) and not prompt.requires_grad and type(prompt) is Tensor
+
+
+def test_a_prompt_of_another_program_is_refused_with_the_command_that_converts_it(tmp_path: Path):
+    path = saved({"prompt_embeds": some_prompt()}, tmp_path / "my p.pt")
+    with pytest.raises(InputError) as refused:
+        load_prompt(path, width=16)
+    found, _, command = str(refused.value).partition("; convert it with: ")
+    assert found == (
+        f"{path}: holds a dict with 'prompt_embeds' [6, 77, 16] float32; expected one bare tensor [6, 77, 16]; likely another "
+        f"program wrote it"
+    )
+    assert command == f"python -m train.prompts convert '{path}' '{tmp_path / 'my p_prompt.pt'}'"
+
+
+def test_of_a_foreign_prompt_that_does_not_fit_the_cause_comes_first(tmp_path: Path):
+    path = saved({"prompt_embeds": some_prompt(6, 77, 768)}, tmp_path / "p.pt")
+    with pytest.raises(InputError, match=r"is 768 wide .*takes 16\. .*own: python -m train\.prompts make --text TEXT --model"):
+        load_prompt(path, width=16)
 
 
 @pytest.mark.parametrize("name", ["nowhere.pt", "nowhere.safetensors", "folder.pt"])
@@ -389,3 +421,16 @@ def test_a_file_of_another_width_than_the_unet_is_refused(tmp_path: Path):
     path = saved(some_prompt(6, 77, 768), tmp_path / "p.pt")
     with pytest.raises(InputError, match=r"p\.pt: is 768 wide .* takes 1024"):
         waypoints(path)
+
+
+def test_a_waypoint_of_another_program_or_in_a_folder_is_refused_with_the_way_out(tmp_path: Path):
+    for name in ("p.pth", "p"):
+        saved(some_prompt(6, 77, 1024), tmp_path / name)
+        assert torch.equal(waypoints(tmp_path / name)[0], some_prompt(6, 77, 1024))
+    np.save(tmp_path / "n.npy", some_prompt(6, 77, 1024).numpy())
+    with pytest.raises(InputError, match=r"n\.npy: holds a NumPy array .*; convert it with: python -m train\.prompts convert "):
+        waypoints(tmp_path / "n.npy")
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    saved(some_prompt(6, 77, 1024), tmp_path / "run" / "export" / "clr_embeds.pt")
+    with pytest.raises(InputError, match=r"run is a folder; expected the prompt file in it: .*run/export/clr_embeds\.pt$"):
+        waypoints(tmp_path / "run")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.errors import InputError
-from softprompt.places import expanded, is_prompt_file, looked_for
+from softprompt.places import base_of, expanded, is_prompt_file
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,6 @@ def test_what_names_a_prompt_is_a_file_or_a_text() -> None:
     assert [name for name in (*files, *texts) if is_prompt_file(name)] == list(files)
 
 
-def test_a_relative_path_is_named_with_the_folder_it_is_relative_to(place: Path) -> None:
-    assert looked_for("mice") == f"mice (in the working directory {place})"
-    assert looked_for(place / "mice") == f"{place / 'mice'}"
+def test_a_relative_path_is_said_with_the_folder_it_is_relative_to(place: Path) -> None:
+    assert base_of("mice") == f" in the working directory {place}"
+    assert base_of(place / "mice") == ""

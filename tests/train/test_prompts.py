@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -551,6 +552,45 @@ def test_convert_keeps_what_is_written_beside_a_file(tmp_path: Path, run: Run) -
     assert code == 0 and "rounding to float16 changes a number by" in said
     beside = json.loads((tmp_path / "a.json").read_text())
     assert beside["steps"] == 7 and beside["file"] == "a.pt" and beside["dtype"] == "float16"
+
+
+def test_convert_takes_what_other_programs_write_and_says_what_it_found(tmp_path: Path, run: Run) -> None:
+    prompt = random_prompt()
+    given = {
+        "dict.pt": {"prompt_embeds": prompt},
+        "list.pt": list(prompt.half()),
+        "batch.pt": torch.nn.Parameter(prompt[None]),
+        "state.bin": {"module._orig_mod.prompt": prompt},
+    }
+    for name, content in given.items():
+        torch.save(content, tmp_path / name)
+    np.save(tmp_path / "array.npy", prompt.numpy())
+    np.savez(tmp_path / "arrays.npz", prompt.half().numpy())
+    found = {
+        "dict.pt": "a dict with 'prompt_embeds' [6, 77, 8] float32",
+        "list.pt": "a list of 6 tensors [77, 8] float16",
+        "batch.pt": "a tensor [1, 6, 77, 8] float32",
+        "state.bin": "a dict with 'prompt' [6, 77, 8] float32",
+        "array.npy": "a NumPy array [6, 77, 8] float32",
+        "arrays.npz": "a file of arrays with 'arr_0' [6, 77, 8] float16",
+    }
+    for name, what in found.items():
+        code, _, refused = run("show", tmp_path / name)
+        assert code == 2 and one_line(refused), refused
+        command = shlex.split(refused.partition("; convert it with: ")[2])
+        assert command[:4] == ["python", "-m", "train.prompts", "convert"], refused
+        code, said, error = run(*command[3:])
+        assert (code, error) == (0, "")
+        assert said.startswith(f"found      {tmp_path / name}: {what}: 6 views x 77 tokens x 8, ")
+        assert torch.equal(load_prompt(command[5]), prompt.half().float())
+
+
+def test_convert_leaves_a_json_that_describes_something_else(tmp_path: Path, run: Run) -> None:
+    np.save(tmp_path / "a.npy", random_prompt().numpy())
+    (tmp_path / "a.json").write_text("{}")
+    code, _, error = run("convert", tmp_path / "a.npy", tmp_path / "a.pt")
+    assert code == 2 and "a.json: exists already" in error
+    assert (tmp_path / "a.json").read_text() == "{}" and not (tmp_path / "a.pt").exists()
 
 
 def test_folders_of_other_numbers_of_views_are_converted(tmp_path: Path, run: Run) -> None:

@@ -4,7 +4,7 @@ show      what is in prompts: norms, likeness of views, the tokens that carry th
 check     would this file work with that model
 make      texts => a prompt file
 mix       a point between prompts as a file
-convert   .pt <=> .safetensors, and folders as FaceLift, Era3D and Wonder3D keep them
+convert   .pt <=> .safetensors; what other programs write (dict, list, .npy, ...); folders as FaceLift and Era3D keep them
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softprompt.errors import InputError
+from softprompt.places import FOREIGN_SUFFIXES, PROMPT_SUFFIXES
 from softprompt.templates import TEMPLATES, VIEWS
 from train.command_line import PlainParser
 
@@ -322,9 +323,11 @@ def convert_parser() -> CommandParser:
     """Of `convert`."""
     parser = CommandParser(
         "convert",
-        ".pt <=> .safetensors; and folders with clr_embeds, perhaps normal_embeds, as FaceLift, Era3D, Wonder3D keep them.",
+        ".pt <=> .safetensors; prompts as other programs write them (a dict or list of tensors, a state dict, .npy, .npz); and "
+        "folders with clr_embeds, perhaps normal_embeds, as FaceLift, Era3D, Wonder3D keep them.",
         [
             "export/clr_embeds.safetensors clr_embeds.pt",
+            "prompt_embeds.npy mine.pt",
             "FACELIFT/mvdiffusion/data/fixed_prompt_embeds_6view mine.safetensors",
             "Era3D/mvdiffusion/data/fixed_prompt_embeds_7view embeds_7view",
         ],
@@ -360,11 +363,12 @@ def _text_options(parser: CommandParser, angle: str | None = ANGLE) -> None:
 def _open_all(given: argparse.Namespace) -> list["Source"]:
     """Files, those of folders, templates and texts, as they come. Raises: InputError for what is none of them."""
     from train.prompts.convert import found_in
-    from train.prompts.sources import SUFFIXES, fill_in, open_encoder, open_file
+    from train.prompts.sources import fill_in, open_encoder, open_file
 
     sources, encoder = [], None
     for name in given.prompts:
-        if Path(name).suffix in SUFFIXES:
+        is_file = name not in TEMPLATES and Path(name).is_file()
+        if is_file or Path(name).suffix in (*PROMPT_SUFFIXES, *FOREIGN_SUFFIXES):
             sources.append(open_file(name))
             continue
         if Path(name).is_dir():

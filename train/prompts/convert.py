@@ -12,7 +12,7 @@ NAMES = {"clr_embeds": "of color pictures", "normal_embeds": "of normal maps"}
 
 
 def convert(given: Path, output: Path, *, overwrite: bool) -> list[str]:
-    """Rewrite a prompt file or a folder of them; a name without suffix is that of a folder.
+    """Rewrite a prompt file, of this project or of another program, or a folder of them; a name without suffix is a folder's.
 
     Returns: what was found and written, a sentence each. Raises: InputError where nothing can be converted, or written.
     """
@@ -26,11 +26,12 @@ def convert(given: Path, output: Path, *, overwrite: bool) -> list[str]:
             said += [f"left out   {', '.join(left)}: a folder as OUT takes both"] if left else []
             return [*said, _convert_file(sources[only], files[only], output, overwrite)]
         return [*said, *_convert_folder(sources, files, output)]
-    source = open_file(given)
+    source = open_file(given, any_kind=True)
     if output.suffix not in SUFFIXES:  # a folder such as FaceLift's, whose code asks for this name
         _refuse_odd_suffix(output)
         output = output / "clr_embeds.pt"
-    return [f"found      {given}: {source.shape}", _convert_file(source, given, output, overwrite)]
+    found = f"{source.found}: " if source.found else ""
+    return [f"found      {given}: {found}{source.shape}", _convert_file(source, given, output, overwrite)]
 
 
 def found_in(folder: Path) -> dict[str, Path]:
@@ -52,7 +53,7 @@ def found_in(folder: Path) -> dict[str, Path]:
 def _convert_file(source: Source, given: Path, output: Path, overwrite: bool) -> str:
     if output.resolve() == given.resolve():
         raise InputError(f"{output}: is the file that is given; expected another name or suffix for OUT")
-    refuse_output(output, overwrite=overwrite, beside=given)
+    refuse_output(output, overwrite=overwrite, beside=given if source.metadata else None)
     said = f"written    {write(source.prompt, output, source.views, kept_metadata(given, source.prompt))}"
     rounded = float((source.prompt.half().float() - source.prompt).abs().max())
     lost = f"; rounding to float16 changes a number by {rounded:.1e} at most"

@@ -8,22 +8,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import logging
 
-from softprompt.embeddings import check_prompt, encode_texts, load_prompt, view_names
+from softprompt.embeddings import check_prompt, encode_texts, refuse_foreign, view_names
 from softprompt.errors import InputError
-from softprompt.files import load_pickle, read_json
+from softprompt.files import read_json
 from softprompt.micro import MICRO_MODEL
 from softprompt.pipeline import load_text_encoder
+from softprompt.places import PROMPT_SUFFIXES, base_of
+from softprompt.prompt_files import read_prompt_file
 from softprompt.templates import TEMPLATES, VIEWS, Template
 from train.command_line import suggestion
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
-SUFFIXES = (".pt", ".safetensors")
+SUFFIXES = PROMPT_SUFFIXES
 TOY = "the embedded toy's text encoder"
 
 
@@ -46,6 +47,8 @@ class Source:
     """Whether the embedded model's text encoder made it; None: not known."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Of the JSON beside the file."""
+    found: str = ""
+    """What it lay in, of a file that another program wrote."""
 
     @property
     def steps(self) -> int:
@@ -104,7 +107,9 @@ def model_folder(model: str) -> Path:
     """`micro` is the embedded model. Raises: InputError when there is no such folder."""
     folder = MICRO_MODEL if model == "micro" else Path(model)
     if not folder.is_dir():
-        raise InputError(f"--model {model}: no such folder; expected a FaceLift pipeline folder (pipeckpts), or micro")
+        raise InputError(
+            f"--model {model}: no such folder{base_of(model)}; expected a FaceLift pipeline folder (pipeckpts), or micro"
+        )
     return folder
 
 
@@ -168,18 +173,21 @@ def read_phrases(given: Sequence[str], *, subject: str, angle: str) -> list[str]
     return found
 
 
-def open_file(path: str | Path) -> Source:
+def open_file(path: str | Path, *, any_kind: bool = False) -> Source:
     """A prompt file of any number of views and any width, and what the JSON beside it says.
 
+    any_kind: also as other programs write it.
     Raises: InputError, as `load_prompt`, and for fewer than two views.
     """
     path = Path(path)
-    stored = _stored(path)
-    views = stored.shape[0] if stored is not None and stored.ndim == 3 else len(VIEWS)
-    prompt = load_prompt(path, num_views=views)
+    content = read_prompt_file(path)
+    stored = content.tensor
+    views = stored.shape[0] if stored.ndim == 3 else len(VIEWS)
+    prompt = check_prompt(stored, num_views=views, origin=str(path))
     if views < 2:
         raise InputError(f"{path}: has {views} view; expected 2 or more, one text embedding each; likely one view was cut out")
-    assert stored is not None, "load_prompt refuses what holds no tensor"
+    if not any_kind:
+        refuse_foreign(path, content, num_views=views)
     beside = described(path, prompt)
     named, texts = (_listed(beside, name, str, views) for name in ("views", "texts"))
     counted = _listed(beside, "text_tokens", int, views)
@@ -192,6 +200,7 @@ def open_file(path: str | Path) -> Source:
         tuple(texts),
         beside["toy_encoder"] if isinstance(beside.get("toy_encoder"), bool) else None,
         beside,
+        "" if content.is_bare else content.found,
     )
 
 
@@ -205,21 +214,6 @@ def described(path: Path, prompt: Tensor) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) and content.get("shape") == list(prompt.shape) else {}
-
-
-def _stored(path: Path) -> Tensor | None:
-    """The tensor as it lies in the file; None where `load_prompt` has something to refuse."""
-    if not path.is_file():
-        return None
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                return file.get_tensor(names[0]) if len(names) == 1 else None
-        content = load_pickle(path)
-    except Exception:  # which one depends on the byte that is wrong; load_prompt says it
-        return None
-    return content if isinstance(content, Tensor) else None
 
 
 def _listed(content: Mapping[str, Any], name: str, kind: type, length: int) -> list[Any]:
