@@ -67,6 +67,7 @@ HOW: list[tuple[str, str, Sequence[str] | str]] = [
     ("ls *", "shell", []),
     ("cp *", "shell", []),
     ("tensorboard *", "elsewhere", "tensorboard's"),
+    ("python -c *xformers*", "elsewhere", "FaceLift's environment"),
     ("python3 -m venv *", "elsewhere", ".ci/run"),
     (".venv/bin/*", "elsewhere", ".ci/run"),
 ]

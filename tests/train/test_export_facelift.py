@@ -1,5 +1,6 @@
 """An export in FaceLift's repository, and out of it again: not a byte of what was there is lost, wherever it is killed."""
 
+import json
 import os
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from softprompt.embeddings import save_prompt
 from softprompt.errors import InputError, RunError
 from train.export import facelift as facelift_module
 from train.export.__main__ import main
-from train.export.facelift import FACELIFT_MODEL, FACELIFT_PROMPT, how_to_use, put_in, undo
+from train.export.facelift import CHECK_XFORMERS, FACELIFT_MODEL, FACELIFT_PROMPT, how_to_use, put_in, undo
 
 pytestmark = pytest.mark.usefixtures("without_waiting_for_the_disk")
 PLACES = [FACELIFT_PROMPT, FACELIFT_MODEL]
@@ -300,6 +301,21 @@ def test_a_prompt_without_its_lora_is_told_of(whole: Path, export: Path) -> None
 def test_a_prompt_of_the_micro_model_is_told_of(whole: Path, tmp_path: Path) -> None:
     micro = an_export(tmp_path / "micro", 4, model="micro")
     assert any("the embedded micro model" in line for line in put_in(whole, micro, with_pipeline=False))
+
+
+@pytest.mark.parametrize("with_pipeline", [True, False])
+def test_what_facelift_needs_for_these_views_is_told_with_the_command_that_checks_it(
+    whole: Path, export: Path, with_pipeline: bool
+) -> None:
+    (said,) = [line for line in put_in(whole, export, with_pipeline=with_pipeline) if "xformers" in line]
+    assert said.startswith("mind       ") and CHECK_XFORMERS in said and "sparse_mv_attention" in said
+
+
+@pytest.mark.parametrize("flag", ["sparse_mv_attention", "multiview_attention"])
+def test_a_model_that_does_not_attend_sparsely_needs_no_xformers(whole: Path, export: Path, flag: str) -> None:
+    config = export / "pipeckpts" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {flag: False}))
+    assert not any("xformers" in line for line in put_in(whole, export, with_pipeline=True))
 
 
 def test_weights_that_facelift_would_download_over_ours_are_told_of(whole: Path, export: Path) -> None:

@@ -19,6 +19,8 @@ FACELIFT_PROMPT = "mvdiffusion/data/fixed_prompt_embeds_6view/clr_embeds.pt"
 """Where FaceLift's training and inference look for the prompt; the path is written into its code."""
 FACELIFT_MODEL = "checkpoints/mvdiffusion/pipeckpts"
 """Where FaceLift's inference looks for the pipeline folder."""
+CHECK_XFORMERS = 'python -c "import xformers.ops"'
+"""To be run in FaceLift's environment: ends without a word where its sparse attention can work."""
 _ITS_OWN = ("inference.py", "mvdiffusion")
 """By which FaceLift's repository is known."""
 _WEIGHTS = "checkpoints/gslrm"
@@ -147,10 +149,18 @@ def _check(facelift: Path, export: Path, wanted: Mapping[str, Path]) -> list[str
             )
         if model == MICRO:
             warnings.append("WARNING    the prompt was learned with the embedded micro model; FaceLift's own does not know it")
-    if config.is_file():
-        takes = read_json(config, what="a UNet's configuration").get("cross_attention_dim")
-        if takes != prompt.shape[2]:
-            raise InputError(f"{export}: its prompt is {prompt.shape[2]} wide; {config} takes {takes}")
+    unet = read_json(config, what="a UNet's configuration") if config.is_file() else {}
+    takes = unet.get("cross_attention_dim")
+    if unet and takes != prompt.shape[2]:
+        cause = "its files are of two exports" if FACELIFT_MODEL in wanted else "it was trained from another model (--pipeline)"
+        raise InputError(f"{export}: its prompt is {prompt.shape[2]} wide; {config} takes {takes}; likely {cause}")
+    # Source: FaceLift, mvdiffusion/models/transformer_mv2d_image.py: of two processors only that of xformers knows the flag.
+    if unet.get("sparse_mv_attention", True) and unet.get("multiview_attention", True):
+        warnings.append(
+            f"mind       FaceLift attends as it was trained to with xformers alone; without it the same files give other "
+            f"views. In its environment this ends without an error: {CHECK_XFORMERS}; and no line of its log says "
+            f"\"['sparse_mv_attention'] are not expected by MVAttnProcessor\""
+        )
     return warnings
 
 
