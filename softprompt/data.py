@@ -21,6 +21,7 @@ from torch import Tensor
 from softprompt.errors import InputError
 from softprompt.files import new_folder
 from softprompt.pictures import load_picture
+from softprompt.places import base_of
 
 LIST_NAME = "samples.txt"
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
@@ -199,7 +200,9 @@ def open_source(path: str | Path, *, size: int, num_views: int = 6, check: bool 
         lines = _read_list(path)
         locations = _samples_in_list(path, lines)
     else:
-        raise InputError(f"{path}: not found; expected a list of samples or a folder; likely a typing mistake in the path")
+        raise InputError(
+            f"{path}: not found{base_of(path)}; expected a list of samples or a folder; likely a typing mistake in the path"
+        )
     source = FolderSource(path, _unique_names(locations), locations, lines, size, num_views)
     if check:
         source.check(range(len(source)))

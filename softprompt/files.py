@@ -13,6 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from softprompt.errors import InputError
+from softprompt.places import base_of
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def read_json(path: str | Path, *, what: str) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: not found; {what} was expected there")
+        raise InputError(f"{path}: not found{base_of(path)}; {what} was expected there")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

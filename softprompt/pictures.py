@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from softprompt.errors import InputError
+from softprompt.places import base_of
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5)}
 _MOST_PIXELS = 8192**2
@@ -29,7 +30,7 @@ def load_picture(path: str | Path, size: int) -> Tensor:
                 raise ValueError(f"it claims {file.width} x {file.height} pixels, {_MOST_PIXELS} at most are read")
             picture = _to_rgba(file)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: not found; expected a PNG; likely it was moved or deleted") from error
+        raise InputError(f"{path}: not found{base_of(path)}; expected a PNG; likely it was moved or deleted") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # What Pillow raises for a damaged PNG depends on the byte that is wrong.
         reason = str(error).replace("\n", " ")

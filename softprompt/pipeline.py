@@ -17,6 +17,7 @@ from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CL
 
 from softprompt.errors import InputError
 from softprompt.files import new_folder, read_json
+from softprompt.places import base_of
 from softprompt.unet import load_unet, place, save_unet
 
 _NEEDED = {
@@ -130,7 +131,9 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected a FaceLift pipeline folder (pipeckpts) on this disk")
+        raise InputError(
+            f"{folder}: no such folder{base_of(folder)}; expected a FaceLift pipeline folder (pipeckpts) on this disk"
+        )
     needed = ["model_index.json", *(f"{part}/{file}" for part, file in _NEEDED.items())]
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:

@@ -44,6 +44,11 @@ def is_prompt_file(spec: str) -> bool:
     return spec not in TEMPLATES and "{" not in _FIELD.sub("", spec)
 
 
+def no_folder(path: str | Path) -> str:
+    """What an error that a folder lacks something ends with: where there is no such folder at all; else nothing."""
+    return "" if Path(path).is_dir() else f"; there is no such folder{base_of(path)}"
+
+
 def base_of(path: str | Path) -> str:
     """What follows "no such file" in an error: of a relative path, the folder it was looked for in; else nothing."""
     return "" if Path(path).is_absolute() else f" in the working directory {Path.cwd()}"

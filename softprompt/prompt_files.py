@@ -82,7 +82,7 @@ def convert_command(path: str | Path) -> str:
     path = Path(path)
     output = path.with_suffix(".pt")
     if output.exists():
-        output = path.with_name(f"{path.stem}_prompt.pt")
+        output = path.with_name(f"{path.stem}_converted.pt")
     return f"python -m train.prompts convert {shlex.quote(str(path))} {shlex.quote(str(output))}"
 
 

@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from softprompt.errors import InputError
+from softprompt.places import base_of, no_folder
 from train.config import Config
 from train.options import MICRO
 from train.paths import expand_given, expand_values
@@ -271,7 +272,7 @@ def _check_file(file: str) -> None:
     """What the parser says badly, or not at all. Raises: InputError naming the file."""
     path = Path(file)
     if not path.is_file():
-        raise InputError(f"--config {file}: no such file; expected a YAML file, e.g. configs/micro.yaml")
+        raise InputError(f"--config {file}: no such file{base_of(file)}; expected a YAML file, e.g. configs/micro.yaml")
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"{file}: holds no options; expected them by name, as in configs/micro.yaml")
@@ -343,7 +344,10 @@ def _resume_folder(argv: Sequence[str]) -> Path | None:
         return None
     folder = Path(values[-1])
     if not (folder / "config.yaml").is_file():
-        raise InputError(f"--resume {folder}: holds no config.yaml; expected the folder of an earlier run, e.g. runs/micro-001")
+        raise InputError(
+            f"--resume {folder}: holds no config.yaml; expected the folder of an earlier run, e.g. runs/micro-001"
+            f"{no_folder(folder)}"
+        )
     return folder
 
 

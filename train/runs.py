@@ -12,6 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from softprompt.errors import InputError
+from softprompt.places import base_of
 from train.command_line import PlainParser
 from train.series import FILE, is_evaluation, read_series
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def look(folder: Path) -> list[Row]:
     """The runs in a folder, by name, or the one that it is. Raises: InputError where there is none."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected one that holds runs, e.g. runs")
+        raise InputError(f"{folder}: no such folder{base_of(folder)}; expected one that holds runs, e.g. runs")
     found = [folder] if _is_run(folder) else sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
     if not found:
         raise InputError(f"{folder}: holds no run; expected folders with a config.yaml, as train.softprompt leaves them")

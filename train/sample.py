@@ -15,6 +15,7 @@ from jsonargparse import set_parsing_settings
 
 from softprompt.errors import InputError
 from softprompt.files import new_folder, read_json, refuse_taken
+from softprompt.places import base_of
 from train.command_line import Parser, calm_environment
 from train.options import MICRO
 
@@ -210,7 +211,9 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
             hint = f"; of a folder of samples, give the view that is given: {within}" if within else ""
             raise InputError(f"pictures: {one} holds no .png; expected pictures of objects, each seen as view 0{hint}")
         if not one.exists():
-            raise InputError(f"pictures: {one}: not found; expected a PNG or a folder of them; likely a typing mistake")
+            raise InputError(
+                f"pictures: {one}: not found{base_of(one)}; expected a PNG or a folder of them; likely a typing mistake"
+            )
         found += inside
     names = [path.stem for path in found]
     twins = {name for name in names if names.count(name) > 1}

@@ -230,7 +230,7 @@ def test_a_prompt_of_another_program_is_refused_with_the_command_that_converts_i
         f"{path}: holds a dict with 'prompt_embeds' [6, 77, 16] float32; expected one bare tensor [6, 77, 16]; likely another "
         f"program wrote it"
     )
-    assert command == f"python -m train.prompts convert '{path}' '{tmp_path / 'my p_prompt.pt'}'"
+    assert command == f"python -m train.prompts convert '{path}' '{tmp_path / 'my p_converted.pt'}'"
 
 
 def test_of_a_foreign_prompt_that_does_not_fit_the_cause_comes_first(tmp_path: Path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.errors import InputError
-from softprompt.places import base_of, expanded, is_prompt_file
+from softprompt.places import base_of, expanded, is_prompt_file, no_folder
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +71,4 @@ def test_what_names_a_prompt_is_a_file_or_a_text() -> None:
 def test_a_relative_path_is_said_with_the_folder_it_is_relative_to(place: Path) -> None:
     assert base_of("mice") == f" in the working directory {place}"
     assert base_of(place / "mice") == ""
+    assert no_folder("mice") == f"; there is no such folder in the working directory {place}" and no_folder(place) == ""

@@ -544,7 +544,7 @@ def test_a_list_that_cannot_be_used_is_refused_by_its_line(tmp_path, mice, lines
         ("pairs.csv", "input,better,worse\na,b,c\n", r"its first line names input, better, worse; expected input, winner"),
         ("pairs.csv", "input,winner,loser\na,b,c,d,e\n", r"line 2: has 2 values more than the first line has names"),
         ("pairs.csv", "input, winner, loser\na, b, b\n", r"line 2: winner and loser are both b; expected two"),
-        ("pairs.jsonl", None, r"cannot be read as a list of pairs .* likely the path is not from where the command runs"),
+        ("pairs.jsonl", None, r"pairs\.jsonl: no such file.*; expected a list of pairs"),
     ],
 )
 def test_a_file_that_is_no_list_of_pairs_is_refused(tmp_path, name, text, message):

@@ -387,7 +387,7 @@ def test_another_padding_token_is_named(tmp_path: Path, facelift_texts: Source) 
         (["--text", "simple", "--cameras", "c.json"], "has no {angle}, so cameras would change nothing"),
         (["--text", "realistic", "--cameras", "c.json", "--angle", "up"], "--cameras is given too"),
         (["--text", "realistic", "--cameras", "c.json", "--frames", "a"], "expected numbers from 0 up"),
-        (["--text", "realistic", "--cameras", "c.json"], "c.json: not found; cameras in FaceLift's format"),
+        (["--text", "realistic", "--cameras", "c.json"], "c.json: not found in the working directory "),
         (["--text", "simple", "--model", "no/where"], "--model no/where: no such folder"),
         (["--text", "simple", "--model", "."], "cannot encode text, missing tokenizer/vocab.json"),
         (["--text", "simple", "--reference", "no.pt"], "no.pt: no such prompt file"),

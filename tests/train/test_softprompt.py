@@ -206,7 +206,10 @@ def with_a_copy(prompt: torch.Tensor) -> torch.Tensor:
         (with_nan, r"NaN or infinite values in view right"),
         (lambda p: p * 0, r"all zero in view front"),
         (with_a_copy, r"views front_right and back are identical"),
-        (lambda p: {"prompt": p}, r"holds a dict with keys prompt; expected one bare tensor"),
+        (
+            lambda p: {"prompt": p},
+            r"holds a dict with 'prompt' .*; expected one bare tensor .*; convert it with: python -m train\.prompts convert ",
+        ),
         (lambda p: Path("x"), r"is no plain tensor file"),
     ],
 )

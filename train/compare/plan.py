@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from softprompt.errors import InputError
+from softprompt.places import base_of
 from softprompt.templates import TEMPLATES, view_texts
 from train.command_line import option_kinds, parse, read_yaml, suggestion
 from train.config import Config, option_values
@@ -145,7 +146,9 @@ def read_file(path: str) -> dict[str, Any]:
     Raises: InputError when it is missing, no YAML, or holds a name twice or one that is not known.
     """
     if not Path(path).is_file():
-        raise InputError(f"--config {path}: no such file; expected a YAML file such as configs/compare/example.yaml")
+        raise InputError(
+            f"--config {path}: no such file{base_of(path)}; expected a YAML file such as configs/compare/example.yaml"
+        )
     content = read_yaml(Path(path))
     known = list(Comparison.__dataclass_fields__)
     if not isinstance(content, dict):

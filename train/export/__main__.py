@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from softprompt.errors import InputError, RunError
 from softprompt.files import refuse_taken
+from softprompt.places import base_of
 from train.command_line import PlainParser, calm_environment
 
 if TYPE_CHECKING:
@@ -102,7 +103,11 @@ def _check(given: argparse.Namespace) -> None:
     if source is None:
         raise InputError("the run or export to take is missing: python -m train.export RUN --output FOLDER, or --undo FACELIFT")
     if not source.is_dir():
-        raise InputError(f"{source}: no such folder; expected a run (runs/NAME-001) or an export of one (RUN/export)")
+        place = base_of(source).removeprefix(" in ")
+        raise InputError(
+            f"{source}: no such folder; expected a run (runs/NAME-001) or an export of one (RUN/export)"
+            f"{f', by a path from {place}' if place else ''}"
+        )
     if not any((source / name).is_file() for name in ("config.yaml", "clr_embeds.pt")):
         raise InputError(
             f"{source}: is no run (it has no config.yaml) and no export (no clr_embeds.pt); expected one of the two"

@@ -12,6 +12,7 @@ from softprompt.embeddings import load_prompt
 from softprompt.errors import InputError
 from softprompt.model import AdaptedModel
 from softprompt.pipeline import Pipeline
+from softprompt.places import no_folder
 from softprompt.unet import load_unet, place
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -25,7 +26,7 @@ def exported_prompt(folder: Path, *, option: str) -> Path:
     for name in ("clr_embeds.safetensors", "clr_embeds.pt"):
         if (folder / name).is_file():
             return folder / name
-    inside = f"; did you mean {folder / 'export'}?" if (folder / "export").is_dir() else ""
+    inside = f"; did you mean {folder / 'export'}?" if (folder / "export").is_dir() else no_folder(folder)
     raise InputError(f"{option}: {folder} holds no clr_embeds.safetensors or .pt; expected a run's export folder{inside}")
 
 

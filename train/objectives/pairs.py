@@ -11,6 +11,7 @@ from typing import Any
 
 from softprompt.data import FolderSource
 from softprompt.errors import InputError
+from softprompt.places import base_of
 
 COLUMNS = ("input", "winner", "loser", "gap")
 BEYOND = "beyond the last name"
@@ -80,12 +81,13 @@ def _rows(path: Path, option: str) -> list[tuple[int, Mapping[str, Any]]]:
     """(line number, its values by name)."""
     if path.suffix not in (".jsonl", ".csv"):
         raise InputError(f"{option}: is {path}; expected `own`, or a list of pairs: a .jsonl or a .csv file")
+    if not path.exists():
+        raise InputError(f"{option}: {path}: no such file{base_of(path)}; expected a list of pairs")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{option}: {path}: cannot be read as a list of pairs ({error}); likely the path is not from where the command "
-            f"runs, or the file is no text"
+            f"{option}: {path}: cannot be read as a list of pairs ({error}); expected a text file with a pair in each line"
         ) from error
     if path.suffix == ".jsonl":
         lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]

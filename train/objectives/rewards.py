@@ -8,6 +8,7 @@ from transformers import CLIPVisionModelWithProjection
 from softprompt.errors import InputError
 from softprompt.objectives.rewards import REWARDS, Reward, clip_similarity
 from softprompt.pipeline import Pipeline, load_frozen
+from softprompt.places import no_folder
 from train.objectives.functions import call, load_function
 
 
@@ -33,7 +34,7 @@ def _clip(folder: Path, pipeline: Pipeline, option: str) -> Reward:
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{option}: {folder} holds no config.json; expected the folder of a CLIP vision model with its projection, e.g. "
-            f"PIPECKPTS/image_encoder"
+            f"PIPECKPTS/image_encoder{no_folder(folder)}"
         )
     try:
         encoder = load_frozen(CLIPVisionModelWithProjection, folder, left_over=True).to(pipeline.device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softprompt.embeddings import load_prompt
 from softprompt.errors import InputError
+from softprompt.places import no_folder
 from train.checkpoint import list_checkpoints, load_checkpoint
 from train.command_line import read_yaml
 from train.config import Config, option_values
@@ -94,7 +95,7 @@ class Story:
 def read_story(run: Path) -> Story:
     """Raises: InputError for a folder that is no run, or of which there is nothing to tell yet."""
     if not (run / "config.yaml").is_file():
-        raise InputError(f"{run}: holds no config.yaml; expected the folder of a run, e.g. runs/micro-001")
+        raise InputError(f"{run}: holds no config.yaml; expected the folder of a run, e.g. runs/micro-001{no_folder(run)}")
     given = read_yaml(run / "config.yaml")
     if not isinstance(given, dict):
         raise InputError(f"{run / 'config.yaml'}: holds no options; expected them by name, as a run writes them")
