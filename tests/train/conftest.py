@@ -11,12 +11,12 @@ from accelerate.state import AcceleratorState
 from softprompt.data import write_source
 from softprompt.micro.world import MicroWorld
 from tests.browser import MISSING, PROGRAM, Browser, Seen, check
+from tests.models import write_smallest_model
 from train.command_line import parse
 from train.config import Config
 from train.stop import StopSignal
 
 SMALL = {
-    "model": "micro",
     "train.batch_size": "1",
     "train.steps": "4",
     "train.warmup_steps": "0",
@@ -72,11 +72,21 @@ def stop_after() -> Callable[[int], StopSignal]:
 
 
 @pytest.fixture(scope="session")
-def small_config() -> Callable[..., Config]:
-    """`small_config(mice, **{"train.steps": 2})`: the smallest run, changed by options as the command line takes them."""
+def smallest_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline folder of `tests.models`; nothing may change it."""
+    return write_smallest_model(tmp_path_factory.mktemp("model") / "smallest")
+
+
+@pytest.fixture(scope="session")
+def small_config(smallest_model: Path) -> Callable[..., Config]:
+    """`small_config(mice, **{"train.steps": 2})`: the smallest run, changed by options as the command line takes them.
+
+    Its model is the smallest; what is about numbers or pictures takes `model="micro"`, the embedded one.
+    """
 
     def build(mice: Path, **overrides: object) -> Config:
-        folders = {"data.train": mice / "train", "data.val": mice / "val", "data.cache": mice.parent / "cache"}
+        folders: dict[str, object] = {"data.train": mice / "train", "data.val": mice / "val"}
+        folders |= {"data.cache": mice.parent / "cache", "model": smallest_model}
         options = {**folders, **SMALL, **overrides}
         return parse([f"--{name}={value}" for name, value in options.items()]).config
 

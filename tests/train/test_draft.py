@@ -185,7 +185,9 @@ def test_a_reward_that_is_best_where_nothing_is_left_is_stopped(
 ) -> None:
     options = {"draft.reward": f"{__name__}:white", "draft.backward_steps": 2, "draft.kl": 0, "draft.guard": 0.8}
     rates = {"lora.learning_rate": 0.02, "prompt.learning_rate": 0.5, "train.steps": 20, "monitor.validate_every": 20}
-    config = small_config(mice, **{**DRAFT, **options, **rates, "monitor.preview_every": 20, "draft.steps": 3})
+    config = small_config(
+        mice, **{**DRAFT, **options, **rates, "monitor.preview_every": 20, "draft.steps": 3, "model": "micro"}
+    )
     with pytest.raises(
         RunError, match=r"the reward is gamed: the (density of edges|entropy of colours|share of the object)"
     ) as e:

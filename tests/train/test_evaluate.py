@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,12 @@ from train.evaluate import Preview, averaged, preview, preview_series, validatio
 from train.loop import training_step
 from train.objectives.terms import view_weights
 from train.setup import Job, prepare
+
+
+@pytest.fixture(scope="module")
+def small_config(small_config: Callable[..., Config]) -> Callable[..., Config]:
+    """The smallest run of the embedded model: its losses and pictures mean something."""
+    return partial(small_config, model="micro")
 
 
 @pytest.fixture

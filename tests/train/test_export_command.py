@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ from train.stop import StopSignal
 RANK, ALPHA = 2, 5.0
 LORA = "lora/pytorch_lora_weights.safetensors"
 Runs = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def small_config(small_config: Callable[..., Config]) -> Callable[..., Config]:
+    """The smallest run of the embedded model: its views can be told apart."""
+    return partial(small_config, model="micro")
 
 
 @pytest.fixture(scope="module")

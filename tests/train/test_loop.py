@@ -105,6 +105,7 @@ def test_the_micro_world_as_png_folders_gives_the_same_losses(small, tmp_path):
         "--data.limit=8",
         "--train.steps=3",
         "--monitor.validate_every=3",
+        "--model=micro",
     ]
     run_to_end(small("--data.train=micro", "--data.val=micro", *options), tmp_path / "world")
     run_to_end(small(f"--data.train={lists['train']}", f"--data.val={lists['val']}", *options), tmp_path / "folders")
@@ -247,7 +248,7 @@ def test_other_reference_views_train_and_preview(small, tmp_path, reference):
 
 
 def test_the_run_folder_is_what_the_readme_says(small, tmp_path):
-    run = run_to_end(small("--export.pipeline=true"), tmp_path / "run")
+    run = run_to_end(small("--model=micro", "--export.pipeline=true"), tmp_path / "run")
     made = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     for expected in (
         "metrics.jsonl",
@@ -353,7 +354,7 @@ def test_a_prompt_that_does_nothing_is_named_and_one_that_learns_is_not(small, t
 
 @pytest.mark.usefixtures("without_exports")
 def test_training_that_makes_it_worse_is_named(small, tmp_path, capsys):
-    options = ["--lora.learning_rate=0.5", "--train.schedule=constant", "--monitor.validate_every=1"]
+    options = ["--model=micro", "--lora.learning_rate=0.5", "--train.schedule=constant", "--monitor.validate_every=1"]
     run = run_to_end(small(*options), tmp_path / "run")
     assert "worse_than_start" in run.warned and run.worse == 4
     assert "WARNING step 3: worse_than_start: the last 3 validations were worse" in capsys.readouterr().err

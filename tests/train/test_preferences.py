@@ -141,7 +141,7 @@ def pairs(mice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_sides_of_a_contest_share_their_condition_timestep_and_noise(begun):
     job = begun("dpo")
     encoded = [job.train.get(index, seeded("colour")) for index in range(2)]
-    own = [torch.randn(6, 4, 16, 16, generator=seeded(index)) for index in range(2)]
+    own = [torch.randn(6, *job.pipeline.latent_shape, generator=seeded(index)) for index in range(2)]
     contests = [Contest(e, r, ((e.mean, e.std), sampled(z))) for e, r, z in zip(encoded, (4, 0), own, strict=True)]
     draws = [
         draw(seeded(i), encoded=e, num_timesteps=1000, references=[r], drop_rate=1 / 3)

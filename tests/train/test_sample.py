@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,12 @@ from train.loop import train
 from train.sample import Options, find_pictures, main, make_cases
 from train.setup import prepare
 from train.stop import StopSignal
+
+
+@pytest.fixture(scope="module")
+def small_config(small_config: Callable[..., Config]) -> Callable[..., Config]:
+    """The smallest run of the embedded model: its views can be told apart."""
+    return partial(small_config, model="micro")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +144,8 @@ def test_what_rises_begins_as_the_pretrained_model(run: Path, picture: Path, tmp
         assert main([*given, f"--steps={steps}", f"--output={out}"]) == 0
         grid = pixels(out / "cam_000.png")[18 : 18 + 5 * 128, 92 + 128 :]  # without names and the given picture
         pretrained, *others = np.split(grid, 5)
-        assert [levels_apart(row, pretrained) <= ONE_LEVEL for row in others] == [is_pretrained] * 4
+        apart = [levels_apart(row, pretrained) for row in others]
+        assert max(apart) <= ONE_LEVEL if is_pretrained else min(apart) > 0, apart
 
 
 def test_pictures_of_one_name_are_told_apart_by_their_folders(mice: Path) -> None:

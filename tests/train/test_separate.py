@@ -1,6 +1,7 @@
 """Separate-and-Enhance in the trainer: whose maps it reads, that it moves them, and what is refused."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ from train.config import Config
 from train.objectives.separate import groups_of
 from train.setup import Job, prepare
 from train.step import training_step
+
+
+@pytest.fixture(scope="module")
+def small_config(small_config: Callable[..., Config]) -> Callable[..., Config]:
+    """The smallest run of the embedded model: its cross-attention has maps of two sides."""
+    return partial(small_config, model="micro")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ from train.setup import prepare
 from train.softprompt import next_run_folder
 
 Small = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def small_config(small_config: Callable[..., Config]) -> Callable[..., Config]:
+    """The smallest run of the embedded model: its own settings are not warned of."""
+    return partial(small_config, model="micro")
 
 
 @pytest.fixture

@@ -51,6 +51,12 @@ def losses(config: Config, change: Change = as_it_is) -> list[float]:
 
 
 @pytest.fixture(scope="module")
+def small_config(small_config: Callable[..., Config]) -> Callable[..., Config]:
+    """The smallest run of the embedded model: rounding has something to round."""
+    return partial(small_config, model="micro")
+
+
+@pytest.fixture(scope="module")
 def plain(mice: Path, small_config: Callable[..., Config]) -> list[float]:
     found = losses(small_config(mice, **PLAIN))
     assert len(set(found)) == len(found), "numbers that differ from step to step"
