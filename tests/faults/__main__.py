@@ -1,6 +1,7 @@
 """Kill runs at random moments, again and again: `python -m tests.faults --rounds 100`."""
 
 import argparse
+import multiprocessing
 import os
 import random
 import shutil
@@ -23,12 +24,17 @@ def main() -> int:
     from softprompt.data import write_source
     from softprompt.micro.world import MicroWorld
     from tests.faults.harness import differences, import_everything, killed_run, whole_run
+    from tests.models import write_smallest_model
 
     import_everything()
     with tempfile.TemporaryDirectory(prefix="softprompt-faults-") as name:
         folder = Path(name)
         write_source(MicroWorld("mice", 0, 4, size=64), folder / "mice" / "train")
         write_source(MicroWorld("mice", 10_000, 2, size=64), folder / "mice" / "val")
+        # Computed in a child, as all that is: a process that has computed cannot be forked from.
+        writer = multiprocessing.get_context("fork").Process(target=write_smallest_model, args=(folder / "mice" / "model",))
+        writer.start()
+        writer.join()
         whole = whole_run(folder / "mice", folder / "whole")
         print(f"never killed: {whole.events} changes of files, {whole.seconds:.1f} s", flush=True)
         kills, lost, differing, began = 0, 0, 0, time.monotonic()

@@ -46,6 +46,7 @@ OPTIONS = {
     "studio.weight": "0.1",
     "studio.over": "views",
     "separate.weight": "0.1",
+    "separate.side": "8",
     "curriculum.pacing": "plateau",
     "curriculum.watch": "train",
     "curriculum.patience": "1",
@@ -200,6 +201,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
 
 def _new(mice: Path, folder: Path) -> list[str]:
     paths = {"data.train": mice / "train", "data.val": mice / "val", "data.cache": folder / "cache", "output": folder / "run"}
+    paths["model"] = mice / "model"
     return [f"--{name}={value}" for name, value in {**OPTIONS, **paths}.items()]
 
 
