@@ -331,41 +331,42 @@ def test_the_last_error_of_a_log_is_found(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- acceptance
 
 
-def test_three_variants_and_two_seeds_from_nothing_to_a_report(mice, tmp_path, request):
-    variants = VARIANTS | {"faster": {"prompt.learning_rate": 0.3}}
+def test_two_variants_and_two_seeds_from_nothing_to_a_report(mice, smallest_model, tmp_path, request, capsys):
     out = tmp_path / "out"
 
     def command(**changed):
-        options = QUICK | {"data.val": str(mice / "val")}  # two instead of twenty-four
+        options = QUICK | {"model": str(smallest_model), "data.train": str(mice / "train"), "data.val": str(mice / "val")}
         options |= {
-            "train.steps": 20,
-            "monitor.validate_every": 10,
-            "monitor.checkpoint_every": 10,
-            "monitor.preview_every": 20,
+            "train.steps": 4,
+            "data.limit": 4,
+            "data.cache": str(tmp_path / "cache"),
+            "data.original": str(mice / "val"),
+            "monitor.validate_every": 2,
+            "monitor.checkpoint_every": 2,
+            "monitor.preview_every": 4,
         }
         file = write_comparison(tmp_path, options=options, **changed)
-        argv = [sys.executable, "-m", "train.compare", "--config", str(file), "--output", str(out), "--jobs", "2"]
-        done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert main(["--config", str(file), "--output", str(out), "--jobs", "2"]) == 0
+        return capsys.readouterr().out
 
     def written():
         return {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()}
 
-    said = command(base=["configs/micro.yaml"], variants=variants)
-    assert "6 runs of 20 steps: 0 are finished, 6 to do" in said and "6 of 6" in said
+    base = [str(REPOSITORY / "configs" / "micro.yaml")]
+    said = command(base=base)
+    assert "4 runs of 4 steps: 0 are finished, 4 to do" in said and "4 of 4" in said
     report = (out / "comparison-asked.html").read_text()
-    assert "6 of 6 runs are finished" in report and report.count("<svg") == 3
+    assert "4 of 4 runs are finished" in report and report.count("<svg") == 3
     if PROGRAM is not None:
         seen = request.getfixturevalue("check_page")(out / "comparison-asked.html")
-        assert (seen.pictures, seen.figures) == (5, 3), "truth, pretrained, three variants"
-    assert len((out / "comparison-asked-results.csv").read_text().splitlines()) == 7
+        assert (seen.pictures, seen.figures) == (4, 3), "truth, pretrained, two variants"
+    assert len((out / "comparison-asked-results.csv").read_text().splitlines()) == 5
     before = written()
-    assert "6 are finished, 0 to do" in command(base=["configs/micro.yaml"], variants=variants)
+    assert "4 are finished, 0 to do" in command(base=base)
     assert written() == before
-    more = variants | {"fixed": {"prompt.learn": False, "curriculum": {"at": [0.0], "position": [0.0]}}}
-    said = command(base=["configs/micro.yaml"], variants=more, seeds=[0])
-    assert "4 runs of 20 steps: 3 are finished, 1 to do" in said and "fixed seed 0: loss" in said
+    more = VARIANTS | {"fixed": {"prompt.learn": False, "curriculum": {"at": [0.0], "position": [0.0]}}}
+    said = command(base=base, variants=more, seeds=[0])
+    assert "3 runs of 4 steps: 2 are finished, 1 to do" in said and "fixed seed 0: loss" in said
     assert before.items() <= written().items()
 
 

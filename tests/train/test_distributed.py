@@ -13,6 +13,7 @@ import torch
 
 from softprompt.data import write_source
 from softprompt.micro.world import MicroWorld
+from tests.models import write_smallest_model
 from train.checkpoint import load_checkpoint
 from train.series import read_series
 from train.softprompt import main
@@ -56,8 +57,9 @@ def losses(run: Path) -> dict[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three mice to train on and three others: neither is shared out evenly between two processes."""
+    """Three mice to train on and three others, neither shared out evenly between two processes; and the smallest model."""
     folder = tmp_path_factory.mktemp("three")
+    write_smallest_model(folder / "model")
     write_source(MicroWorld("mice", 0, 3, size=64), folder / "train")
     write_source(MicroWorld("mice", 10_000, 3, size=64), folder / "val")
     return folder
@@ -65,6 +67,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(mice: Path) -> list[str]:
     return [
+        f"--model={mice / 'model'}",
         f"--data.train={mice / 'train'}",
         f"--data.val={mice / 'val'}",
         f"--data.original={mice / 'val'}",
@@ -88,6 +91,7 @@ def options(mice: Path) -> list[str]:
         "--studio.weight=0.1",
         "--studio.over=views",
         "--separate.weight=0.1",
+        "--separate.side=8",
         "--train.warmup_steps=0",
         "--train.device=cpu",
         "--monitor.log_every=1",

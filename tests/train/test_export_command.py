@@ -383,7 +383,7 @@ def test_a_model_that_moved_is_given_again(like_facelift: Path, tiny_folder: Pat
     run = Path(shutil.copytree(like_facelift, tmp_path / "run"))
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace(str(tiny_folder), "nowhere"))
-    with pytest.raises(InputError, match="nowhere: no such folder in .*; expected a FaceLift pipeline folder"):
+    with pytest.raises(InputError, match=r"nowhere: no such folder in .*; expected a FaceLift pipeline folder"):
         open_run(run, "newest", model=None, device=torch.device("cpu"))
     source = open_run(run, "newest", model=str(tiny_folder), device=torch.device("cpu"))
     assert torch.equal(source.prompt, load_prompt(run / "export" / "clr_embeds.safetensors"))

@@ -22,10 +22,10 @@ MEGABYTE = 1_000_000
 HEADS_BOUND = 0.04
 TOY = [
     "--objects=4",
-    "--vae_steps=4",
+    "--vae_steps=2",
     "--prior_steps=16",
-    "--heads_steps=8",
-    "--decoder_steps=8",
+    "--heads_steps=2",
+    "--decoder_steps=2",
     "--save_every=8",
     "--evaluated=1",
 ]
