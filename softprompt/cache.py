@@ -20,7 +20,7 @@ from softprompt.pictures import backgrounds, composite, pick_background
 from softprompt.pipeline import Pipeline
 from softprompt.shards import SHARD_BYTES, ShardStore, key_of
 
-PREPROCESSING = 1
+PREPROCESSING = 2
 """Of `load_picture`, `composite` and `encode_views`: to be raised when a change of theirs makes what is kept another thing."""
 _READERS = max(2, min(16, os.cpu_count() or 2))
 _ENCODERS = ("vae", "image_encoder", "feature_extractor")

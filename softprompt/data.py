@@ -1,14 +1,15 @@
 """Samples of one object seen from several views: folders of pictures in and out, the order of views.
 
-A sample is a folder with one PNG per view, `cam_000.png` the input view: directly inside (FaceLift's layout) or in its
-folder `images` (the mouse layout). Decoding, backgrounds, encoding, caching and splitting into training and held-out samples
-are elsewhere.
+A sample is a folder with one picture per view, `cam_000.png` the input view: directly inside (FaceLift's layout) or in its
+folder `images` (the mouse layout). PNG, JPEG, WebP and TIFF are read, one format a sample; PNG is written. Decoding,
+backgrounds, encoding, caching and splitting into training and held-out samples are elsewhere.
 """
 
 import errno
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,13 +19,18 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from softprompt.decode import SUFFIXES
 from softprompt.errors import InputError
 from softprompt.files import new_folder
 from softprompt.pictures import load_picture
 from softprompt.places import base_of
 
 LIST_NAME = "samples.txt"
-_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+_PICTURE_SUFFIXES = (*SUFFIXES, ".bmp")
+
+
+class MixedError(InputError):
+    """A sample has a view in several files, or views of different formats."""
 
 
 class Source(Protocol):
@@ -52,7 +58,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Samples kept as PNG folders. Made by `open_source`."""
+    """Samples kept as folders of pictures. Made by `open_source`."""
 
     origin: Path
     """The list or folder that they were opened from."""
@@ -78,10 +84,17 @@ class FolderSource:
         _check_pictures(samples, self.num_views)
 
     def files(self, index: int) -> list[Path]:
-        """The sample's pictures by view: directly in its folder (FaceLift's layout), or in its `images` (the mouse layout)."""
+        """The sample's pictures by view: directly in its folder (FaceLift's layout), or in its `images` (the mouse layout).
+
+        One that is not there has the name of a PNG.
+        """
         folder = Path(self.locations[index])
-        if not (folder / picture_name(0)).is_file() and (folder / "images" / picture_name(0)).is_file():
-            folder = folder / "images"
+        for place in (folder, folder / "images"):
+            if (place / picture_name(0)).is_file():  # the usual case, without a look at what else is there
+                return [place / picture_name(view) for view in range(self.num_views)]
+        for place in (folder, folder / "images"):
+            if place.is_dir() and (found := views_in({file.name for file in place.iterdir()})):
+                return [place / min(found.get(view, {picture_name(view)})) for view in range(self.num_views)]
         return [folder / picture_name(view) for view in range(self.num_views)]
 
     def load(self, index: int) -> Tensor:
@@ -161,8 +174,18 @@ class Subset:
 
 
 def picture_name(view: int) -> str:
-    """File name of a view in both layouts. Source: FaceLift's data folders."""
+    """File name of a view in both layouts, as PNG. Source: FaceLift's data folders."""
     return f"cam_{view:03d}.png"
+
+
+def views_in(names: Collection[str]) -> dict[int, set[str]]:
+    """The pictures of each view among the names in a folder, of any format that is read; more than one of a view is a fault."""
+    found: dict[int, set[str]] = {}
+    for name in names:
+        stem, ending = os.path.splitext(name)
+        if ending.lower() in SUFFIXES and re.fullmatch(r"cam_\d{3,}", stem):
+            found.setdefault(int(stem[4:]), set()).add(name)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ order of views
@@ -323,19 +346,41 @@ def _look_up(line: str, candidates: Sequence[Path]) -> _Sample:
 
 
 def _check_pictures(samples: list[_Sample], num_views: int) -> None:
+    for sample in samples:
+        _refuse_mixed(sample, num_views)
     expected = [picture_name(view) for view in range(num_views)]
-    incomplete = [sample for sample in samples if not sample.pictures.issuperset(expected)]
+    incomplete = [sample for sample in samples if not views_in(sample.pictures).keys() >= set(range(num_views))]
     if not incomplete:
         return
     first = incomplete[0]
-    missing = [name for name in expected if name not in first.pictures]
-    others = sorted(first.pictures.difference(expected))
+    there = views_in(first.pictures)
+    missing = [name for view, name in enumerate(expected) if view not in there]
+    others = sorted(first.pictures.difference(*(there.get(view, set()) for view in range(num_views))))
     cause = f"the pictures are numbered or named otherwise ({_some(others)})" if others else "a view was not exported"
     more = f"; {len(incomplete) - 1} more samples are incomplete" if len(incomplete) > 1 else ""
     raise InputError(
         f"{first.pictures_folder}: {_some(missing)} missing, {num_views - len(missing)} of {num_views} views found; expected "
         f"{expected[0]} to {expected[-1]}; likely {cause}{more}"
     )
+
+
+def _refuse_mixed(sample: _Sample, num_views: int) -> None:
+    """Raises: MixedError for a view that is there twice, or views of different formats: likely two exports in one folder."""
+    chosen = {view: names for view, names in views_in(sample.pictures).items() if view < num_views}
+    likely = "expected one picture a view, all of one format; likely two exports lie in one folder"
+    for view, names in sorted(chosen.items()):
+        if len(names) > 1:
+            raise MixedError(
+                f"{sample.pictures_folder}: view {view} is there {len(names)} times ({_some(sorted(names))}); {likely}"
+            )
+    by_ending = {_ending(min(names)): min(names) for _, names in sorted(chosen.items(), reverse=True)}
+    if len(by_ending) > 1:
+        raise MixedError(f"{sample.pictures_folder}: mixed formats ({_some(sorted(by_ending.values()))}); {likely}")
+
+
+def _ending(name: str) -> str:
+    """Of a file's name, in one spelling for each format."""
+    return {".jpeg": ".jpg", ".tiff": ".tif"}.get(ending := os.path.splitext(name)[1].lower(), ending)
 
 
 def _unique_names(locations: Sequence[str]) -> list[str]:

@@ -8,35 +8,31 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from softprompt.decode import WANTED, decode
 from softprompt.errors import InputError
 from softprompt.places import base_of
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5)}
-_MOST_PIXELS = 8192**2
-"""Of a picture as its file has it: a file of a few bytes can claim any number, and decoding takes 16 bytes for each."""
 
 
 def load_picture(path: str | Path, size: int) -> Tensor:
-    """Read a PNG of any colour mode, bit depth, size and aspect.
+    """Read a picture of any colour mode, bit depth, size and aspect (see `softprompt.decode`).
 
-    size: side of the square in pixels. The picture is scaled to fit, aspect kept, and centred on transparency; one without
-    an alpha channel is opaque throughout. A picture of that size already is returned as it is in the file.
+    size: side of the square in pixels. The picture is turned upright where its EXIF data ask for it, scaled to fit, aspect
+    kept, and centred on transparency; one without an alpha channel is opaque throughout. A picture of that size already is
+    returned as it is in the file.
     Returns: uint8 [4, S, S], straight RGBA.
     Raises: InputError when the file cannot be decoded, or when no pixel of the result is visible.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as file:
-            if file.width * file.height > _MOST_PIXELS:
-                raise ValueError(f"it claims {file.width} x {file.height} pixels, {_MOST_PIXELS} at most are read")
-            picture = _to_rgba(file)
+        picture = decode(path)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: not found{base_of(path)}; expected a PNG; likely it was moved or deleted") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # What Pillow raises for a damaged PNG depends on the byte that is wrong.
+        raise InputError(f"{path}: not found{base_of(path)}; expected {WANTED}; likely it was moved or deleted") from error
+    except (OSError, SyntaxError, ValueError) as error:  # which one depends on the byte that is wrong
         reason = str(error).replace("\n", " ")
         raise InputError(
-            f"{path}: cannot be decoded ({reason}); expected a whole PNG; likely it was copied incompletely, or another "
-            "format was given the name .png"
+            f"{path}: cannot be decoded ({reason}); expected {WANTED}, whole; likely it was copied incompletely, or another "
+            "format was given its name"
         ) from error
     pixels = np.array(_fit(picture, size))
     if not pixels[..., 3].any():
@@ -45,14 +41,6 @@ def load_picture(path: str | Path, size: int) -> Tensor:
             "transparent background; likely the segmentation found nothing in this view"
         )
     return rearrange(torch.from_numpy(pixels), "h w c -> c h w").contiguous()
-
-
-def _to_rgba(picture: Image.Image) -> Image.Image:
-    """Any PNG mode => 8-bit RGBA; 16-bit grey keeps its high byte, as libpng does for 16-bit colour."""
-    if picture.mode.startswith("I"):
-        # Pillow would clip the 16 bits at 255 and show nearly everything white.
-        picture = Image.fromarray((np.array(picture) >> 8).astype(np.uint8))
-    return picture.convert("RGBA")
 
 
 def _fit(picture: Image.Image, size: int) -> Image.Image:

@@ -4,10 +4,12 @@ The views are those of the training previews at the same seed and settings. A pr
 differ by one level of 255.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -37,7 +39,8 @@ class Options:
     """What is sampled."""
 
     pictures: list[str]
-    """PNGs of the object, seen as view 0, on transparency; or folders of them."""
+    """Pictures of the object, seen as view 0, on transparency (PNG, JPEG, WebP or TIFF), or folders of them: one, several after
+    each other, a pattern in quotes ('mice/*.png'), or a list ('[a.png, b.png]')."""
     model: str = MICRO
     """FaceLift pipeline folder (pipeckpts), or `micro`."""
     export: str | None = None
@@ -87,7 +90,7 @@ class Options:
         if not 0 <= self.eta <= 1:
             raise InputError(f"eta: is {self.eta}; expected 0 to 1")
         if not self.pictures:
-            raise InputError("pictures: is empty; expected PNG files, or folders of them")
+            raise InputError("pictures: is empty; expected pictures, or folders of them")
         if self.rows == "rises" and self.rise != "none":
             raise InputError(f"rise: is {self.rise}, and rows is rises, which are all of them; give one of the two")
         if self.prompt is None and self.export is None and (self.rows != "one" or self.rise != "none"):
@@ -131,13 +134,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_class_arguments(Options, None)
     try:
-        return _sample(Options(**parser.parse_args(argv).as_dict()))
+        return _sample(Options(**parser.parse_args(_as_list(sys.argv[1:] if argv is None else argv)).as_dict()))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)
         return 130
+
+
+def _as_list(argv: Sequence[str]) -> list[str]:
+    """A command line in which what follows `--pictures`, as a shell leaves it, is one list as the parser reads it."""
+    words = list(argv)
+    at = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--pictures"), None)
+    if at is None:
+        return words
+    first = words[at].partition("=")[2]
+    end = next((i for i, word in enumerate(words[at + 1 :], at + 1) if word.startswith("--")), len(words))
+    given = [*([first] if first else []), *words[at + 1 : end]]
+    if len(given) == 1 and given[0].startswith("["):
+        return words
+    return [*words[:at], f"--pictures={json.dumps(given)}", *words[end:]]
 
 
 def _sample(options: Options) -> int:
@@ -202,18 +219,27 @@ def _refuse_another_model(model: str, export: Path) -> None:
 
 
 def find_pictures(given: Sequence[str]) -> dict[str, Path]:
-    """The PNGs that are given, or in the folders that are given, by a name of their own. Raises: InputError."""
+    """The pictures that are given, in the folders that are given, or that a pattern (mice/*.png) finds, by a name of their own.
+
+    Raises: InputError.
+    """
+    from softprompt.decode import SUFFIXES, WANTED
+
     found: list[Path] = []
     for one in map(Path, given):
-        inside = sorted(path for path in one.iterdir() if path.suffix.lower() == ".png") if one.is_dir() else [one]
-        if not inside:
-            within = next(one.rglob("cam_000.png"), None)
-            hint = f"; of a folder of samples, give the view that is given: {within}" if within else ""
-            raise InputError(f"pictures: {one} holds no .png; expected pictures of objects, each seen as view 0{hint}")
-        if not one.exists():
+        inside = [one]
+        if one.is_dir():
+            inside = sorted(path for path in one.iterdir() if path.suffix.lower() in SUFFIXES)
+        elif not one.exists() and any(sign in str(one) for sign in "*?["):
+            inside = sorted(map(Path, glob(str(one), recursive=True)))
+        elif not one.exists():
             raise InputError(
-                f"pictures: {one}: not found{base_of(one)}; expected a PNG or a folder of them; likely a typing mistake"
+                f"pictures: {one}: not found{base_of(one)}; expected {WANTED}, or a folder of them; likely a typing mistake"
             )
+        if not inside:
+            within = next(one.rglob("cam_000.*"), None) if one.is_dir() else None
+            hint = f"; of a folder of samples, give the view that is given: {within}" if within else ""
+            raise InputError(f"pictures: {one} holds no picture; expected some of objects, each seen as view 0{hint}")
         found += inside
     names = [path.stem for path in found]
     twins = {name for name in names if names.count(name) > 1}

@@ -268,3 +268,48 @@ def test_picture_without_foreground(tmp_path, size):
     Image.new("RGBA", (16, 16), (9, 9, 9, 0)).save(sample / "cam_005.png")
     with pytest.raises(InputError, match=rf"cam_005.png: no visible pixel at {size}x{size} .*likely the segmentation"):
         open_source(sample, size=size).load(0)
+
+
+# ----------------------------------------------------------------------------------------------------- formats and endings
+
+
+def write_as(folder, ending, views=range(6)):
+    """Opaque views, of sizes that tell them apart where the format loses something."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for view in views:
+        Image.new("RGB", (16, 16), (40 * view, 100, 200)).save(folder / f"cam_{view:03d}{ending}")
+    return folder
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".PNG", ".JPG"])
+@pytest.mark.parametrize("inside", ["", "images"])
+def test_frames_of_every_format_are_read(tmp_path, ending, inside):
+    write_as(tmp_path / "s" / inside, ending)
+    views = open_source(tmp_path / "s", size=16).load(0)
+    for view in range(6):
+        assert (views[view, 3] == 255).all()
+        assert abs(int(views[view, 0].float().mean()) - 40 * view) <= 4, "a lossy format may move a colour a little"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (range(6), [3], r"s: view 3 is there 2 times \(cam_003\.jpg, cam_003\.png\); expected one picture a view"),
+        (range(4), [4, 5], r"s: mixed formats \(cam_000\.png, cam_004\.jpg\); expected one picture a view, all of one format"),
+    ],
+)
+def test_a_sample_of_two_formats_is_refused(tmp_path, first, second, message):
+    write_as(tmp_path / "s", ".png", first)
+    write_as(tmp_path / "s", ".jpg", second)
+    failing_open(tmp_path / "s", message)
+
+
+def test_one_format_in_two_spellings_is_one(tmp_path):
+    write_as(tmp_path / "s", ".jpg", range(3))
+    write_as(tmp_path / "s", ".JPEG", range(3, 6))
+    assert open_source(tmp_path / "s", size=16).load(0).shape == (6, 4, 16, 16)
+
+
+def test_a_missing_frame_of_another_format_is_missing(tmp_path):
+    write_as(tmp_path / "s", ".jpg", range(5))
+    failing_open(tmp_path / "s", r"cam_005\.png missing, 5 of 6 views found")

@@ -134,7 +134,7 @@ def test_every_option_is_explained_in_help() -> None:
 
 
 def test_the_kinds_are_those_of_the_options() -> None:
-    real = set(make_parser().get_defaults().keys()) - {"config", "resume", "resume_override", "dry_run"}
+    real = set(make_parser().get_defaults().keys()) - {"config", "resume", "resume_or_start", "resume_override", "dry_run"}
     assert set(option_kinds()) == real == set(flat(Config()))
     assert option_kinds()["lora.rank"] == "a whole number"
     assert option_kinds()["prompt.norm_band"] == "a number or null"

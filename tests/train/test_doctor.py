@@ -15,6 +15,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from softprompt.data import picture_name, write_source
+from softprompt.decode import decode
 from softprompt.errors import InputError
 from softprompt.micro.world import MicroWorld
 from softprompt.pictures import load_picture
@@ -24,7 +25,7 @@ from train.doctor.__main__ import main
 from train.doctor.findings import find, not_looked_at
 from train.doctor.kinds import KINDS
 from train.doctor.kinds import Sample as DoctorSample
-from train.doctor.look import decode, look_at, look_at_all, look_at_sample
+from train.doctor.look import look_at, look_at_all, look_at_sample
 from train.doctor.order import better_order, exchange_gains, mirror_overlap, view_distances
 
 MICE = 30
@@ -151,14 +152,29 @@ def test_a_folder_without_views_is_found(herd: Path, doctor: Doctor) -> None:
     assert doctor(herd) == (1, {"no_views": [(["notes"], [])]})
 
 
-@pytest.mark.parametrize("is_jpeg", [False, True])
-def test_a_broken_picture_is_found(herd: Path, doctor: Doctor, is_jpeg: bool) -> None:
+@pytest.mark.parametrize("is_gif", [False, True])
+def test_a_broken_picture_is_found(herd: Path, doctor: Doctor, is_gif: bool) -> None:
     file = mouse(herd) / picture_name(2)
-    if is_jpeg:
-        decode(file).convert("RGB").save(file, "JPEG")
+    if is_gif:
+        decode(file).convert("RGB").save(file, "GIF")
     else:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert doctor(herd) == (1, {"broken": [(["mice-00007"], ["right"])]})
+
+
+def test_a_view_in_two_formats_is_found(herd: Path, doctor: Doctor) -> None:
+    file = mouse(herd) / picture_name(2)
+    decode(file).save(file.with_suffix(".webp"), lossless=True)
+    assert doctor(herd) == (1, {"mixed": [(["mice-00007"], [])]})
+
+
+def test_a_view_that_lies_on_its_side_in_its_file_is_looked_at_upright(herd: Path, doctor: Doctor) -> None:
+    for sample in herd.iterdir():
+        for file in sample.glob("*.png") if sample.is_dir() else []:
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            decode(file).transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
+    assert doctor(herd) == (0, {})
 
 
 def test_an_empty_alpha_is_found(herd: Path, doctor: Doctor) -> None:

@@ -154,7 +154,7 @@ def test_pictures_of_one_name_are_told_apart_by_their_folders(mice: Path) -> Non
 
 
 def test_a_folder_of_samples_is_refused_with_the_picture_to_give(mice: Path) -> None:
-    with pytest.raises(InputError, match=r"train holds no \.png; .*give the view that is given: .*cam_000\.png"):
+    with pytest.raises(InputError, match=r"train holds no picture; .*give the view that is given: .*cam_000\.png"):
         find_pictures([str(mice / "train")])
 
 
@@ -248,3 +248,37 @@ def test_a_lora_that_is_damaged_or_of_another_model_is_refused(
     given = [f"--pictures=[{picture}]", f"--export={export}", f"--output={tmp_path / 'views'}", *QUICK]
     assert main(given) == 2 and not (tmp_path / "views").exists()
     assert re.fullmatch(rf"error: {export / 'lora'}: .*{said}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["--pictures", "a.png"], ["a"]),
+        (["--pictures=a.png"], ["a"]),
+        (["--pictures", "a.png", "b.JPG"], ["a", "b"]),
+        (["--pictures", "folder/"], ["c", "d"]),
+        (["--pictures", "a.png", "folder"], ["a", "c", "d"]),
+        (["--pictures", "folder/*.png"], ["c"]),
+        (["--pictures", "*/*.*"], ["c", "d"]),
+        (["--pictures", "[a.png, b.JPG]"], ["a", "b"]),
+        (["--pictures=[a.png, folder]"], ["a", "c", "d"]),
+        (["--pictures", "with space, and [brackets].png"], ["with space, and [brackets]"]),
+    ],
+)
+def test_pictures_are_given_as_a_shell_gives_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], names: list[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("a.png", "b.JPG", "folder/c.png", "folder/d.webp", "with space, and [brackets].png"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    asked: list[Options] = []
+    monkeypatch.setattr("train.sample._sample", lambda options: asked.append(options) or 0)
+    for argv in ([*given, "--steps=3"], ["--steps=3", *given]):
+        assert main(argv) == 0
+        assert list(find_pictures(asked[-1].pictures)) == names and asked[-1].steps == 3
+
+
+def test_a_pattern_that_finds_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"\*\.png holds no picture; expected some of objects"):
+        find_pictures([str(tmp_path / "*.png")])

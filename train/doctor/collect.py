@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from softprompt.data import FolderSource, open_source, picture_name
+from softprompt.data import FolderSource, MixedError, open_source, views_in
 from softprompt.errors import InputError
 from softprompt.pictures import load_picture
 from train.doctor.kinds import LEAST_SHARE, Sample
@@ -54,8 +54,11 @@ def _named(option: str) -> Iterator[None]:
 
 def _find(source: FolderSource, index: int) -> tuple[tuple[str, str] | None, list[Path | None]]:
     """A sample's (fault of the folder as a whole, files by view)."""
+    fault = None
     try:
         source.check([index])  # also looks up which of its two places a line of a list is in
+    except MixedError as error:
+        fault = "mixed", str(error).partition(";")[0]
     except InputError:
         pass
     else:
@@ -67,10 +70,10 @@ def _find(source: FolderSource, index: int) -> tuple[tuple[str, str] | None, lis
     if not os.access(folder, os.R_OK | os.X_OK):
         return ("no_views", f"{folder} cannot be listed"), [None] * source.num_views
     for place in (folder, folder / "images"):
-        files = [place / picture_name(view) for view in range(source.num_views)]
-        there = [file if file.is_file() else None for file in files]
+        found = views_in([file.name for file in place.iterdir() if file.is_file()]) if place.is_dir() else {}
+        there = [place / min(found[view]) if view in found else None for view in range(source.num_views)]
         if any(there):
-            return None, there
+            return fault, there
     return ("no_views", str(folder)), [None] * source.num_views
 
 

@@ -35,16 +35,22 @@ KINDS = {
         "A sample's folder has no cam_ picture, neither in it nor in its images/.",
         "Move what is no sample away, or give a list file of the samples wanted.",
     ),
+    "mixed": Kind(
+        "views in several files or formats",
+        True,
+        "A view is there twice, or a sample's views are of different formats.",
+        "Leave one picture a view, all of one format: likely two exports lie in one folder.",
+    ),
     "missing_views": Kind(
         "views missing",
         True,
-        "Not every view has its cam_NNN.png.",
+        "Not every view has its cam_NNN picture.",
         "Export the views again, or take the object out.",
     ),
     "broken": Kind(
         "broken pictures",
         True,
-        "A file cannot be decoded as a PNG.",
+        "A file cannot be decoded as PNG, JPEG, WebP or TIFF.",
         "Copy or export it again; convert other formats, do not rename them.",
     ),
     "empty": Kind(

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from softprompt.decode import FORMATS, decode
+
 SMALL = 16
 """Side of the picture that is kept of each: enough to tell views apart, 1 KB."""
 OPAQUE = 128
@@ -62,22 +64,11 @@ class Picture:
     """[SMALL, SMALL, 4], colour premultiplied by alpha, and alpha (opaque where the foreground cannot be told)."""
 
 
-def decode(file: str | Path) -> Image.Image:
-    """A PNG of any colour mode, as training takes it; one without transparency is opaque. Returns: RGBA.
-
-    Raises: OSError, SyntaxError, ValueError or Image.DecompressionBombError, for a damaged file, depending on its damage.
-    """
-    with Image.open(file, formats=["PNG"]) as picture:
-        if picture.mode.startswith("I"):  # 16-bit grey, of which the high byte is kept
-            return Image.fromarray((np.array(picture) >> 8).astype(np.uint8)).convert("RGBA")
-        return picture.convert("RGBA")
-
-
 def look_at(file: str | Path) -> Picture | None:
     """Measure one picture. Returns: None where it cannot be decoded."""
     try:
         picture = decode(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError):
         return None
     rgba = np.array(picture)  # H W 4
     alpha = rgba[..., 3]
@@ -105,7 +96,7 @@ def look_at(file: str | Path) -> Picture | None:
 
 def _is_intact(file: str | Path) -> bool:
     try:
-        with Image.open(file, formats=["PNG"]) as picture:
+        with Image.open(file, formats=FORMATS) as picture:
             picture.verify()
     except (OSError, SyntaxError, ValueError):
         return False

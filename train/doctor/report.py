@@ -13,10 +13,11 @@ from typing import Any
 
 from PIL import Image
 
+from softprompt.decode import decode
 from softprompt.files import new_file, write_json
 from train.doctor.findings import ViewNumbers
 from train.doctor.kinds import KINDS, Finding, Sample, view_names
-from train.doctor.look import Files, decode
+from train.doctor.look import Files
 from train.page import render
 
 MADE_BY = "softprompt train.doctor"
