@@ -71,6 +71,8 @@ class FolderSource:
     size: int
     """Side in pixels of what `load` returns."""
     num_views: int
+    moved: str = ""
+    """What to say where the list names another machine's folders and the samples lie beside it; empty: nothing."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -209,27 +211,70 @@ def open_source(path: str | Path, *, size: int, num_views: int = 6, check: bool 
     """Open samples; no picture is decoded before `load`.
 
     path: a list file (one sample folder a line, relative to the list's folder or else to the working directory: the one that
-    has the first of them is tried first for all; blank lines and lines that start with # are skipped), a sample, or a folder
-    whose sub-folders are all samples (hidden ones aside; taken by name). Views past num_views are left alone.
+    has the first of them is tried first for all; blank lines and lines that start with # are skipped; absolute paths of
+    another machine are looked for beside the list, see `beside_list`), a sample, or a folder whose sub-folders are all samples
+    (hidden ones aside; taken by name). Views past num_views are left alone.
     size: side S in pixels of what `load` returns.
     check: look at once whether every picture is there; False leaves that to `FolderSource.check`, so that opening takes no
     longer for many samples than for a few.
     Raises: InputError when the path, a sample or a picture is missing, or a sample is there twice.
     """
-    path = Path(path)
+    path, moved = Path(path), ""
     if os.path.isdir(path):
         lines, locations = None, _samples_in_folder(path)
     elif os.path.exists(path):
         lines = _read_list(path)
+        beside, moved = beside_list(path, [line for _, line in lines])
+        lines = [(number, beside.get(line, line)) for number, line in lines]
         locations = _samples_in_list(path, lines)
     else:
         raise InputError(
             f"{path}: not found{base_of(path)}; expected a list of samples or a folder; likely a typing mistake in the path"
         )
-    source = FolderSource(path, _unique_names(locations), locations, lines, size, num_views)
+    source = FolderSource(path, _unique_names(locations), locations, lines, size, num_views, moved)
     if check:
         source.check(range(len(source)))
     return source
+
+
+def beside_list(path: Path, folders: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Where the folders of a list from another machine lie on this one: by the same names beside the list.
+
+    path: of the list, e.g. FaceLift's data_mvdiff_train.txt, which names its samples by absolute paths. A list is taken for one
+    of another machine where none of its absolute paths has even its parent folder here.
+    Returns: (the folder beside the list for each absolute one, what to say of it); both empty where the list is right as it is.
+    Raises: InputError where the samples might be in two places, or only some of them are there.
+    """
+    absolute = [folder for folder in folders if os.path.isabs(folder)]
+    if not absolute or any(os.path.isdir(parent) for parent in {os.path.dirname(folder.rstrip("/")) for folder in absolute}):
+        return {}, ""
+    root, parts = path.absolute().parent, Path(absolute[0]).parts[1:]
+    tails = [size for size in range(1, len(parts) + 1) if root.joinpath(*parts[-size:]).is_dir()]
+    if not tails:
+        return {}, ""
+    found = {size: [root.joinpath(*Path(folder).parts[1:][-size:]) for folder in absolute] for size in tails}
+    counts = {size: sum(place.is_dir() for place in places) for size, places in found.items()}
+    whole = [size for size in tails if counts[size] == len(absolute) and len(set(found[size])) == len(absolute)]
+    if len(whole) != 1:
+        places = " and ".join(str(found[size][0]) for size in whole or tails)
+        why = (
+            "in two places" if whole else f"{max(counts.values())} of {len(absolute)} folders, not all under names of their own"
+        )
+        raise InputError(
+            f"{path}: names folders of another machine ({absolute[0]}), and beside the list are {why} (e.g. {places}); "
+            f"expected each of them once; likely the list is of other data, or not all were copied. Correct its paths"
+        )
+    moved = dict(zip(absolute, map(str, found[whole[0]]), strict=True))
+    return moved, (
+        f"{path}: its {len(absolute)} absolute paths are another machine's ({absolute[0]}); the samples beside the list are "
+        f"taken ({moved[absolute[0]]})"
+    )
+
+
+def what_moved(*sources: Source) -> list[str]:
+    """What is to be said of lists that name another machine's folders, each once."""
+    wholes = [source.source if isinstance(source, Subset) else source for source in sources]
+    return list(dict.fromkeys(whole.moved for whole in wholes if isinstance(whole, FolderSource) and whole.moved))
 
 
 def write_source(source: Source, folder: str | Path) -> Path:

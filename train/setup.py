@@ -14,7 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from softprompt.cache import EncodedObjects, PictureCache
 from softprompt.curriculum import timestep_edges
-from softprompt.data import Source, Subset, open_source
+from softprompt.data import Source, Subset, open_source, what_moved
 from softprompt.embeddings import load_waypoints
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
@@ -371,7 +371,8 @@ def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list
             )
         train = Subset(train, range(config.data.limit))
         note += f" (data.limit {config.data.limit})"
-    return train, held_out, [f"data       {len(train)} objects to train on, {len(held_out)} held out{note}"]
+    notes = [f"data       {len(train)} objects to train on, {len(held_out)} held out{note}"]
+    return train, held_out, notes + [f"WARNING    {said}" for said in what_moved(train, held_out)]
 
 
 def _open_original(config: Config, pipeline: Pipeline, cache: PictureCache | None) -> tuple[OriginalDomain | None, list[str]]:
@@ -387,7 +388,8 @@ def _open_original(config: Config, pipeline: Pipeline, cache: PictureCache | Non
     note = f", {replayed} to hold the KL on" if _replays(config) else ""
     if len(source) == 1 and _replays(config):
         note += "; WARNING: they are one and the same"
-    return OriginalDomain(replay, held_out), [f"original   {held} objects to measure on what is forgotten{note}"]
+    said = f"original   {held} objects to measure on what is forgotten{note}"
+    return OriginalDomain(replay, held_out), [said, *(f"WARNING    {moved}" for moved in what_moved(source))]
 
 
 def _replays(config: Config) -> bool:

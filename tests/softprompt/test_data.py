@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from softprompt import data
-from softprompt.data import open_source, write_source
+from softprompt.data import Subset, open_source, what_moved, write_source
 from softprompt.errors import InputError
 from softprompt.pictures import composite
 
@@ -313,3 +313,51 @@ def test_one_format_in_two_spellings_is_one(tmp_path):
 def test_a_missing_frame_of_another_format_is_missing(tmp_path):
     write_as(tmp_path / "s", ".jpg", range(5))
     failing_open(tmp_path / "s", r"cam_005\.png missing, 5 of 6 views found")
+
+
+# ------------------------------------------------------------------------------------------- lists from another machine
+
+
+def test_a_list_of_another_machine_finds_its_samples_beside_it(tmp_path):
+    for name in ("a", "b"):
+        write_sample(tmp_path / name)
+    (tmp_path / "list.txt").write_text("/elsewhere/data/a\n/elsewhere/data/b\n")
+    source = open_source(tmp_path / "list.txt", size=16)
+    assert source.locations == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert what_moved(source, Subset(source, [1])) == [source.moved] and "its 2 absolute paths" in source.moved
+    (tmp_path / "right.txt").write_text("a\nb\n")
+    assert open_source(tmp_path / "right.txt", size=16).moved == ""
+
+
+def test_a_list_of_another_machine_keeps_the_folders_that_tell_its_samples_apart(tmp_path):
+    for name in ("june/mouse", "july/mouse"):
+        write_sample(tmp_path / name)
+    (tmp_path / "list.txt").write_text("/elsewhere/june/mouse\n/elsewhere/july/mouse/\n")
+    assert open_source(tmp_path / "list.txt", size=16).names == ["june/mouse", "july/mouse"]
+
+
+@pytest.mark.parametrize(
+    ("there", "lines", "message"),
+    [
+        (["a"], ["/x/a", "/x/b"], r"beside the list are 1 of 2 folders.*likely the list is of other data, or not all were"),
+        (["a", "x/a"], ["/y/x/a"], r"beside the list are in two places \(e\.g\. .*/a and .*/x/a\)"),
+        (
+            ["mouse"],
+            ["/x/june/mouse", "/x/july/mouse"],
+            r"beside the list are 2 of 2 folders, not all under names",
+        ),
+        (["b"], ["/x/a"], r"line 1: '/x/a' \(No such file or directory\): no such sample folder"),
+    ],
+)
+def test_a_list_of_another_machine_that_is_not_certain_is_refused(tmp_path, there, lines, message):
+    for name in there:
+        write_sample(tmp_path / name)
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    failing_open(tmp_path / "list.txt", message)
+
+
+def test_a_list_whose_folders_are_partly_there_is_no_other_machine_s(tmp_path):
+    write_sample(tmp_path / "here" / "a")
+    write_sample(tmp_path / "b")
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/here/a\n/gone/b\n")
+    failing_open(tmp_path / "list.txt", r"line 2: '/gone/b'")

@@ -372,6 +372,16 @@ def test_near_ties_are_left_out_and_nothing_but_ties_is_refused(begun, monkeypat
     assert found._pairs == pairs
 
 
+def test_a_list_of_pairs_of_another_machine_finds_its_samples_beside_it(small, mice, pairs, tmp_path):
+    shutil.copytree(mice / "train", tmp_path / "train")
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for line in lines:
+        line |= {name: f"/elsewhere/train/{Path(line[name]).name}" for name in ("input", "winner", "loser")}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = prepare(small(**{"dpo.weight": 1, "dpo.pairs": tmp_path / "pairs.jsonl"}))
+    assert any("absolute paths are another machine's" in note for note in job.notes)
+
+
 def test_a_list_of_pairs_trains_and_is_measured(small, pairs):
     options = {
         "dpo.weight": 1,

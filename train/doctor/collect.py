@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from softprompt.data import FolderSource, MixedError, open_source, views_in
+from softprompt.data import FolderSource, MixedError, open_source, views_in, what_moved
 from softprompt.errors import InputError
 from softprompt.pictures import load_picture
 from train.doctor.kinds import LEAST_SHARE, Sample
@@ -22,6 +22,8 @@ def collect(train: str, val: str | None, *, num_views: int, size: int) -> tuple[
     sources = [_open("data.train", train, num_views, size)]
     if val is not None:
         sources.append(_open("data.val", val, num_views, size))
+    for moved in what_moved(*sources):
+        print(f"WARNING    {moved}")
     found = [(source, index, *_find(source, index)) for source in sources for index in range(len(source))]
     files = [one for *_, one in found]
     for source in sources:

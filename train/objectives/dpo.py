@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from softprompt.cache import EncodedObjects, PictureCache
+from softprompt.data import what_moved
 from softprompt.errors import InputError, RunError
 from softprompt.objectives.preference import open_pairs, ranked_pairs, stage_at, stages_by_rank, stages_by_reward
 from softprompt.objectives.rewards import Reward
@@ -234,7 +235,9 @@ class ListedDpo(Dpo):
             contests = [self._contest_of(self._other_samples, pair, given) for pair in self._others]
             self.held_out = [HeldOut(contest, ((0, 1),)) for contest in contests]
         counts = f"dpo        {len(self._pairs)} pairs to train on, {len(self.held_out)} to measure on"
-        return [counts, *self._doubtful(), *self.unreached(job.config.train.steps)]
+        lists = [samples.source for samples in (self._samples, self._other_samples) if samples is not None]
+        moved = [f"WARNING    {said}" for said in what_moved(*lists)]
+        return [counts, *moved, *self._doubtful(), *self.unreached(job.config.train.steps)]
 
     def state(self) -> dict[str, Any]:
         """What stands for the list."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.data import FolderSource
+from softprompt.data import FolderSource, beside_list
 from softprompt.errors import InputError
 from softprompt.places import base_of
 
@@ -52,10 +52,11 @@ def read_pairs(path: str | Path, *, size: int, num_views: int, option: str) -> P
         raise InputError(f"{option}: {path}: lists no pair; expected lines with {', '.join(COLUMNS[:3])}")
     folders: dict[str, tuple[int, int]] = {}
     pairs = [_pair(f"{option}: {path}: line {number}", number, row, folders) for number, row in rows]
-    lines = [(number, folder) for folder, (_, number) in folders.items()]
-    locations = [_location(path, folder) for folder in folders]
-    samples = FolderSource(path, list(folders), locations, lines, size, num_views)
     try:
+        beside, moved = beside_list(path, list(folders))
+        lines = [(number, beside.get(folder, folder)) for folder, (_, number) in folders.items()]
+        locations = [_location(path, folder) for _, folder in lines]
+        samples = FolderSource(path, list(folders), locations, lines, size, num_views, moved)
         samples.check(range(len(samples)))
     except InputError as error:
         raise InputError(f"{option}: {path}: {error}") from error
