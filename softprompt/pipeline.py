@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CL
 from softprompt.errors import InputError
 from softprompt.files import new_folder, read_json
 from softprompt.places import base_of
-from softprompt.unet import load_unet, place, save_unet
+from softprompt.unet import UNET_CLASSES, load_unet, place, save_unet
 
 _NEEDED = {
     "unet": "config.json",
@@ -54,6 +54,8 @@ class Pipeline:
     """Noise schedule of the latents, and the sampler."""
     folder: Path
     """Where it was loaded from."""
+    other_unet: Path | None = None
+    """Where the UNet was loaded from, if that is not the folder's own."""
     encoders_rest: bool = False
     """Whether VAE and image encoder wait on the CPU while nobody uses them: training has their 3 GB then."""
     _users: int = field(default=0, init=False, repr=False)
@@ -63,6 +65,11 @@ class Pipeline:
     def device(self) -> torch.device:
         """Where the UNet is."""
         return self.unet.device
+
+    @property
+    def unet_folder(self) -> Path:
+        """Where the UNet was loaded from."""
+        return self.folder / "unet" if self.other_unet is None else self.other_unet
 
     @property
     def num_views(self) -> int:
@@ -122,9 +129,10 @@ class Pipeline:
         return self
 
 
-def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Pipeline:
+def load_pipeline(folder: str | Path, *, unet: str | Path | None = None, dtype: torch.dtype = torch.float32) -> Pipeline:
     """Load a FaceLift pipeline folder; nothing is fetched from a hub, the text encoder is not loaded.
 
+    unet: folder of the UNet that takes the place of the pipeline's own, as FaceLift's trainer leaves it in a checkpoint.
     dtype: of the UNet. The VAE and the image encoder stay float32: the one overflows in float16 (`force_upcast`), and both
     run once a picture.
     Raises: InputError naming the folder and all that is missing, or weights that do not fit their configuration.
@@ -134,20 +142,27 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
         raise InputError(
             f"{folder}: no such folder{base_of(folder)}; expected a FaceLift pipeline folder (pipeckpts) on this disk"
         )
+    other_unet = None if unet is None else _unet_given(Path(unet))
     needed = ["model_index.json", *(f"{part}/{file}" for part, file in _NEEDED.items())]
+    if other_unet is not None:
+        needed.remove("unet/config.json")
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
+        _refuse_lone_unet(folder)
         raise InputError(f"{folder}: is no FaceLift pipeline folder; missing {', '.join(missing)}")
     for name in needed:
         _check_configuration(folder / name)
-    unet = load_unet(folder / "unet", dtype=dtype)
-    if unet.config["class_embed_type"] != "projection":
+    unet_folder = folder / "unet" if other_unet is None else other_unet
+    if other_unet is not None:
+        _check_configuration(other_unet / "config.json")
+    denoiser = load_unet(unet_folder, dtype=dtype)
+    if denoiser.config["class_embed_type"] != "projection":
         raise InputError(
-            f"{folder / 'unet'}: class_embed_type is {unet.config['class_embed_type']!r}; FaceLift is given its picture "
+            f"{unet_folder}: class_embed_type is {denoiser.config['class_embed_type']!r}; FaceLift is given its picture "
             f"through 'projection' class labels (Stable Diffusion 2.1-unCLIP), so this UNet cannot see the input"
         )
     pipeline = Pipeline(
-        unet=unet,
+        unet=denoiser,
         vae=load_frozen(AutoencoderKL, folder / "vae"),
         image_encoder=load_frozen(CLIPVisionModelWithProjection, folder / "image_encoder"),
         feature_extractor=_read(CLIPImageProcessorPil, folder / "feature_extractor"),
@@ -155,11 +170,77 @@ def load_pipeline(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> 
         image_noising_scheduler=_read(DDPMScheduler, folder / "image_noising_scheduler"),
         scheduler=_read(DDIMScheduler, folder / "scheduler"),
         folder=folder,
+        other_unet=other_unet,
     )
+    if other_unet is not None:
+        _check_fit(pipeline)
     prediction = pipeline.scheduler.config["prediction_type"]
     if prediction not in ("v_prediction", "epsilon"):
         raise InputError(f"{folder / 'scheduler'}: prediction_type is {prediction!r}; expected v_prediction or epsilon")
     return pipeline
+
+
+def _unet_given(folder: Path) -> Path:
+    """The folder that `unet` names. Raises: InputError where it is none of a UNet."""
+    if is_unet(folder):
+        return folder
+    if inside := unets_in(folder):
+        others = f"; there is {folder / inside[1]} as well" if len(inside) > 1 else ""
+        found, likely = "holds the UNet in a folder of its own", f"give that: --unet {folder / inside[0]}{others}"
+    elif not folder.is_dir():
+        found, likely = f"no such folder{base_of(folder)}", "give CHECKPOINT/unet of a checkpoint of FaceLift's trainer"
+    else:
+        found, likely = "holds no config.json of a UNet", "give CHECKPOINT/unet of a checkpoint of FaceLift's trainer"
+    raise InputError(f"unet: {folder}: {found}; expected the folder with the UNet's config.json and weights; {likely}")
+
+
+def _refuse_lone_unet(folder: Path) -> None:
+    """Raises: InputError where a UNet was given as the pipeline, alone or in a checkpoint of FaceLift's trainer."""
+    inside = unets_in(folder)
+    if is_unet(folder):
+        found, unets = "is a UNet's folder", [folder]
+    elif inside and not any((folder / part).is_dir() for part in _NEEDED if part != "unet"):
+        found, unets = (
+            f"is a training checkpoint: it holds {' and '.join(inside)} and no other part",
+            [folder / n for n in inside],
+        )
+    else:
+        return
+    likely = " or ".join(f"--unet {unet}" for unet in unets)
+    average = " (the moving average)" if len(unets) > 1 else ""
+    raise InputError(
+        f"model: {folder} {found}; expected a FaceLift pipeline folder (pipeckpts). Give the one that was trained from as "
+        f"--model PIPECKPTS, and with it {likely}{average}"
+    )
+
+
+def is_unet(folder: Path) -> bool:
+    """Whether a folder is a UNet's, by its config.json."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("_class_name") in UNET_CLASSES
+
+
+def unets_in(folder: Path) -> list[str]:
+    """Names of the folders of UNets in a checkpoint of FaceLift's trainer: as trained, and their moving average."""
+    return [name for name in ("unet", "unet_ema") if is_unet(folder / name)]
+
+
+def _check_fit(pipeline: Pipeline) -> None:
+    """Raises: InputError where a UNet that is not the folder's own has other sizes than the parts beside it."""
+    channels, embedding = int(pipeline.vae.config["latent_channels"]), int(pipeline.image_encoder.config.projection_dim)
+    for name, size, of in (
+        ("in_channels", 2 * channels, "vae"),
+        ("out_channels", channels, "vae"),
+        ("projection_class_embeddings_input_dim", 2 * embedding, "image_encoder"),
+    ):
+        if pipeline.unet.config[name] != size:
+            raise InputError(
+                f"unet: {pipeline.unet_folder}: {name} is {pipeline.unet.config[name]}; {pipeline.folder / of} takes {size}; "
+                f"likely --model is another pipeline than the UNet was trained in"
+            )
 
 
 def load_text_encoder(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]:

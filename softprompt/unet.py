@@ -26,6 +26,8 @@ from softprompt.errors import InputError
 from softprompt.files import load_pickle, new_folder, read_json, write_json
 
 WEIGHTS = "diffusion_pytorch_model"
+UNET_CLASSES = ("UNetMV2DConditionModel", "UNet2DConditionModel")
+"""In a config.json: FaceLift's, and the stock one."""
 
 FACELIFT_DEFAULTS: dict[str, Any] = {
     "num_views": 6,
@@ -178,7 +180,7 @@ def load_unet(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> UNet
     """
     folder = Path(folder)
     config = read_json(folder / "config.json", what="a UNet's configuration (give the `unet` folder itself)")
-    if config.get("_class_name") not in ("UNetMV2DConditionModel", "UNet2DConditionModel"):
+    if config.get("_class_name") not in UNET_CLASSES:
         raise InputError(
             f"{folder / 'config.json'}: its _class_name is {config.get('_class_name')!r}; expected "
             f"UNetMV2DConditionModel (FaceLift) or UNet2DConditionModel (stock)"

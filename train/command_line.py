@@ -23,6 +23,7 @@ from train.paths import expand_given, expand_values
 
 FREE_ON_RESUME = (
     "model",
+    "unet",
     "init_from",
     "data.train",
     "data.val",

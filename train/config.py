@@ -32,6 +32,9 @@ class Config:
 
     model: str = MICRO
     """FaceLift pipeline folder (pipeckpts), or `micro`."""
+    unet: str | None = None
+    """Folder of the UNet to use instead of that in `model`, as a checkpoint of FaceLift's own trainer holds it
+    (checkpoint-2000/unet); null: that in `model`."""
     init_from: str | None = None
     """Start from what an earlier run exported (RUN/export): its prompt and LoRA, but step 0 and a new optimizer; null: from the
     pretrained model. To go on with a run, use --resume."""

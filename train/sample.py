@@ -43,6 +43,8 @@ class Options:
     each other, a pattern in quotes ('mice/*.png'), or a list ('[a.png, b.png]')."""
     model: str = MICRO
     """FaceLift pipeline folder (pipeckpts), or `micro`."""
+    unet: str | None = None
+    """Folder of the UNet to use instead of that in `model`; null: that in `model`."""
     export: str | None = None
     """Export folder of a run: its prompt and LoRA; null: the pretrained model."""
     prompt: str | None = None
@@ -171,11 +173,11 @@ def _sample(options: Options) -> int:
     files = find_pictures(options.pictures)
     refuse_taken(Path(options.output))  # before anything long
     if options.export is not None:
-        _refuse_another_model(options.model, Path(options.export))
+        _refuse_another_model(options.model, options.unet, Path(options.export))
     precision, said = choose_precision(options.device, options.precision, group="")
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     folder = MICRO_MODEL if options.model == MICRO else Path(options.model)
-    pipeline = load_pipeline(folder, dtype=DTYPES[precision]).to("cuda" if on_gpu else "cpu")
+    pipeline = load_pipeline(folder, unet=options.unet, dtype=DTYPES[precision]).to("cuda" if on_gpu else "cpu")
     longest = len(pipeline.scheduler.alphas_cumprod)
     if options.steps > longest:
         raise InputError(f"steps: is {options.steps}; the model was trained with {longest} timesteps, expected as many at most")
@@ -203,19 +205,23 @@ def _sample(options: Options) -> int:
     return 0
 
 
-def _refuse_another_model(model: str, export: Path) -> None:
-    """A forgotten --model would be the embedded one, whose prompts have the shape of a real one's.
+def _refuse_another_model(model: str, unet: str | None, export: Path) -> None:
+    """A forgotten --model would be the embedded one, whose prompts have the shape of a real one's; a forgotten --unet another.
 
     Raises: InputError for that, or where the folder is no export.
     """
-    from train.export.read import exported_prompt
+    from train.export.read import exported_prompt, refuse_another_unet
 
     exported_prompt(export, option="export")
     about = export / "clr_embeds.json"
-    if model == MICRO and about.is_file():
-        trained_from = read_json(about, what="what a run says of its prompt").get("model", MICRO)
+    if not about.is_file():
+        return
+    said = read_json(about, what="what a run says of its prompt")
+    if model == MICRO:
+        trained_from = said.get("model", MICRO)
         if trained_from != MICRO:
             raise InputError(f"model: is {MICRO}; {export} was trained from {trained_from}: give that with --model")
+    refuse_another_unet(unet, said.get("unet"), export)
 
 
 def find_pictures(given: Sequence[str]) -> dict[str, Path]:

@@ -114,7 +114,9 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
     notes = [f"{said}; what trains is fp32"]
     accelerator = accelerator or make_accelerator(config)
     folder = MICRO_MODEL if config.model == MICRO else Path(config.model)
-    pipeline = load_pipeline(folder, dtype=DTYPES[precision]).to(accelerator.device)
+    pipeline = load_pipeline(folder, unet=config.unet, dtype=DTYPES[precision]).to(accelerator.device)
+    if config.unet is not None:
+        notes.append(f"unet       {config.unet}, instead of the one in {config.model}")
     _check_together(config, pipeline)
     objectives = make_objectives(config, pipeline)
     waypoints = load_waypoints(

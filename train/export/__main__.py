@@ -63,6 +63,11 @@ def make_parser() -> PlainParser:
         "--pipeline", action="store_true", help="Also FaceLift's pipeline folder with the LoRA merged, as large as the model."
     )
     parser.add_argument("--model", help="Pipeline folder (pipeckpts) that was trained from, where it has moved since.")
+    parser.add_argument(
+        "--unet",
+        metavar="FOLDER",
+        help="Folder of the UNet (option unet of the run) that was trained from, where it has moved.",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one.")
     parser.add_argument(
         "--into",
@@ -121,7 +126,7 @@ def _check(given: argparse.Namespace) -> None:
             there = source / "export"
             hint = f"give its own export, {there}, or" if (there / "clr_embeds.pt").is_file() else "give"
             raise InputError(f"--into: {source} holds no export; {hint} --output FOLDER as well, to write one first")
-        for option in ("lora", "model", "step"):
+        for option in ("lora", "model", "unet", "step"):
             if getattr(given, option):
                 raise InputError(f"--{option}: is of what --output writes, which is not given; {source} is put in as it is")
 
@@ -159,10 +164,10 @@ def _open(given: argparse.Namespace) -> "Source":
     choose_precision(given.device, "fp32", group="")  # refuses a device that is not there
     device = torch.device("cuda" if torch.cuda.is_available() and given.device != "cpu" else "cpu")
     if is_run(given.source):
-        return open_run(given.source, given.step or "newest", model=given.model, device=device)
+        return open_run(given.source, given.step or "newest", model=given.model, unet=given.unet, device=device)
     if given.step is not None:
         raise InputError(f"--step: {given.source} is an export, of one step; give the run's folder to choose one")
-    return open_export(given.source, model=given.model, device=device)
+    return open_export(given.source, model=given.model, unet=given.unet, device=device)
 
 
 def _said_of(source: "Source") -> str:

@@ -92,6 +92,6 @@ def verify_lora(pipeline: Pipeline, prompt: Tensor, folder: Path, form: Format, 
 
     Returns: the largest difference of views. Raises: RunError when that is more than `tolerance`.
     """
-    fresh = place(load_unet(pipeline.folder / "unet", dtype=pipeline.unet.dtype), pipeline.device)
+    fresh = place(load_unet(pipeline.unet_folder, dtype=pipeline.unet.dtype), pipeline.device)
     found = views_of(replace(pipeline, unet=form.read(fresh, folder / form.path)), prompt, picture)
     return within(difference(found, views_of(pipeline, prompt, picture)), tolerance, form.path)

@@ -30,10 +30,27 @@ def exported_prompt(folder: Path, *, option: str) -> Path:
     raise InputError(f"{option}: {folder} holds no clr_embeds.safetensors or .pt; expected a run's export folder{inside}")
 
 
+def refuse_another_unet(given: str | None, trained_on: object, export: Path) -> None:
+    """given: the option `unet`. trained_on: what the export says of it. Its folder may have moved, with the name it had.
+
+    Raises: InputError where one of the two is the pipeline's own, or the names differ, as of unet and unet_ema.
+    """
+    if trained_on is None and given is not None:
+        raise InputError(
+            f"unet: is {given}; {export} was trained on the UNet of its --model: leave --unet out, or give the export of a run "
+            f"that was trained on it"
+        )
+    if isinstance(trained_on, str) and (given is None or Path(given).name != Path(trained_on).name):
+        raise InputError(
+            f"unet: is {'null' if given is None else given}; {export} was trained on {trained_on}: give that with --unet, "
+            f"under the name it had where it has moved"
+        )
+
+
 def with_lora_of(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
     """The pretrained pipeline as the disk has it, with the LoRA of an export (`folder`), where it has one, beside frozen parts
     that are shared. dtype: of the UNet; the LoRA is float32."""
-    unet = place(load_unet(pipeline.folder / "unet", dtype=dtype), pipeline.device)
+    unet = place(load_unet(pipeline.unet_folder, dtype=dtype), pipeline.device)
     if (folder / "lora").is_dir():
         unet.load_lora_adapter(folder / "lora", prefix="unet", weight_name=LORA_WEIGHTS, adapter_name="default")
         for name, parameter in unet.named_parameters():

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from softprompt.prompt import SoftPrompt
 from train.checkpoint import DamagedError, checkpoint_folder, list_checkpoints, read_state, restore_trained, verify
 from train.command_line import parse
 from train.config import Config
-from train.export.read import exported_prompt, open_lora, start_from
+from train.export.read import exported_prompt, open_lora, refuse_another_unet, start_from
 from train.export.write import describe
 from train.options import MICRO, ExportConfig
 from train.pacing import Pace, position_of
@@ -27,6 +28,7 @@ from train.pacing import Pace, position_of
 _DESCRIBED: dict[str, type | tuple[type, ...]] = {
     "origin": str,
     "model": str,
+    "unet": (str, NoneType),
     "licence": str,
     "waypoints": list,
     "position": (int, float),
@@ -72,10 +74,11 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and not (folder / "clr_embeds.json").is_file()
 
 
-def open_run(run: Path, which: str, *, model: str | None, device: torch.device) -> Source:
+def open_run(run: Path, which: str, *, model: str | None, unet: str | None = None, device: torch.device) -> Source:
     """A checkpoint of a run: prompt and LoRA as the run would export them there, the moving average where it keeps one.
 
-    which: `newest`, `best` (of the lowest validation loss) or a step. model: pipeline folder; None: the run's.
+    which: `newest`, `best` (of the lowest validation loss) or a step. model, unet: folders of the pipeline and of the UNet used
+    instead of its own; None: those of the run.
     Raises: InputError for a step that there is not, a damaged checkpoint, or another model than the run's.
     """
     folder = find_checkpoint(run, which)
@@ -83,8 +86,12 @@ def open_run(run: Path, which: str, *, model: str | None, device: torch.device) 
         state = read_state(folder)
     except DamagedError as error:
         raise _damaged(run, folder, error) from error
-    config = parse(["--config", str(run / "config.yaml"), *([] if model is None else ["--model", model])]).config
-    pipeline = open_pipeline(config.model, device)
+    moved = [f"--{name}={value}" for name, value in (("model", model), ("unet", unet)) if value is not None]
+    trained_on = parse(["--config", str(run / "config.yaml")]).config.unet
+    if unet is not None:
+        refuse_another_unet(unet, trained_on, run)
+    config = parse(["--config", str(run / "config.yaml"), *moved]).config
+    pipeline = open_pipeline(config.model, config.unet, device)
     waypoints = state["waypoints"]  # as they were then, whatever the files or texts they came from are now
     if (views := waypoints.shape[1], width := waypoints.shape[3]) != (pipeline.num_views, pipeline.prompt_width):
         raise InputError(
@@ -147,14 +154,15 @@ def _damaged(run: Path, folder: Path, error: DamagedError) -> InputError:
     return InputError(f"{folder}: is damaged ({error}){hint}")
 
 
-def open_export(folder: Path, *, model: str | None, device: torch.device) -> Source:
-    """An export as it lies. model: pipeline folder; None: the one it was trained from.
+def open_export(folder: Path, *, model: str | None, unet: str | None = None, device: torch.device) -> Source:
+    """An export as it lies. model, unet: pipeline folder, and that of the UNet instead of its own; None: those it was trained
+    from.
 
     Raises: InputError when it is none, or does not belong to the model.
     """
     file = exported_prompt(folder, option="export")
     content = read_json(folder / "clr_embeds.json", what="what a run says of the prompt that it exported")
-    metadata = {name: content[name] for name in content if name in _DESCRIBED}
+    metadata = {"unet": None} | {name: content[name] for name in content if name in _DESCRIBED}
     wrong = [name for name, kind in _DESCRIBED.items() if not isinstance(metadata.get(name), kind)]
     if not wrong and not all(isinstance(w, dict) and isinstance(w.get("given"), str) for w in metadata["waypoints"]):
         wrong = ["waypoints"]
@@ -163,13 +171,15 @@ def open_export(folder: Path, *, model: str | None, device: torch.device) -> Sou
             f"{folder / 'clr_embeds.json'}: {', '.join(wrong)}: missing, or of another kind; expected what a run writes beside "
             f"the prompt that it exports; likely the file is of python -m train.prompts, or edited"
         )
-    pipeline = open_pipeline(model or metadata["model"], device)
+    if unet is not None:
+        refuse_another_unet(unet, metadata["unet"], folder)
+    pipeline = open_pipeline(model or metadata["model"], unet or metadata["unet"], device)
     prompt = load_prompt(file, num_views=pipeline.num_views, width=pipeline.prompt_width)
     run = next((parent for parent in folder.absolute().parents[:2] if is_run(parent)), None)
     config = None if run is None else parse(["--config", str(run / "config.yaml")]).config
     return Source(folder, run, config, metadata, open_lora(pipeline, folder, torch.float32), prompt)
 
 
-def open_pipeline(model: str, device: torch.device) -> Pipeline:
-    """A pipeline folder, or the embedded one, in float32."""
-    return load_pipeline(MICRO_MODEL if model == MICRO else Path(model), dtype=torch.float32).to(device)
+def open_pipeline(model: str, unet: str | None, device: torch.device) -> Pipeline:
+    """A pipeline folder, or the embedded one, in float32. unet: folder of the UNet instead of its own."""
+    return load_pipeline(MICRO_MODEL if model == MICRO else Path(model), unet=unet, dtype=torch.float32).to(device)

@@ -93,6 +93,7 @@ def describe(config: Config, *, position: float, step: int, last: Mapping[str, A
     return {
         "origin": "softprompt",
         "model": config.model,
+        "unet": config.unet,
         "licence": "Apache-2.0" if config.model == MICRO else f"derived from {config.model}: {BASE_LICENCE}",
         "waypoints": [{"given": spec, "texts": texts(spec)} for spec in config.prompt.waypoints],
         "position": position,

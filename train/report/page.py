@@ -210,6 +210,7 @@ def commands(story: Story) -> list[tuple[str, str]]:
         shlex.quote(str(one)) for one in (story.folder, story.folder / "export", story.options["prompt.waypoints"][0])
     )
     model = "" if story.options["model"] == MICRO else f" --model {shlex.quote(str(story.options['model']))}"
+    model += "" if (unet := story.options.get("unet")) is None else f" --unet {shlex.quote(str(unet))}"
     sample = f"python -m train.sample --pictures '[PICTURE.png]' --export {export}{model}"
     pretrained = "" if start == "facelift" else f" --pretrained {start}"
     found = []
