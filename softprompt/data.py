@@ -249,11 +249,11 @@ def beside_list(path: Path, folders: Sequence[str]) -> tuple[dict[str, str], str
     if not absolute or any(os.path.isdir(parent) for parent in {os.path.dirname(folder.rstrip("/")) for folder in absolute}):
         return {}, ""
     root, parts = path.absolute().parent, Path(absolute[0]).parts[1:]
-    tails = [size for size in range(1, len(parts) + 1) if root.joinpath(*parts[-size:]).is_dir()]
+    tails = [size for size in range(1, len(parts) + 1) if os.path.isdir(root.joinpath(*parts[-size:]))]
     if not tails:
         return {}, ""
     found = {size: [root.joinpath(*Path(folder).parts[1:][-size:]) for folder in absolute] for size in tails}
-    counts = {size: sum(place.is_dir() for place in places) for size, places in found.items()}
+    counts = {size: sum(map(os.path.isdir, places)) for size, places in found.items()}
     whole = [size for size in tails if counts[size] == len(absolute) and len(set(found[size])) == len(absolute)]
     if len(whole) != 1:
         places = " and ".join(str(found[size][0]) for size in whole or tails)

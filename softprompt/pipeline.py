@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
@@ -19,6 +19,7 @@ from softprompt.errors import InputError
 from softprompt.files import new_folder, read_json
 from softprompt.places import base_of
 from softprompt.unet import UNET_CLASSES, load_unet, place, save_unet
+from softprompt.weights import as_saved_plainly
 
 _NEEDED = {
     "unet": "config.json",
@@ -290,7 +291,10 @@ def load_frozen(cls: Any, folder: Path, *, left_over: bool = False) -> Any:
     left_over: weights that it has no place for are as good, as those of a whole CLIP where one tower is loaded.
     Raises: InputError, also for what the libraries only warn of: weights missing, of another shape, or left over.
     """
-    model, info = _read(cls, folder, output_loading_info=True, torch_dtype=torch.float32)
+    stems = ("diffusion_pytorch_model",) if issubclass(cls, ModelMixin) else ("model", "pytorch_model")
+    with as_saved_plainly(folder, *stems) as (place_of, found):
+        options = {"variant": found.variant, "use_safetensors": found.is_safe, "torch_dtype": torch.float32}
+        model, info = _read(cls, place_of, output_loading_info=True, **options)
     # Checkpoints of transformers < 4.31 carry position_ids, a constant that is no weight.
     problems = {
         kind: sorted(str(k) for k in keys if "position_ids" not in str(k))
@@ -299,9 +303,10 @@ def load_frozen(cls: Any, folder: Path, *, left_over: bool = False) -> Any:
     }
     for kind, keys in problems.items():
         if keys:
+            what, shown = kind.replace("_", " "), ", ".join(keys[:3])
             raise InputError(
-                f"{folder}: {len(keys)} {kind.replace('_', ' ')} in its weights, e.g. {keys[0]}; they do not belong to its "
-                f"config.json"
+                f"{folder}: {len(keys)} {what} in its weights ({shown}), of the {len(model.state_dict())} of its config.json; "
+                f"likely they are of two models"
             )
     return model.requires_grad_(False).eval()
 

@@ -8,7 +8,6 @@ later improvement of diffusers work unchanged, and weights go both ways.
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import diffusers
@@ -18,12 +17,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from einops import rearrange, repeat
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt.errors import InputError
-from softprompt.files import load_pickle, new_folder, read_json, write_json
+from softprompt.files import new_folder, read_json, write_json
+from softprompt.weights import how_they_fit, read_weights
 
 WEIGHTS = "diffusion_pytorch_model"
 UNET_CLASSES = ("UNetMV2DConditionModel", "UNet2DConditionModel")
@@ -185,17 +184,18 @@ def load_unet(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> UNet
             f"{folder / 'config.json'}: its _class_name is {config.get('_class_name')!r}; expected "
             f"UNetMV2DConditionModel (FaceLift) or UNet2DConditionModel (stock)"
         )
-    weights = {name: weight.to(dtype) for name, weight in _read_weights(folder).items()}
+    weights = {name: weight.to(dtype) for name, weight in read_weights(folder, WEIGHTS).items()}
     if config.get("in_channels") == 4 and "conv_in.weight" in weights:
         config["in_channels"] = 8
         weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, 4))  # new inputs start at zero
     with torch.device("meta"):  # the weights follow at once: do not spend a minute on random ones
         unet = build_unet(config, origin=str(folder / "config.json"))
-    try:
-        unet.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        problem = " ".join(str(error).split())
-        raise InputError(f"{folder}: weights and config.json do not belong together ({problem[:400]})") from error
+    if misfit := how_they_fit(weights, unet.state_dict()):
+        raise InputError(
+            f"{folder}: weights and config.json do not belong together: {misfit}; likely they are of two models, or of a UNet "
+            f"with layers that the stock one has not"
+        )
+    unet.load_state_dict(weights, strict=True, assign=True)
     return unet.requires_grad_(False).eval()
 
 
@@ -208,21 +208,6 @@ def place(unet: UNet2DConditionModel, device: torch.device | str) -> UNet2DCondi
     if torch.device(device).type == "cuda":
         unet.to(memory_format=torch.channels_last)
     return unet
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    safe, pickled = folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"
-    file = safe if safe.is_file() else pickled
-    if not file.is_file():
-        raise InputError(f"{folder}: neither {safe.name} nor {pickled.name} is there; the UNet's weights are missing")
-    try:
-        weights = load_file(file) if file == safe else load_pickle(file)
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, KeyError) as error:
-        problem = " ".join(str(error).split())
-        raise InputError(f"{file}: cannot be read ({problem}); the file is damaged, cut short, or no weights at all") from error
-    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise InputError(f"{file}: holds a {type(weights).__name__}; expected the UNet's weights by name")
-    return weights
 
 
 def save_unet(

@@ -27,7 +27,7 @@ from softprompt.pictures import load_picture
 from softprompt.pipeline import load_pipeline, load_text_encoder
 from softprompt.prompt import SoftPrompt
 from softprompt.shards import ShardStore, key_of
-from softprompt.unet import _read_weights
+from softprompt.weights import read_weights
 from tests.fuzz.mutations import (
     BYTES,
     JSON,
@@ -361,7 +361,10 @@ def weights_of_a_unet(folder: Path) -> Reader:
     save_file(weights, file)
 
     def read() -> None:
-        assert all(isinstance(name, str) and isinstance(w, Tensor) for name, w in _read_weights(folder).items())
+        assert all(
+            isinstance(name, str) and isinstance(w, Tensor)
+            for name, w in read_weights(folder, "diffusion_pytorch_model").items()
+        )
 
     return Reader(file, [file.read_bytes()], (*SAFETENSORS, empty), read)
 
@@ -371,7 +374,10 @@ def pickled_weights_of_a_unet(folder: Path) -> Reader:
     sound = [saved(weights), saved(weights, _use_new_zipfile_serialization=False)]
 
     def read() -> None:
-        assert all(isinstance(name, str) and isinstance(w, Tensor) for name, w in _read_weights(folder).items())
+        assert all(
+            isinstance(name, str) and isinstance(w, Tensor)
+            for name, w in read_weights(folder, "diffusion_pytorch_model").items()
+        )
 
     return Reader(folder / "diffusion_pytorch_model.bin", sound, (*BYTES, splice(sound[0]), empty), read)
 

@@ -1,0 +1,169 @@
+"""Weights of one part of a pipeline on the disk, however they were saved: whole or in shards, a variant or not, under the names
+of the model itself or of what it was wrapped in."""
+
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from softprompt.errors import InputError
+from softprompt.files import load_pickle, read_json
+
+WRAPPED = re.compile(r"^(?:(?:_orig_mod|module)\.)+")
+"""What torch.compile and DistributedDataParallel put before the names of the weights that are saved through them."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Where the weights of a part are."""
+
+    files: tuple[Path, ...]
+    """One, or its shards."""
+    variant: str | None
+    """As fp16 in model.fp16.safetensors; None: the plain names."""
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether they are safetensors; otherwise torch's pickles."""
+        return self.files[0].suffix == ".safetensors"
+
+
+def find_weights(folder: Path, *stems: str) -> WeightFiles:
+    """The weights in a part's folder, as `from_pretrained` of diffusers and transformers takes them.
+
+    The plain names come before a variant's, safetensors before pickles, one file before shards.
+
+    stems: of the file names, as diffusion_pytorch_model.
+    Raises: InputError where there are none, of several variants without plain names, or a shard that is missing.
+    """
+    names = sorted(file.name for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    found: dict[tuple[bool, bool, bool], dict[str | None, str]] = {}
+    for stem in stems:
+        for name in names:
+            one = re.fullmatch(rf"{stem}(?:\.([\w-]+))?\.(safetensors|bin)", name)
+            index = re.fullmatch(rf"{stem}\.(safetensors|bin)\.index(?:\.([\w-]+))?\.json", name)
+            if one and not re.search(r"-\d{5}-of-\d{5}", name):
+                variant, kind = one[1], one[2]
+            elif index:
+                kind, variant = index[1], index[2]
+            else:
+                continue
+            found.setdefault((variant is not None, kind == "bin", index is not None), {})[variant] = name
+    if not found:
+        raise InputError(
+            f"{folder}: the weights are missing; expected {stems[0]}.safetensors or {stems[-1]}.bin, an index of shards, or a "
+            f"variant such as {stems[0]}.fp16.safetensors; likely the folder was copied incompletely"
+        )
+    (_, _, is_index), chosen = min(found.items())
+    if len(chosen) > 1:
+        raise InputError(
+            f"{folder}: has variants of its weights ({', '.join(sorted(chosen.values()))}) and no {stems[0]}.safetensors; "
+            f"expected one of them; move the others away"
+        )
+    ((variant, name),) = chosen.items()
+    return WeightFiles(_shards(folder / name) if is_index else (folder / name,), variant)
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    """Raises: InputError."""
+    names = read_json(index, what="the index of a part's shards").get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{index}: has no weight_map; expected the file of each weight; likely it is damaged")
+    files = [index.parent / name for name in dict.fromkeys(names.values())]
+    if odd := [file.name for file in files if file.parent != index.parent or file.suffix not in (".safetensors", ".bin")]:
+        raise InputError(f"{index}: names {odd[0]}; expected weights beside it; likely it is damaged")
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise InputError(
+            f"{index}: {len(missing)} of {len(files)} shards are missing, e.g. {missing[0]}; likely they were not all copied"
+        )
+    return tuple(files)
+
+
+def read_weights(folder: Path, *stems: str) -> dict[str, Tensor]:
+    """The weights in a part's folder, by the names of the model itself.
+
+    Warns where they were saved through a wrapper, whose prefix is taken off. Raises: InputError naming the file.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in find_weights(folder, *stems).files:
+        weights |= _read(file)
+    return unwrapped(weights, folder)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        weights: Any = load_file(file) if file.suffix == ".safetensors" else load_pickle(file)
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, KeyError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{file}: cannot be read ({problem}); the file is damaged, cut short, or no weights at all") from error
+    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise InputError(f"{file}: holds a {type(weights).__name__}; expected weights by name")
+    return weights
+
+
+def unwrapped(weights: Mapping[str, Tensor], origin: Path) -> dict[str, Tensor]:
+    """Weights without the prefix of what they were saved through, where all have one; warns of it."""
+    prefix = _wrapper(weights)
+    if prefix is None:
+        return dict(weights)
+    warnings.warn(f"{origin}: its weights are named {prefix}... (saved compiled, or under DDP); taken without", stacklevel=3)
+    return {WRAPPED.sub("", name): weight for name, weight in weights.items()}
+
+
+def _wrapper(names: Mapping[str, object] | list[str]) -> str | None:
+    matches = [WRAPPED.match(name) for name in names]
+    return matches[0][0] if matches and matches[0] and all(matches) else None
+
+
+@contextmanager
+def as_saved_plainly(folder: Path, *stems: str) -> Iterator[tuple[Path, WeightFiles]]:
+    """A part's folder for the `from_pretrained` of its class: itself, or, where its weights have a wrapper's names, a copy in
+    which they have their own, for the time of the block.
+
+    Yields: the folder, and its weights. Raises: InputError.
+    """
+    found = find_weights(folder, *stems)
+    if _wrapper(_names(found)) is None:
+        yield folder, found
+        return
+    with tempfile.TemporaryDirectory(prefix="softprompt-") as name:
+        copy = Path(name)
+        shutil.copyfile(folder / "config.json", copy / "config.json")
+        save_file(read_weights(folder, *stems), copy / f"{stems[0]}.safetensors", metadata={"format": "pt"})
+        yield copy, find_weights(copy, *stems)
+
+
+def _names(found: WeightFiles) -> list[str]:
+    """Of the weights in the first file; a file that cannot be read has none: what loads it says what is wrong."""
+    try:
+        if not found.is_safe:
+            return list(_read(found.files[0]))
+        with safe_open(found.files[0], framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError, InputError):
+        return []
+
+
+def how_they_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """In words, how many weights fit a model, and the first three that do not; empty where all do."""
+    missing = [name for name in wanted if name not in weights]
+    left = [name for name in weights if name not in wanted]
+    other = [name for name in weights if name in wanted and weights[name].shape != wanted[name].shape]
+    if not (missing or left or other):
+        return ""
+    fit = len(wanted) - len(missing) - len(other)
+    parts = [f"{fit} of {len(wanted)} fit"]
+    for names, what in ((missing, "are missing"), (left, "have no place"), (other, "have another shape")):
+        if names:
+            parts.append(f"{len(names)} {what} ({', '.join(names[:3])})")
+    return ", ".join(parts)
