@@ -1,12 +1,16 @@
 """What is in an export, put back: its prompt and its LoRA."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from softprompt.embeddings import load_prompt
 from softprompt.errors import InputError
@@ -14,6 +18,7 @@ from softprompt.model import AdaptedModel
 from softprompt.pipeline import Pipeline
 from softprompt.places import no_folder
 from softprompt.unet import load_unet, place
+from softprompt.weights import how_they_fit, unwrapped
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -69,8 +74,9 @@ def open_lora(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
     Raises: InputError where its LoRA is damaged, belongs to another model, or is not finite.
     """
     try:
-        adapted = with_lora_of(pipeline, folder, dtype)
-        stored = load_file(folder / "lora" / LORA_WEIGHTS) if (folder / "lora").is_dir() else {}
+        with _with_plain_names(folder) as plain:
+            adapted = with_lora_of(pipeline, plain, dtype)
+            stored = load_file(plain / "lora" / LORA_WEIGHTS) if (folder / "lora").is_dir() else {}
         ours = {f"unet.{name}" for name in get_peft_model_state_dict(adapted.unet)} if stored else set()
     except Exception as error:  # which one depends on what is wrong in the file
         problem = " ".join(f"{type(error).__name__}: {error}".split())
@@ -81,11 +87,33 @@ def open_lora(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
     if others := sorted(stored.keys() - ours):  # diffusers would leave them out and say nothing
         raise InputError(
             f"{folder / 'lora'}: {len(others)} of its {len(stored)} tensors have no place in {pipeline.folder}, e.g. "
-            f"{others[0]}; likely --model is another than it was trained from"
+            f"{', '.join(others[:3])}; likely --model is another than it was trained from"
         )
     if broken := [name for name, weight in stored.items() if not weight.isfinite().all()]:
         raise InputError(f"{folder / 'lora'}: NaN or infinite values, e.g. in {broken[0]}; it comes from a run that diverged")
     return adapted
+
+
+@contextmanager
+def _with_plain_names(folder: Path) -> Iterator[Path]:
+    """An export: itself; where its LoRA was saved from a compiled or wrapped UNet, a copy under the UNet's own names for the
+    time of the block."""
+    file = folder / "lora" / LORA_WEIGHTS
+    stored = load_file(file) if file.is_file() else {}
+    plain = _plain(stored, file)
+    if plain.keys() == stored.keys():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="softprompt-") as name, safe_open(file, framework="pt") as opened:
+        (Path(name) / "lora").mkdir()
+        save_file(plain, Path(name) / "lora" / LORA_WEIGHTS, metadata=opened.metadata())
+        yield Path(name)
+
+
+def _plain(stored: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """A LoRA's tensors under the names of the UNet itself; warns of a wrapper's prefix, before `unet.` or after."""
+    inner = {name.removeprefix("unet."): weight for name, weight in unwrapped(stored, file).items()}
+    return {f"unet.{name}": weight for name, weight in unwrapped(inner, file).items()}
 
 
 def start_from(folder: Path, adapted: AdaptedModel, position: float) -> None:
@@ -107,17 +135,16 @@ def start_from(folder: Path, adapted: AdaptedModel, position: float) -> None:
     if not has_lora:
         return
     try:
-        weights = {name.removeprefix("unet."): weight for name, weight in load_file(file).items()}
+        weights = {name.removeprefix("unet."): weight for name, weight in _plain(load_file(file), file).items()}
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{file}: cannot be read ({' '.join(str(error).split())}); expected a LoRA as a run exports it"
         ) from error
     ours = get_peft_model_state_dict(adapted.unet)
-    differing = sorted(weights.keys() ^ ours.keys()) or [n for n, w in weights.items() if w.shape != ours[n].shape]
-    if differing:
+    if misfit := how_they_fit(weights, ours):
         raise InputError(
-            f"init_from: {file} is not this configuration's LoRA ({len(differing)} of its tensors differ, e.g. "
-            f"{differing[0]}); likely lora.rank or lora.targets is another"
+            f"init_from: {file} is not this configuration's LoRA: of its tensors {misfit}; likely lora.rank or lora.targets is "
+            f"another"
         )
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise InputError(f"init_from: {file} holds NaN or infinite values; it comes from a run that diverged, or is damaged")
