@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
@@ -182,8 +183,9 @@ def suggestion(wanted: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else "; --help lists the options"
 
 
+@cache
 def make_parser() -> Parser:
-    """The command line of the main job."""
+    """The command line of the main job; built once, since that takes most of the time of reading a line."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(
         prog="python -m train.softprompt",
@@ -220,6 +222,7 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = expand_given(argv, ("config", "resume"))
     parser = make_parser()
+    parser.reading = None
     resume = _resume_folder(argv)
     if resume is not None:
         argv = ["--config", str(resume / "config.yaml"), *argv]

@@ -87,6 +87,7 @@ def test_resuming_takes_the_run_s_own_configuration_and_options_over_it(tmp_path
 
 OTHER_VALUES: dict[str, object] = {
     "model": "/elsewhere/pipeckpts",
+    "unet": "checkpoint-2000/unet",
     "init_from": "/elsewhere/export",
     "output": "/elsewhere/run",
     "prompt.waypoints": ["facelift", "hybrid"],
@@ -224,7 +225,16 @@ OTHER_VALUES: dict[str, object] = {
 }
 """Of every option, one that is not its default."""
 FREE = {
-    *("model", "data.train", "data.val", "data.original", "train.steps", "train.device", "train.gradient_checkpointing"),
+    *(
+        "model",
+        "unet",
+        "data.train",
+        "data.val",
+        "data.original",
+        "train.steps",
+        "train.device",
+        "train.gradient_checkpointing",
+    ),
     *(
         "train.batch_size",
         "train.accumulation",
@@ -287,7 +297,7 @@ def test_what_a_run_s_numbers_depend_on_cannot_change_on_a_resume(
     said = refusal([option(name), f"--resume={run}"], capsys)
     assert said.startswith(
         f"error: --resume {run}: {name}: is {OTHER_VALUES[name]}; the run has {before}. A resumed run keeps its settings, "
-        f"but for model, init_from, data.train, data.val, data.original, data.cache,"
+        f"but for model, unet, init_from, data.train, data.val, data.original, data.cache,"
     )
     assert said.endswith("leave the option out, start a new run, or change it on purpose with --resume-override\n")
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
