@@ -19,7 +19,7 @@ from softprompt.errors import InputError
 from softprompt.files import new_folder, read_json
 from softprompt.places import base_of
 from softprompt.unet import UNET_CLASSES, load_unet, place, save_unet
-from softprompt.weights import as_saved_plainly
+from softprompt.weights import as_saved_plainly, find_weights, noted, why_not
 
 _NEEDED = {
     "unet": "config.json",
@@ -32,6 +32,8 @@ _NEEDED = {
 }
 
 
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+"""Of the files that hold a part's weights: diffusers', and transformers' two."""
 _MOVING = Lock()
 
 
@@ -57,6 +59,8 @@ class Pipeline:
     """Where it was loaded from."""
     other_unet: Path | None = None
     """Where the UNet was loaded from, if that is not the folder's own."""
+    notes: list[str] = field(default_factory=list)
+    """What is to be said of how its weights were read: variants, and names that were taken otherwise."""
     encoders_rest: bool = False
     """Whether VAE and image encoder wait on the CPU while nobody uses them: training has their 3 GB then."""
     _users: int = field(default=0, init=False, repr=False)
@@ -156,7 +160,12 @@ def load_pipeline(folder: str | Path, *, unet: str | Path | None = None, dtype: 
     unet_folder = folder / "unet" if other_unet is None else other_unet
     if other_unet is not None:
         _check_configuration(other_unet / "config.json")
-    denoiser = load_unet(unet_folder, dtype=dtype)
+    notes: list[str] = []
+    with noted(notes):
+        denoiser = load_unet(unet_folder, dtype=dtype)
+        vae = load_frozen(AutoencoderKL, folder / "vae")
+        image_encoder = load_frozen(CLIPVisionModelWithProjection, folder / "image_encoder")
+        image_normalizer = load_frozen(StableUnCLIPImageNormalizer, folder / "image_normalizer")
     if denoiser.config["class_embed_type"] != "projection":
         raise InputError(
             f"{unet_folder}: class_embed_type is {denoiser.config['class_embed_type']!r}; FaceLift is given its picture "
@@ -164,14 +173,15 @@ def load_pipeline(folder: str | Path, *, unet: str | Path | None = None, dtype: 
         )
     pipeline = Pipeline(
         unet=denoiser,
-        vae=load_frozen(AutoencoderKL, folder / "vae"),
-        image_encoder=load_frozen(CLIPVisionModelWithProjection, folder / "image_encoder"),
+        vae=vae,
+        image_encoder=image_encoder,
         feature_extractor=_read(CLIPImageProcessorPil, folder / "feature_extractor"),
-        image_normalizer=load_frozen(StableUnCLIPImageNormalizer, folder / "image_normalizer"),
+        image_normalizer=image_normalizer,
         image_noising_scheduler=_read(DDPMScheduler, folder / "image_noising_scheduler"),
         scheduler=_read(DDIMScheduler, folder / "scheduler"),
         folder=folder,
         other_unet=other_unet,
+        notes=[*_variants(unet_folder, folder / "vae", folder / "image_encoder", folder / "image_normalizer"), *notes],
     )
     if other_unet is not None:
         _check_fit(pipeline)
@@ -179,6 +189,16 @@ def load_pipeline(folder: str | Path, *, unet: str | Path | None = None, dtype: 
     if prediction not in ("v_prediction", "epsilon"):
         raise InputError(f"{folder / 'scheduler'}: prediction_type is {prediction!r}; expected v_prediction or epsilon")
     return pipeline
+
+
+def _variants(*folders: Path) -> list[str]:
+    """Of which parts a variant of the weights was taken, in words."""
+    found = [(folder, find_weights(folder, *STEMS)) for folder in folders]
+    return [
+        f"{folder}: the variant {weights.variant} is taken; no weights in full precision are there"
+        for folder, weights in found
+        if weights.variant is not None
+    ]
 
 
 def _unet_given(folder: Path) -> Path:
@@ -276,13 +296,16 @@ def _check_configuration(file: Path) -> None:
             raise InputError(f"{file}: {name} is {value}; expected {most} at most; likely the file is damaged")
 
 
-def _read(cls: Any, folder: Path, **options: Any) -> Any:
-    """`cls.from_pretrained` from this disk; whatever is wrong with the files is the user's to know in one line."""
+def _read(cls: Any, folder: Path, *, shown: Path | None = None, **options: Any) -> Any:
+    """`cls.from_pretrained` from this disk; whatever is wrong with the files is the user's to know in one line.
+
+    shown: the folder to name in it, if `folder` is a copy.
+    """
     try:
         return cls.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # which one depends on what is wrong in which file
         problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{folder}: cannot be loaded as {cls.__name__} ({problem[:300]})") from error
+        raise InputError(f"{shown or folder}: cannot be loaded as {cls.__name__} ({problem[:300]})") from error
 
 
 def load_frozen(cls: Any, folder: Path, *, left_over: bool = False) -> Any:
@@ -294,20 +317,26 @@ def load_frozen(cls: Any, folder: Path, *, left_over: bool = False) -> Any:
     stems = ("diffusion_pytorch_model",) if issubclass(cls, ModelMixin) else ("model", "pytorch_model")
     with as_saved_plainly(folder, *stems) as (place_of, found):
         options = {"variant": found.variant, "use_safetensors": found.is_safe, "torch_dtype": torch.float32}
-        model, info = _read(cls, place_of, output_loading_info=True, **options)
+        model, info = _read(cls, place_of, shown=folder, output_loading_info=True, **options)
     # Checkpoints of transformers < 4.31 carry position_ids, a constant that is no weight.
     problems = {
         kind: sorted(str(k) for k in keys if "position_ids" not in str(k))
         for kind, keys in info.items()
         if kind in ("missing_keys", "mismatched_keys") or (kind == "unexpected_keys" and not left_over)
     }
-    for kind, keys in problems.items():
-        if keys:
-            what, shown = kind.replace("_", " "), ", ".join(keys[:3])
-            raise InputError(
-                f"{folder}: {len(keys)} {what} in its weights ({shown}), of the {len(model.state_dict())} of its config.json; "
-                f"likely they are of two models"
-            )
+    if any(problems.values()):
+        said = "; ".join(
+            f"{len(keys)} {kind.replace('_', ' ')} in its weights ({', '.join(keys[:3])})"
+            for kind, keys in problems.items()
+            if keys
+        )
+        wanted = list(model.state_dict())
+        lacking = {*problems["missing_keys"], *problems.get("mismatched_keys", ())}
+        found_names = [name for name in wanted if name not in problems["missing_keys"]] + problems.get("unexpected_keys", [])
+        raise InputError(
+            f"{folder}: {said}; {len(wanted) - len(lacking)} of the {len(wanted)} of its config.json fit; "
+            f"{why_not(found_names, wanted)}"
+        )
     return model.requires_grad_(False).eval()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.files import new_folder, read_json, write_json
-from softprompt.weights import how_they_fit, read_weights
+from softprompt.weights import how_they_fit, read_weights, why_not
 
 WEIGHTS = "diffusion_pytorch_model"
 UNET_CLASSES = ("UNetMV2DConditionModel", "UNet2DConditionModel")
@@ -192,8 +192,7 @@ def load_unet(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> UNet
         unet = build_unet(config, origin=str(folder / "config.json"))
     if misfit := how_they_fit(weights, unet.state_dict()):
         raise InputError(
-            f"{folder}: weights and config.json do not belong together: {misfit}; likely they are of two models, or of a UNet "
-            f"with layers that the stock one has not"
+            f"{folder}: weights and config.json do not belong together: {misfit}; {why_not(weights, unet.state_dict())}"
         )
     unet.load_state_dict(weights, strict=True, assign=True)
     return unet.requires_grad_(False).eval()

@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,26 @@ from torch import Tensor
 from softprompt.errors import InputError
 from softprompt.files import load_pickle, read_json
 
-WRAPPED = re.compile(r"^(?:(?:_orig_mod|module)\.)+")
-"""What torch.compile and DistributedDataParallel put before the names of the weights that are saved through them."""
+_OUTSIDE = re.compile(r"^(?:module\.)+")
+"""What DistributedDataParallel puts before all names of the weights that are saved through it."""
+_ANYWHERE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing put before the name of each module that they wrap."""
+
+
+class WeightsNote(UserWarning):
+    """How weights were read, where that is to be said."""
+
+
+@contextmanager
+def noted(notes: list[str]) -> Iterator[None]:
+    """Of what is warned of in the block, a WeightsNote goes to `notes` as well, each once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeightsNote)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, WeightsNote) and str(warning.message) not in notes:
+            notes.append(str(warning.message))
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 @dataclass(frozen=True)
@@ -112,17 +130,27 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def unwrapped(weights: Mapping[str, Tensor], origin: Path) -> dict[str, Tensor]:
-    """Weights without the prefix of what they were saved through, where all have one; warns of it."""
-    prefix = _wrapper(weights)
-    if prefix is None:
+    """Weights under the names of the model itself, without those of what it was wrapped in; warns where there were any."""
+    names = _own_names(weights)
+    if names is None:
         return dict(weights)
-    warnings.warn(f"{origin}: its weights are named {prefix}... (saved compiled, or under DDP); taken without", stacklevel=3)
-    return {WRAPPED.sub("", name): weight for name, weight in weights.items()}
+    number, first = sum(a != b for a, b in names.items()), next(a for a, b in names.items() if a != b)
+    warnings.warn(
+        f"{origin}: {number} of its {len(names)} weights are named as {first}; the wrapper's part is taken off (saved "
+        f"compiled, or under DDP or FSDP)",
+        WeightsNote,
+        stacklevel=3,
+    )
+    return {names[name]: weight for name, weight in weights.items()}
 
 
-def _wrapper(names: Mapping[str, object] | list[str]) -> str | None:
-    matches = [WRAPPED.match(name) for name in names]
-    return matches[0][0] if matches and matches[0] and all(matches) else None
+def _own_names(names: Iterable[str]) -> dict[str, str] | None:
+    """Of each name that without wrappers; None where there is none, or two would become one."""
+    own = {name: _ANYWHERE.sub("", name) for name in names}
+    if all(_OUTSIDE.match(name) for name in own.values()):
+        own = {name: _OUTSIDE.sub("", plain) for name, plain in own.items()}
+    changed = any(name != plain for name, plain in own.items())
+    return own if changed and len(set(own.values())) == len(own) else None
 
 
 @contextmanager
@@ -133,13 +161,14 @@ def as_saved_plainly(folder: Path, *stems: str) -> Iterator[tuple[Path, WeightFi
     Yields: the folder, and its weights. Raises: InputError.
     """
     found = find_weights(folder, *stems)
-    if _wrapper(_names(found)) is None:
+    if _own_names(_names(found)) is None:
         yield folder, found
         return
     with tempfile.TemporaryDirectory(prefix="softprompt-") as name:
         copy = Path(name)
         shutil.copyfile(folder / "config.json", copy / "config.json")
-        save_file(read_weights(folder, *stems), copy / f"{stems[0]}.safetensors", metadata={"format": "pt"})
+        weights = {name: weight.contiguous().clone() for name, weight in read_weights(folder, *stems).items()}
+        save_file(weights, copy / f"{stems[0]}.safetensors", metadata={"format": "pt"})
         yield copy, find_weights(copy, *stems)
 
 
@@ -167,3 +196,20 @@ def how_they_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
         if names:
             parts.append(f"{len(names)} {what} ({', '.join(names[:3])})")
     return ", ".join(parts)
+
+
+def why_not(weights: Collection[str], wanted: Collection[str]) -> str:
+    """The likely cause where weights, by their names, do not fit a model."""
+    left = [name for name in weights if name not in wanted]
+    inside = re.match(r"\w+\.", left[0]) if left else None
+    if inside and all(name.removeprefix(inside[0]) in wanted for name in weights if name.startswith(inside[0])):
+        return f"likely they were saved as a part of a larger model, under {inside[0]}"
+    if any(".lora_" in name or name.startswith("lora_") for name in left):
+        return "likely they are a LoRA, or a UNet with one that is not merged"
+    if weights and len(left) == len(weights):
+        return "likely they are of another kind of model"
+    if not left and len(weights) < len(wanted):
+        return "likely they were saved or copied incompletely"
+    if not left:
+        return "likely config.json is of a model of another size"
+    return "likely they are of two models, or of one with layers that the stock one has not"

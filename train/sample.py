@@ -187,7 +187,7 @@ def _sample(options: Options) -> int:
     pipeline.unet.eval()
     loaded = {name: load_picture(file, pipeline.picture_size) for name, file in files.items()}
     opaque = [name for name, picture in loaded.items() if bool((picture[3] == 255).all())]
-    print(said)
+    print("\n".join([said, *(f"weights    {note}" for note in pipeline.notes)]))
     if opaque:
         print(
             f"WARNING    {len(opaque)} pictures have no transparency, e.g. {opaque[0]}: what is behind the object is taken for "

@@ -24,6 +24,7 @@ from softprompt.path import match_tokens
 from softprompt.pipeline import Pipeline, load_pipeline
 from softprompt.prompt import SoftPrompt
 from softprompt.shards import key_of
+from softprompt.weights import noted
 from train.batches import Batches
 from train.config import Config
 from train.export.read import start_from
@@ -117,6 +118,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
     pipeline = load_pipeline(folder, unet=config.unet, dtype=DTYPES[precision]).to(accelerator.device)
     if config.unet is not None:
         notes.append(f"unet       {config.unet}, instead of the one in {config.model}")
+    notes += [f"weights    {said}" for said in pipeline.notes]
     _check_together(config, pipeline)
     objectives = make_objectives(config, pipeline)
     waypoints = load_waypoints(
@@ -148,8 +150,10 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
     adapted = AdaptedModel(pipeline.unet, prompt).to(accelerator.device).train()
     # A prompt that does not train is in no checkpoint: a resumed run takes it from where it began, too.
     if config.init_from is not None and not (resumed and config.prompt.learn):
-        start_from(Path(config.init_from), adapted, position_of(config, Pace.start(config), 0))
-        notes.append(f"start      prompt and LoRA of {config.init_from}, at step 0")
+        names: list[str] = []
+        with noted(names):
+            start_from(Path(config.init_from), adapted, position_of(config, Pace.start(config), 0))
+        notes += [f"start      prompt and LoRA of {config.init_from}, at step 0", *(f"weights    {said}" for said in names)]
     model, optimizer = accelerator.prepare(adapted, make_optimizer(config, adapted, scaled=precision == "fp16"))
 
     cache = None

@@ -1,6 +1,7 @@
 """Weights however they were saved: a variant, in shards, pickled, under the names of a wrapper; and what does not fit."""
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def shards(folder: Path, part: str, weights: dict[str, Tensor], ending: str = "s
     """Two, or one where there is but one weight."""
     names, stem = list(weights), stem_of(part, ending)
     halves = [half for half in (names[: len(names) // 2], names[len(names) // 2 :]) if half]
-    where = {}
+    where: dict[str, str] = {}
     for number, half in enumerate(halves, start=1):
         file = f"{stem}-{number:05d}-of-{len(halves):05d}.{ending}"
         file = f"{stem}{of}-{number:05d}-of-{len(halves):05d}.{ending}" if of else file
@@ -84,7 +85,15 @@ def pickled_shards(folder: Path, part: str, weights: dict[str, Tensor]) -> None:
     shards(folder, part, weights, "bin")
 
 
-WRAPPERS = (compiled, under_ddp, both_in_shards)
+def compiled_in_parts(folder: Path, part: str, weights: dict[str, Tensor]) -> None:
+    """As torch.compile and FSDP wrap one module and another."""
+    wrapped = {re.sub(r"^(\w+)\.", r"\1._fsdp_wrapped_module._orig_mod.", name): w for name, w in weights.items()}
+    plain(
+        folder, part, wrapped if wrapped.keys() != weights.keys() else {f"_orig_mod.{name}": w for name, w in weights.items()}
+    )
+
+
+WRAPPERS = (compiled, under_ddp, both_in_shards, compiled_in_parts)
 WAYS = [variant, shards, pickled, pickled_variant, pickled_shards, *WRAPPERS]
 
 
@@ -174,3 +183,54 @@ def test_names_of_which_only_some_have_a_prefix_are_left_and_refused(model: Path
         InputError, match=rf"{len(weights) - 2} of {len(weights)} fit, 2 are missing .*, 2 have no place \(modul"
     ):
         load_unet(model / "unet")
+
+
+@pytest.mark.parametrize("way", [variant, pickled_variant, compiled], ids=lambda way: way.__name__)
+def test_how_the_weights_of_a_part_were_read_is_noted(model: Path, way: Callable[..., None]) -> None:
+    weights = load_file(model / "vae" / f"{PARTS['vae']}.safetensors")
+    (model / "vae" / f"{PARTS['vae']}.safetensors").unlink()
+    way(model / "vae", "vae", weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (note,) = load_pipeline(model).notes
+    expected = (
+        rf"{len(weights)} of its {len(weights)} weights are named as _orig_mod"
+        if way is compiled
+        else "the variant fp16 is taken"
+    )
+    assert re.search(rf"/vae: {expected}", note)
+
+
+def test_weights_in_full_precision_come_before_a_variant_of_any_kind(model: Path) -> None:
+    weights = load_file(model / "unet" / f"{PARTS['unet']}.safetensors")
+    (model / "unet" / f"{PARTS['unet']}.safetensors").unlink()
+    variant(model / "unet", "unet", {name: torch.zeros_like(weight) for name, weight in weights.items()})
+    pickled(model / "unet", "unet", weights)
+    found = load_pipeline(model)
+    assert all(torch.equal(weight, weights[name]) for name, weight in found.unet.state_dict().items()) and not found.notes
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (
+            lambda w: {f"unet.{name}": weight for name, weight in w.items()},
+            r"0 of \d+ fit, .* a part of a larger model, under unet\.",
+        ),
+        (lambda w: w | {"conv_in.lora_A.weight": torch.ones(1)}, r"likely they are a LoRA, or a UNet with one"),
+        (
+            lambda w: {f"encoder.{i}": weight for i, weight in enumerate(w.values())},
+            r"likely they are of another kind of model",
+        ),
+        (lambda w: dict(list(w.items())[5:]), r"5 are missing \(.*likely they were saved or copied incompletely"),
+        (lambda w: w | {"conv_out.bias": torch.ones(7)}, r"1 have another shape \(conv_out\.bias\); likely config\.json is of"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_with_the_likely_cause(
+    model: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], cause: str
+) -> None:
+    file = model / "unet" / f"{PARTS['unet']}.safetensors"
+    save_file(change(load_file(file)), file)
+    with pytest.raises(InputError, match=cause) as refused:
+        load_unet(model / "unet")
+    assert "\n" not in str(refused.value)

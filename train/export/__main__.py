@@ -172,7 +172,8 @@ def _open(given: argparse.Namespace) -> "Source":
 
 def _said_of(source: "Source") -> str:
     average = ", the moving average" if source.averaged else ""
-    return f"source     {source.folder}: step {source.step}, position {source.metadata['position']:g}{average}"
+    said = f"source     {source.folder}: step {source.step}, position {source.metadata['position']:g}{average}"
+    return "\n".join([said, *(f"weights    {note}" for note in source.pipeline.notes)])
 
 
 def _write(source: "Source", given: argparse.Namespace) -> list[str]:

@@ -18,7 +18,7 @@ from softprompt.model import AdaptedModel
 from softprompt.pipeline import Pipeline
 from softprompt.places import no_folder
 from softprompt.unet import load_unet, place
-from softprompt.weights import how_they_fit, unwrapped
+from softprompt.weights import how_they_fit, noted, unwrapped
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -74,7 +74,7 @@ def open_lora(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
     Raises: InputError where its LoRA is damaged, belongs to another model, or is not finite.
     """
     try:
-        with _with_plain_names(folder) as plain:
+        with noted(notes := list(pipeline.notes)), _with_plain_names(folder) as plain:
             adapted = with_lora_of(pipeline, plain, dtype)
             stored = load_file(plain / "lora" / LORA_WEIGHTS) if (folder / "lora").is_dir() else {}
         ours = {f"unet.{name}" for name in get_peft_model_state_dict(adapted.unet)} if stored else set()
@@ -91,7 +91,7 @@ def open_lora(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
         )
     if broken := [name for name, weight in stored.items() if not weight.isfinite().all()]:
         raise InputError(f"{folder / 'lora'}: NaN or infinite values, e.g. in {broken[0]}; it comes from a run that diverged")
-    return adapted
+    return replace(adapted, notes=notes)
 
 
 @contextmanager
