@@ -13,7 +13,7 @@ from train.benchmark.__main__ import main
 from train.benchmark.count import arms, count_parts, objective_arms
 from train.benchmark.growth import many_objects
 from train.benchmark.measure import matmul_flops
-from train.benchmark.models import random_pipeline
+from train.benchmark.models import DEFAULT_PICTURE, SIZES, random_pipeline
 from train.benchmark.steps import Setting, adapting_ways
 
 WAYS = [
@@ -63,6 +63,14 @@ def test_a_random_pipeline_has_the_views_and_the_size_asked_for(views: int, pict
     assert not any(p.requires_grad for p in pipeline.unet.parameters())
 
 
+@pytest.fixture
+def as_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The micro size is as small as the tiny one."""
+    monkeypatch.setitem(SIZES, "micro", SIZES["tiny"])
+    monkeypatch.setitem(DEFAULT_PICTURE, "micro", DEFAULT_PICTURE["tiny"])
+
+
+@pytest.mark.usefixtures("as_tiny")
 def test_every_way_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--repeats=1", "--device=cpu", "--rank=2", f"--output={tmp_path / 'b.json'}"]) == 0
     said = capsys.readouterr().out
@@ -95,8 +103,8 @@ def test_counting_needs_no_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_cache_of_more_objects_opens_as_fast_and_takes_no_more_memory(tmp_path: Path) -> None:
-    few, many = many_objects([10, 500], tmp_path, progress=False)
-    assert (few.built, many.built) == (10, 490)
+    few, many = many_objects([10, 200], tmp_path, progress=False)
+    assert (few.built, many.built) == (10, 190)
     assert many.open_seconds < few.open_seconds + 0.5
     assert many.epoch_memory_bytes < 20e6
 

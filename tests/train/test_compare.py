@@ -364,10 +364,6 @@ def test_two_variants_and_two_seeds_from_nothing_to_a_report(mice, smallest_mode
     before = written()
     assert "4 are finished, 0 to do" in command(base=base)
     assert written() == before
-    more = VARIANTS | {"fixed": {"prompt.learn": False, "curriculum": {"at": [0.0], "position": [0.0]}}}
-    said = command(base=base, variants=more, seeds=[0])
-    assert "3 runs of 4 steps: 2 are finished, 1 to do" in said and "fixed seed 0: loss" in said
-    assert before.items() <= written().items()
 
 
 # -------------------------------------------------------------------------------------------------- of the wrong kind

@@ -18,6 +18,7 @@ from softprompt.errors import InputError, RunError
 from softprompt.micro.world import MicroWorld
 from softprompt.model import AdaptedModel
 from softprompt.path import point_on_path
+from tests.models import PICTURE
 from tests.runs import run_to_end, series
 from train import keep, loop, observe
 from train.batches import object_at
@@ -97,7 +98,7 @@ def test_the_newest_checkpoints_and_that_of_the_best_validation_are_kept(small, 
 
 @pytest.mark.usefixtures("without_exports")
 def test_the_micro_world_as_png_folders_gives_the_same_losses(small, tmp_path):
-    size, counts = 64, {"train": (0, 8), "val": (10_000, 24)}
+    size, counts = PICTURE, {"train": (0, 8), "val": (10_000, 24)}
     lists = {name: write_source(MicroWorld("mice", *c, size=size), tmp_path / name) for name, c in counts.items()}
     options = [
         "--data.background=three_choices",
@@ -105,9 +106,10 @@ def test_the_micro_world_as_png_folders_gives_the_same_losses(small, tmp_path):
         "--data.limit=8",
         "--train.steps=3",
         "--monitor.validate_every=3",
-        "--model=micro",
+        "--kl.domain=original",
     ]
-    run_to_end(small("--data.train=micro", "--data.val=micro", *options), tmp_path / "world")
+    world = ["--data.train=micro", "--data.val=micro"]
+    run_to_end(small(*world, *options), tmp_path / "world")
     run_to_end(small(f"--data.train={lists['train']}", f"--data.val={lists['val']}", *options), tmp_path / "folders")
     assert series(tmp_path / "folders") == series(tmp_path / "world")
 
@@ -402,7 +404,7 @@ def test_a_run_starts_from_what_another_exported_at_step_0(small, tmp_path):
         ([], "run", r"init_from: .*run holds no clr_embeds.*did you mean .*run/export\?"),
         ([], "nowhere", r"init_from: .*nowhere holds no clr_embeds\.safetensors"),
         (["--lora.rank=0"], "run/export", r"init_from: .* holds a LoRA; lora\.rank is 0"),
-        (["--lora.rank=3"], "run/export", r"is not this configuration's LoRA .*lora\.rank"),
+        (["--lora.rank=3"], "run/export", r"is not this configuration's LoRA: .*lora\.rank"),
     ],
 )
 def test_what_a_run_cannot_start_from_is_refused(small, exported_run, options, where, message):

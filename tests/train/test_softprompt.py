@@ -56,7 +56,7 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 # ------------------------------------------------------------------------------------------------------- real FaceLift
 
 
-def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_folder, tmp_path):
+def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_folder, tmp_path, capsys):
     out = tmp_path / "run"
     options = [
         f"--model={tiny_folder}",
@@ -86,11 +86,10 @@ def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_fo
     index = [json.loads((f / "model_index.json").read_text()) for f in (exported, tiny_folder)]
     assert index[0] == index[1]
 
-    again = run(*options)
-    assert again.returncode == 2 and f"{out} is not empty" in again.stderr and f"--resume {out}" in again.stderr
-    more = run("--resume", str(out), "--train.steps=4")
-    assert more.returncode == 0, more.stderr
-    assert "resumed    at step 3 of 4" in more.stdout
+    again = refused(capsys, *options)
+    assert f"{out} is not empty" in again and f"--resume {out}" in again
+    assert main(["--resume", str(out), "--train.steps=4"]) == 0
+    assert "resumed    at step 3 of 4" in capsys.readouterr().out
     points = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [point["step"] for point in points if not is_ablation(point)] == [0, 1, 2, 3, 3, 4, 4]
     assert [point["step"] for point in points if is_ablation(point)] == [3, 4], "finished twice"
@@ -101,9 +100,10 @@ def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_fo
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_exports_and_says_how_to_go_on(mice, tmp_path, number):
+def test_a_signal_saves_exports_and_says_how_to_go_on(mice, smallest_model, tmp_path, number):
     out = tmp_path / "run"
     options = [
+        f"--model={smallest_model}",
         f"--data.train={mice / 'train'}",
         f"--data.cache={mice.parent / 'cache'}",
         f"--data.val={mice / 'val'}",
@@ -130,8 +130,7 @@ def test_a_signal_saves_exports_and_says_how_to_go_on(mice, tmp_path, number):
     step = max(int(folder.name[5:]) for folder in (out / "checkpoints").glob("step-*"))
     assert 1 <= step < 500
 
-    resumed = run("--resume", str(out), f"--train.steps={step + 1}")
-    assert resumed.returncode == 0, resumed.stderr
+    assert main(["--resume", str(out), f"--train.steps={step + 1}"]) == 0
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == step + 1
 
