@@ -19,7 +19,7 @@ from softprompt.errors import InputError
 from softprompt.files import new_folder, read_json
 from softprompt.places import base_of
 from softprompt.unet import UNET_CLASSES, load_unet, place, save_unet
-from softprompt.weights import as_saved_plainly, find_weights, noted, why_not
+from softprompt.weights import DIFFUSERS, TRANSFORMERS, as_saved_plainly, find_weights, noted, why_not
 
 _NEEDED = {
     "unet": "config.json",
@@ -32,8 +32,6 @@ _NEEDED = {
 }
 
 
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-"""Of the files that hold a part's weights: diffusers', and transformers' two."""
 _MOVING = Lock()
 
 
@@ -193,7 +191,7 @@ def load_pipeline(folder: str | Path, *, unet: str | Path | None = None, dtype: 
 
 def _variants(*folders: Path) -> list[str]:
     """Of which parts a variant of the weights was taken, in words."""
-    found = [(folder, find_weights(folder, *STEMS)) for folder in folders]
+    found = [(folder, find_weights(folder, DIFFUSERS, *TRANSFORMERS)) for folder in folders]
     return [
         f"{folder}: the variant {weights.variant} is taken; no weights in full precision are there"
         for folder, weights in found
@@ -314,7 +312,7 @@ def load_frozen(cls: Any, folder: Path, *, left_over: bool = False) -> Any:
     left_over: weights that it has no place for are as good, as those of a whole CLIP where one tower is loaded.
     Raises: InputError, also for what the libraries only warn of: weights missing, of another shape, or left over.
     """
-    stems = ("diffusion_pytorch_model",) if issubclass(cls, ModelMixin) else ("model", "pytorch_model")
+    stems = (DIFFUSERS,) if issubclass(cls, ModelMixin) else TRANSFORMERS
     with as_saved_plainly(folder, *stems) as (place_of, found):
         options = {"variant": found.variant, "use_safetensors": found.is_safe, "torch_dtype": torch.float32}
         model, info = _read(cls, place_of, shown=folder, output_loading_info=True, **options)

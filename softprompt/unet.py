@@ -22,9 +22,8 @@ from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.files import new_folder, read_json, write_json
-from softprompt.weights import how_they_fit, read_weights, why_not
+from softprompt.weights import DIFFUSERS, how_they_fit, read_weights, why_not
 
-WEIGHTS = "diffusion_pytorch_model"
 UNET_CLASSES = ("UNetMV2DConditionModel", "UNet2DConditionModel")
 """In a config.json: FaceLift's, and the stock one."""
 
@@ -184,7 +183,7 @@ def load_unet(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> UNet
             f"{folder / 'config.json'}: its _class_name is {config.get('_class_name')!r}; expected "
             f"UNetMV2DConditionModel (FaceLift) or UNet2DConditionModel (stock)"
         )
-    weights = {name: weight.to(dtype) for name, weight in read_weights(folder, WEIGHTS).items()}
+    weights = {name: weight.to(dtype) for name, weight in read_weights(folder, DIFFUSERS).items()}
     if config.get("in_channels") == 4 and "conv_in.weight" in weights:
         config["in_channels"] = 8
         weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, 4))  # new inputs start at zero
@@ -227,7 +226,7 @@ def save_unet(
     config["_class_name"] = "UNetMV2DConditionModel" if layout == "facelift" else "UNet2DConditionModel"
     config["_diffusers_version"] = diffusers.__version__
     with new_folder(folder) as partial:
-        save_file(base_state(unet, merge_lora=merge_lora), partial / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+        save_file(base_state(unet, merge_lora=merge_lora), partial / f"{DIFFUSERS}.safetensors", metadata={"format": "pt"})
         write_json(partial / "config.json", dict(sorted(config.items())))
 
 

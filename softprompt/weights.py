@@ -19,6 +19,8 @@ from torch import Tensor
 from softprompt.errors import InputError
 from softprompt.files import load_pickle, read_json
 
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", ("model", "pytorch_model")
+"""What the files of weights are called; those of transformers as safetensors and pickled."""
 _OUTSIDE = re.compile(r"^(?:module\.)+")
 """What DistributedDataParallel puts before all names of the weights that are saved through it."""
 _ANYWHERE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -59,7 +61,8 @@ class WeightFiles:
 def find_weights(folder: Path, *stems: str) -> WeightFiles:
     """The weights in a part's folder, as `from_pretrained` of diffusers and transformers takes them.
 
-    The plain names come before a variant's, safetensors before pickles, one file before shards.
+    The plain names come before a variant's, safetensors before pickles; diffusers takes shards before one file, transformers
+    one file before shards.
 
     stems: of the file names, as diffusion_pytorch_model.
     Raises: InputError where there are none, of several variants without plain names, or a shard that is missing.
@@ -69,27 +72,28 @@ def find_weights(folder: Path, *stems: str) -> WeightFiles:
     for stem in stems:
         for name in names:
             one = re.fullmatch(rf"{stem}(?:\.([\w-]+))?\.(safetensors|bin)", name)
-            index = re.fullmatch(rf"{stem}\.(safetensors|bin)\.index(?:\.([\w-]+))?\.json", name)
+            index = re.fullmatch(rf"{stem}\.(safetensors|bin)(?:\.index(?:\.([\w-]+))?|\.([\w-]+)\.index)\.json", name)
             if one and not re.search(r"-\d{5}-of-\d{5}", name):
                 variant, kind = one[1], one[2]
             elif index:
-                kind, variant = index[1], index[2]
+                kind, variant = index[1], index[2] or index[3]  # older diffusers had it in the middle
             else:
                 continue
-            found.setdefault((variant is not None, kind == "bin", index is not None), {})[variant] = name
+            second = (index is None) == (stem == DIFFUSERS)
+            found.setdefault((variant is not None, kind == "bin", second), {})[variant] = name
     if not found:
         raise InputError(
             f"{folder}: the weights are missing; expected {stems[0]}.safetensors or {stems[-1]}.bin, an index of shards, or a "
             f"variant such as {stems[0]}.fp16.safetensors; likely the folder was copied incompletely"
         )
-    (_, _, is_index), chosen = min(found.items())
+    chosen = found[min(found)]
     if len(chosen) > 1:
         raise InputError(
             f"{folder}: has variants of its weights ({', '.join(sorted(chosen.values()))}) and no {stems[0]}.safetensors; "
             f"expected one of them; move the others away"
         )
     ((variant, name),) = chosen.items()
-    return WeightFiles(_shards(folder / name) if is_index else (folder / name,), variant)
+    return WeightFiles(_shards(folder / name) if name.endswith(".json") else (folder / name,), variant)
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
@@ -97,9 +101,11 @@ def _shards(index: Path) -> tuple[Path, ...]:
     names = read_json(index, what="the index of a part's shards").get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{index}: has no weight_map; expected the file of each weight; likely it is damaged")
-    files = [index.parent / name for name in dict.fromkeys(names.values())]
-    if odd := [file.name for file in files if file.parent != index.parent or file.suffix not in (".safetensors", ".bin")]:
-        raise InputError(f"{index}: names {odd[0]}; expected weights beside it; likely it is damaged")
+    shards = list(dict.fromkeys(names.values()))
+    # By their names: in a cache of the hub's the files themselves are links that lead elsewhere.
+    if odd := [name for name in shards if Path(name).name != name or Path(name).suffix not in (".safetensors", ".bin")]:
+        raise InputError(f"{index}: names {odd[0]!r}; expected files of weights in its own folder; likely it is damaged")
+    files = [index.parent / name for name in shards]
     if missing := [file.name for file in files if not file.is_file()]:
         raise InputError(
             f"{index}: {len(missing)} of {len(files)} shards are missing, e.g. {missing[0]}; likely they were not all copied"

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
 
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
@@ -128,11 +130,22 @@ def test_a_part_is_loaded_however_its_weights_were_saved(model: Path, part: str,
 def test_the_plain_names_come_before_a_variant_and_safetensors_before_pickles(model: Path) -> None:
     folder = model / "unet"
     weights = {name: torch.zeros_like(weight) for name, weight in load_file(folder / f"{PARTS['unet']}.safetensors").items()}
-    for way in (variant, shards, pickled):
+    for way in (variant, pickled):
         way(folder, "unet", weights)
     found = find_weights(folder, PARTS["unet"])
     assert [file.name for file in found.files] == [f"{PARTS['unet']}.safetensors"] and found.variant is None and found.is_safe
     assert any(weight.any() for weight in read_weights(folder, PARTS["unet"]).values())
+
+
+def test_an_index_of_a_variant_s_shards_as_older_diffusers_named_it_is_read(model: Path) -> None:
+    folder = model / "unet"
+    weights = load_file(folder / f"{PARTS['unet']}.safetensors")
+    (folder / f"{PARTS['unet']}.safetensors").unlink()
+    shards(folder, "unet", weights, of=".fp16")
+    assert find_weights(folder, PARTS["unet"]).variant == "fp16"
+    (folder / f"{PARTS['unet']}.safetensors.index.fp16.json").rename(folder / f"{PARTS['unet']}.safetensors.fp16.index.json")
+    assert find_weights(folder, PARTS["unet"]).variant == "fp16"
+    assert read_weights(folder, PARTS["unet"]).keys() == weights.keys()
 
 
 def spoil(change: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -163,7 +176,7 @@ SECOND = f"{PARTS['unet']}-00002-of-00002.safetensors"
         (spoil(lambda f: (f / SECOND).write_bytes(b"no weights")), r"00002-of-00002\.safetensors: cannot be read"),
         (
             spoil(lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../a.safetensors"}}')),
-            r"names a\.safetensors; exp",
+            r"names .\.\./a\.safetensors.; expected files of weights in its own folder",
         ),
         (spoil(lambda f: (f / INDEX).write_text('{"weight_map": 3}')), r"index\.json: has no weight_map"),
         (spoil(lambda f: (f / INDEX).write_text("{")), r"index\.json: cannot be read as JSON"),
@@ -234,3 +247,17 @@ def test_weights_that_do_not_fit_are_refused_with_the_likely_cause(
     with pytest.raises(InputError, match=cause) as refused:
         load_unet(model / "unet")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("part", ["unet", "image_encoder"])
+def test_of_shards_beside_one_file_those_are_taken_that_from_pretrained_takes(model: Path, part: str) -> None:
+    (file,) = (model / part).glob("*.safetensors")
+    weights = load_file(file)
+    shards(model / part, part, {name: weight + 1 if weight.is_floating_point() else weight for name, weight in weights.items()})
+    cls = {"unet": UNet2DConditionModel, "image_encoder": CLIPVisionModelWithProjection}[part]
+    if part == "unet":  # the stock class has no names for FaceLift's blocks
+        config = (model / part / "config.json").read_text()
+        (model / part / "config.json").write_text(config.replace("MV2D", "2D"))
+    theirs = cls.from_pretrained(model / part).state_dict()
+    ours = state(part, model)
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
