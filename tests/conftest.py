@@ -11,8 +11,10 @@ SHARED = Path(os.environ.get("SOFTPROMPT_SHARED", Path(__file__).parents[2] / "s
 """FaceLift's prompts, a sample and numbers its own code computed; not part of this repository."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it would be ignored, and inherited so
-torch.set_num_threads(1)  # nothing here is large enough to gain from more, and waiting threads slow each other down
-os.environ["OMP_NUM_THREADS"] = "1"  # the same for the commands that tests start
+THREADS = os.environ.get("SOFTPROMPT_TEST_THREADS", "1")
+"""Of torch in tests. Nothing here is large enough to gain from more than one; CI tries that nothing depends on it."""
+torch.set_num_threads(int(THREADS))
+os.environ["OMP_NUM_THREADS"] = THREADS  # the same for the commands that tests start
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from softprompt.micro import MICRO_MODEL
-from softprompt.unet import save_unet
-from train.benchmark.models import SIZES, Size, random_pipeline
+from train.benchmark.models import SIZES, Size, write_pipeline
 
 PICTURE = 16
 """Side of its pictures in pixels."""
@@ -21,23 +20,20 @@ _SMALLEST = Size(
         "up_block_types": ["UpDecoderBlock2D"] * 2,
     },
     vision=_TINY.vision,
+    text=_TINY.text,
     picture=_TINY.picture,
 )
 
 
 def write_smallest_model(folder: Path) -> Path:
-    """A pipeline folder of six views of 16x16 pixels, with the embedded model's tokenizer and text encoder.
+    """A pipeline folder of six views of 16x16 pixels. A run takes a third of the time of one with the embedded model.
 
-    A run takes a third of the time of one with the embedded model. Returns: the folder.
+    Returns: the folder.
     """
-    torch.manual_seed(0)
     SIZES.setdefault("smallest", _SMALLEST)
-    pipeline = random_pipeline("smallest", device="cpu", picture=PICTURE)
-    folder.mkdir()
-    save_unet(pipeline.unet, folder / "unet")
-    for name in ("vae", "image_encoder", "feature_extractor", "image_normalizer", "image_noising_scheduler", "scheduler"):
-        getattr(pipeline, name).save_pretrained(folder / name)
-    for name in ("tokenizer", "text_encoder"):
-        shutil.copytree(MICRO_MODEL / name, folder / name)
-    shutil.copy(MICRO_MODEL / "model_index.json", folder)
+    torch.manual_seed(0)
+    write_pipeline("smallest", folder, picture=PICTURE)
+    for part in ("tokenizer", "text_encoder"):  # whose texts mean something
+        shutil.rmtree(folder / part)
+        shutil.copytree(MICRO_MODEL / part, folder / part)
     return folder

@@ -44,6 +44,7 @@ PATHS = frozenset(
         "state",
         "undo",
         "unet",
+        "write_pipeline",
     }
 )
 """Options and arguments whose value is a path, or a list of paths."""

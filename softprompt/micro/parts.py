@@ -110,7 +110,9 @@ def new_parts(seed: int, scratch: Path) -> MicroParts:
             **facelift_schedulers(),
             folder=scratch,
         )
-        text_encoder = CLIPTextModel(_text_config(num_tokens, tokenizer))
+        text_encoder = CLIPTextModel(
+            text_config(tokenizer, vocab_size=num_tokens, intermediate_size=64, num_hidden_layers=1, projection_dim=EMBED_WIDTH)
+        )
         _start_certain(pipeline.vae)
     parts = MicroParts(pipeline, text_encoder, tokenizer)
     for model in parts.models().values():
@@ -153,17 +155,15 @@ def _vision_config() -> CLIPVisionConfig:
     )
 
 
-def _text_config(num_tokens: int, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def text_config(tokenizer: CLIPTokenizer, **options: Any) -> CLIPTextConfig:
+    """Of a text encoder as wide as FaceLift's prompts. options: of its configuration, beside its width and special tokens."""
     return CLIPTextConfig(
-        vocab_size=num_tokens,
         hidden_size=PROMPT_WIDTH,
-        intermediate_size=64,
-        projection_dim=EMBED_WIDTH,
-        num_hidden_layers=1,
         num_attention_heads=16,
         bos_token_id=tokenizer.convert_tokens_to_ids(START),
         eos_token_id=tokenizer.convert_tokens_to_ids(END),
         pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
 
 
@@ -188,12 +188,12 @@ def save_parts(parts: MicroParts, folder: Path, *, overwrite: bool) -> None:
     check_output(folder, overwrite=overwrite)
     pipeline = parts.pipeline
     with _replaced_folder(folder) as partial:
-        write_json(partial / "model_index.json", _model_index())
+        write_json(partial / "model_index.json", model_index())
         save_unet(UNet2DConditionModel.half(pipeline.unet), partial / "unet", layout="facelift")
         pipeline.unet.float()
         parts.text_encoder.half().save_pretrained(partial / "text_encoder")
         parts.text_encoder.float()
-        _name_as_published(partial / "text_encoder" / "model.safetensors")
+        name_as_published(partial / "text_encoder" / "model.safetensors")
         (partial / "tokenizer").mkdir()
         write_tokenizer(partial / "tokenizer")
         pipeline.vae.save_pretrained(partial / "vae")
@@ -204,14 +204,15 @@ def save_parts(parts: MicroParts, folder: Path, *, overwrite: bool) -> None:
         pipeline.feature_extractor.save_pretrained(partial / "feature_extractor")
 
 
-def _name_as_published(weights: Path) -> None:
+def name_as_published(weights: Path) -> None:
     """Newer transformers leave out the prefix that every published CLIPTextModel has, and that older ones need."""
     prefix = "text_model."
     named = {prefix + name.removeprefix(prefix): tensor for name, tensor in load_file(weights).items()}
     save_file(named, weights, metadata={"format": "pt"})
 
 
-def _model_index() -> dict[str, Any]:
+def model_index() -> dict[str, Any]:
+    """The content of model_index.json, as FaceLift has it."""
     named = {"_class_name": "StableUnCLIPImg2ImgPipeline", "_diffusers_version": diffusers.__version__}
     return named | {name: list(origin) for name, origin in _CLASSES.items()}
 

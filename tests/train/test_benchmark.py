@@ -129,7 +129,7 @@ def test_a_matrix_product_s_speed_is_of_this_planet() -> None:
         ("--repeats=0", "error: repeats: is 0; expected 1 or more"),
         ("--objects=[10, 5]", "error: objects: is [10, 5]; expected rising numbers"),
         ("--tflops=-1", "error: tflops: is -1.0; expected a positive number"),
-        ("--size=sd3", "error: size: is sd3; expected micro or sd21"),
+        ("--size=sd3", "error: size: is sd3; expected tiny or micro or medium or sd21"),
         ("--batchsize=2", "error: unknown option 'batchsize'; did you mean 'batch_size'?"),
         ("--device=cuda", "error: device: is cuda; this machine has no CUDA device"),
     ],

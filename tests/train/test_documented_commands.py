@@ -75,7 +75,7 @@ HOW: list[tuple[str, str, Sequence[str] | str]] = [
 READERS: dict[str, Callable[[list[str]], object]] = {"train.softprompt": parse, "train.compare": read_request}
 """What reads the options of a command that is only read, where that is a function of its own."""
 WORK: dict[str, Sequence[str]] = {
-    "train.benchmark": ["_measure", "_count", "_growth"],
+    "train.benchmark": ["_measure", "_count", "_growth", "_write"],
     "train.replay": ["replay"],
     "train.micro": ["build", "report"],
 }

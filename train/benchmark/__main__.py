@@ -30,8 +30,14 @@ EXIT_BAD_INPUT = 2
 class Options:
     """What is measured."""
 
-    size: Literal["micro", "sd21"] = "micro"
-    """Of the model, with random weights: the embedded one, or FaceLift's (Stable Diffusion 2.1)."""
+    size: Literal["tiny", "micro", "medium", "sd21"] = "micro"
+    """Of the model, with random weights: the embedded one, FaceLift's (Stable Diffusion 2.1), the smallest that there can be,
+    or one of a hundred million weights."""
+    write_pipeline: str | None = None
+    """Instead of measuring, write a complete pipeline folder of this size and random weights to this folder, new or empty: to
+    try on a machine what is done with FaceLift's (sd21 takes 8 GB)."""
+    picture: int | None = None
+    """With write_pipeline: side of its pictures in pixels, a multiple of 64; null: 512 for sd21, 64 for medium and micro."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -61,6 +67,8 @@ class Options:
                 raise InputError(f"{name}: is {getattr(self, name)}; expected 1 or more")
         if not self.objects or any(a >= b for a, b in pairwise([0, *self.objects])):
             raise InputError(f"objects: is {self.objects}; expected rising numbers from 1 up, e.g. '[10, 100, 1000]'")
+        if self.picture is not None and (self.picture < 1 or self.picture % 64):
+            raise InputError(f"picture: is {self.picture}; expected a multiple of 64")
         if self.tflops is not None and self.tflops <= 0:
             raise InputError(f"tflops: is {self.tflops}; expected a positive number")
 
@@ -84,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = parser.parse_args(argv).as_dict()
         count, growth = given.pop("count"), given.pop("growth")
         options = Options(**given)
+        if options.write_pipeline is not None:
+            return _write(options)
         rows = _count(options) if count else _growth(options) if growth else _measure(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -92,6 +102,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         with new_file(options.output) as partial:
             partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         print(f"written    {options.output}")
+    return 0
+
+
+def _write(options: Options) -> int:
+    from softprompt.files import refuse_taken
+    from train.benchmark.models import write_pipeline
+    from train.setup import quiet_libraries
+
+    quiet_libraries(True)
+    folder = Path(options.write_pipeline or "")
+    refuse_taken(folder)  # before anything long
+    try:
+        write_pipeline(options.size, folder, picture=options.picture)
+    except OSError as error:
+        raise InputError(f"write_pipeline: {folder}: cannot be written ({error}); likely its disk is full") from error
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"written    {folder}: a pipeline of random weights, {options.size}, {size / 1e6:.0f} MB")
     return 0
 
 

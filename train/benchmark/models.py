@@ -1,18 +1,31 @@
 """Pipelines of random weights, at the embedded model's size and at Stable Diffusion 2.1's: nothing is downloaded."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from softprompt.files import new_folder, write_json
 from softprompt.micro import MICRO_MODEL
-from softprompt.micro.parts import EMBED_WIDTH, LATENT_SIZE, UNET_CONFIG, VAE_CONFIG, facelift_schedulers
+from softprompt.micro.parts import (
+    EMBED_WIDTH,
+    LATENT_SIZE,
+    UNET_CONFIG,
+    VAE_CONFIG,
+    facelift_schedulers,
+    model_index,
+    name_as_published,
+    text_config,
+)
+from softprompt.micro.tokenizer import write_tokenizer
 from softprompt.pipeline import Pipeline
-from softprompt.unet import FACELIFT_DEFAULTS, build_unet
+from softprompt.unet import FACELIFT_DEFAULTS, build_unet, save_unet
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,8 @@ class Size:
     vae: dict[str, Any]
     vision: dict[str, Any]
     """Of the CLIP image encoder."""
+    text: dict[str, Any]
+    """Of the CLIP text encoder."""
     picture: int
     """Side in pixels that the image encoder takes."""
 
@@ -39,6 +54,7 @@ SIZES = {
             "num_attention_heads": 4,
             "patch_size": 8,
         },
+        text={"vocab_size": 512, "intermediate_size": 64, "num_hidden_layers": 1},
         picture=64,
     ),
     # The smallest there can be: to measure what is done around the models.
@@ -66,7 +82,37 @@ SIZES = {
             "num_attention_heads": 1,
             "patch_size": 8,
         },
+        text={"vocab_size": 512, "intermediate_size": 8, "num_hidden_layers": 1},
         picture=8,
+    ),
+    # A hundred million weights, with every block of the full size: to try on any machine what is done with a real model.
+    "medium": Size(
+        unet=UNET_CONFIG
+        | {
+            "block_out_channels": [96, 192, 384, 384],
+            "down_block_types": ["CrossAttnDownBlockMV2D"] * 3 + ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlockMV2D"] * 3,
+            "layers_per_block": 2,
+            "attention_head_dim": [2, 3, 6, 6],
+            "norm_num_groups": 32,
+            "projection_class_embeddings_input_dim": 512,
+        },
+        vae={
+            "block_out_channels": [32, 64, 128, 128],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "layers_per_block": 2,
+        },
+        vision={
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "projection_dim": 256,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "patch_size": 14,
+        },
+        text={"vocab_size": 8192, "intermediate_size": 1024, "num_hidden_layers": 2},
+        picture=112,
     ),
     # Stable Diffusion 2.1-unCLIP's: its UNet with 8 input channels (FaceLift's), its VAE, and CLIP ViT-H/14.
     "sd21": Size(
@@ -101,10 +147,11 @@ SIZES = {
             "patch_size": 14,
             "hidden_act": "gelu",
         },
+        text={"vocab_size": 49_408, "intermediate_size": 4096, "num_hidden_layers": 23, "hidden_act": "gelu"},
         picture=224,
     ),
 }
-DEFAULT_PICTURE = {"tiny": 8, "micro": 4 * LATENT_SIZE, "sd21": 512}
+DEFAULT_PICTURE = {"tiny": 8, "micro": 4 * LATENT_SIZE, "medium": 64, "sd21": 512}
 """Side S of the training pictures in pixels."""
 
 
@@ -134,6 +181,33 @@ def random_pipeline(
     for model in (pipeline.unet, pipeline.vae, pipeline.image_encoder, pipeline.image_normalizer):
         model.requires_grad_(False).eval()
     return pipeline
+
+
+def write_pipeline(size: str, folder: str | Path, *, picture: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+    """Write a complete pipeline folder in FaceLift's format, of random weights: to try what is done with a real one.
+
+    size, picture: as `random_pipeline`. dtype: in which the weights are stored. The tokenizer splits texts as the embedded
+    model's, and has as many tokens as the text encoder of that size.
+    Raises: InputError when the folder exists and is not empty.
+    """
+    pipeline = random_pipeline(size, device="cpu", dtype=dtype, picture=picture)
+    text = SIZES[size].text
+    with new_folder(folder) as partial:
+        (partial / "tokenizer").mkdir()
+        used = write_tokenizer(partial / "tokenizer")
+        vocabulary = json.loads((partial / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+        vocabulary |= {f"<unused_{number}>": number for number in range(used, text["vocab_size"])}
+        (partial / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        tokenizer = CLIPTokenizer.from_pretrained(partial / "tokenizer", local_files_only=True)
+        write_json(partial / "model_index.json", model_index())
+        save_unet(pipeline.unet, partial / "unet", layout="facelift")
+        for name in ("vae", "image_encoder", "image_normalizer"):
+            getattr(pipeline, name).to(dtype).save_pretrained(partial / name)
+        for name in ("image_noising_scheduler", "scheduler", "feature_extractor"):
+            getattr(pipeline, name).save_pretrained(partial / name)
+        text_encoder = CLIPTextModel(text_config(tokenizer, **text)).to(dtype)
+        text_encoder.save_pretrained(partial / "text_encoder")
+        name_as_published(partial / "text_encoder" / "model.safetensors")
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> Any:
