@@ -27,9 +27,7 @@ def decode(path: str | Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise ValueError(f"it claims {file.width} x {file.height} pixels, {MOST_PIXELS} at most are read")
-            orientation = file.getexif().get(ExifTags.Base.Orientation, 1) if file.format == "TIFF" else 1
-            if orientation > 4:
-                raise ValueError(f"its EXIF orientation is {orientation}, with which Pillow mixes the pixels of a TIFF up")
+            file.filename = ""  # Pillow would map a raw TIFF into memory, with its sides swapped where it lies on its side
             raw = _raw_mode(file)
             file.load()
             picture = _to_rgba(file, raw, path)
@@ -54,7 +52,10 @@ def _to_rgba(file: Image.Image, raw: str, path: str | Path) -> Image.Image:
         samples = np.array(file)
         return _with_alpha(samples >> 8, None if transparent is None else samples != transparent)
     if file.mode in ("F", "I") or file.mode.startswith("I;"):
-        raise ValueError(f"it has one channel of {'32-bit' if file.mode in ('F', 'I') else '16-bit'} numbers, mode {file.mode}")
+        bits = 32 if file.mode in ("F", "I") else 16
+        raise ValueError(
+            f"it has one channel of {bits}-bit numbers, and no word of which is white; save it with 8 bits a channel"
+        )
     if raw == "RGB;16B" and transparent is not None:
         high, low = (np.array(part, dtype=np.uint16) for part in (file, _low_bytes(path)))
         return _with_alpha(high, ((high << 8 | low) != np.array(transparent)).any(axis=2))
