@@ -13,6 +13,7 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import yaml
 from jsonargparse import set_parsing_settings
 
 from softprompt.errors import InputError
@@ -40,7 +41,7 @@ class Options:
 
     pictures: list[str]
     """Pictures of the object, seen as view 0, on transparency (PNG, JPEG, WebP or TIFF), or folders of them: one, several after
-    each other, a pattern in quotes ('mice/*.png'), or a list ('[a.png, b.png]')."""
+    each other (a.png b.png), a pattern in quotes ('mice/*.png'), or a list ('[a.png, b.png]')."""
     model: str = MICRO
     """FaceLift pipeline folder (pipeckpts), or `micro`."""
     unet: str | None = None
@@ -129,9 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = SampleParser(
         prog="python -m train.sample",
         description=__doc__,
-        epilog="Examples: python -m train.sample --pictures '[mouse.png]' --export runs/micro-001/export | python -m "
-        "train.sample --pictures '[mice/]' --model PIPECKPTS --export RUN/export --rows ablation | python -m train.sample "
-        "--pictures '[mouse.png]' --prompt realistic --rows path",
+        epilog="Examples: python -m train.sample --pictures mouse.png --export runs/micro-001/export | python -m train.sample "
+        "--pictures mice/ --model PIPECKPTS --export RUN/export --rows ablation | python -m train.sample --pictures a.png b.png "
+        "--prompt realistic --rows path | python -m train.sample --pictures 'mice/*.png'",
         allow_abbrev=False,
     )
     parser.add_class_arguments(Options, None)
@@ -146,17 +147,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _as_list(argv: Sequence[str]) -> list[str]:
-    """A command line in which what follows `--pictures`, as a shell leaves it, is one list as the parser reads it."""
-    words = list(argv)
-    at = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--pictures"), None)
-    if at is None:
-        return words
-    first = words[at].partition("=")[2]
-    end = next((i for i, word in enumerate(words[at + 1 :], at + 1) if word.startswith("--")), len(words))
-    given = [*([first] if first else []), *words[at + 1 : end]]
-    if len(given) == 1 and given[0].startswith("["):
-        return words
-    return [*words[:at], f"--pictures={json.dumps(given)}", *words[end:]]
+    """A command line in which what follows each `--pictures`, as a shell leaves it, is one list as the parser reads it."""
+    others: list[str] = []
+    given: list[str] = []
+    was_given = reads = False
+    for word in argv:
+        name, _, value = word.partition("=")
+        if word.startswith("--") or word == "-h":
+            reads = name == "--pictures"
+            was_given |= reads
+            if reads and value:
+                given += _listed(value)
+        elif reads:
+            given += _listed(word)
+        if not reads:
+            others.append(word)
+    return [*others, f"--pictures={json.dumps(given)}"] if was_given else others
+
+
+def _listed(word: str) -> list[str]:
+    """The pictures in a word: those of a list as YAML has it ('[a.png, b.png]'), or the word as it is."""
+    if not (word.startswith("[") and word.endswith("]")) or Path(word).exists():
+        return [word]
+    try:
+        listed = yaml.load(word, yaml.BaseLoader)
+    except yaml.YAMLError:
+        return [word]
+    return [str(one) for one in listed]
 
 
 def _sample(options: Options) -> int:
@@ -229,15 +246,15 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
 
     Raises: InputError.
     """
-    from softprompt.decode import SUFFIXES, WANTED
+    from softprompt.decode import WANTED
 
     found: list[Path] = []
     for one in map(Path, given):
         inside = [one]
         if one.is_dir():
-            inside = sorted(path for path in one.iterdir() if path.suffix.lower() in SUFFIXES)
+            inside = sorted(path for path in one.iterdir() if _is_picture(path))
         elif not one.exists() and any(sign in str(one) for sign in "*?["):
-            inside = sorted(map(Path, glob(str(one), recursive=True)))
+            inside = sorted(path for path in map(Path, glob(str(one), recursive=True)) if _is_picture(path))
         elif not one.exists():
             raise InputError(
                 f"pictures: {one}: not found{base_of(one)}; expected {WANTED}, or a folder of them; likely a typing mistake"
@@ -246,7 +263,7 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
             within = next(one.rglob("cam_000.*"), None) if one.is_dir() else None
             hint = f"; of a folder of samples, give the view that is given: {within}" if within else ""
             raise InputError(f"pictures: {one} holds no picture; expected some of objects, each seen as view 0{hint}")
-        found += inside
+        found += [path for path in inside if path not in found]  # a folder, and one in it
     names = [path.stem for path in found]
     twins = {name for name in names if names.count(name) > 1}
     # cam_000.png of two objects: the folder tells them apart.
@@ -255,6 +272,13 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
         if name in named[:index]:
             raise InputError(f"pictures: {found[index]} and {found[named.index(name)]} would both be written as {name}")
     return dict(zip(named, found, strict=True))
+
+
+def _is_picture(path: Path) -> bool:
+    """By its name; hidden files are none."""
+    from softprompt.decode import SUFFIXES
+
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:

@@ -263,13 +263,22 @@ def test_a_lora_that_is_damaged_or_of_another_model_is_refused(
         (["--pictures", "[a.png, b.JPG]"], ["a", "b"]),
         (["--pictures=[a.png, folder]"], ["a", "c", "d"]),
         (["--pictures", "with space, and [brackets].png"], ["with space, and [brackets]"]),
+        (["--pictures", "a.png", "--pictures", "b.JPG"], ["a", "b"]),
+        (["--pictures=[a.png]", "--pictures=b.JPG", "folder"], ["a", "b", "c", "d"]),
+        (["--pictures", "[a.png, b.JPG]", "folder/c.png"], ["a", "b", "c"]),
+        (["--pictures", "folder", "folder/d.webp", "a.png", "a.png"], ["c", "d", "a"]),
+        (["--pictures", "folder/*"], ["c", "d"]),
+        (["--pictures", "[on]"], ["e"]),
     ],
 )
 def test_pictures_are_given_as_a_shell_gives_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], names: list[str]
 ) -> None:
     (tmp_path / "folder").mkdir()
-    for name in ("a.png", "b.JPG", "folder/c.png", "folder/d.webp", "with space, and [brackets].png"):
+    (tmp_path / "on").mkdir()
+    (tmp_path / "folder" / "inner.png").mkdir()
+    pictures = ("a.png", "b.JPG", "folder/c.png", "folder/d.webp", "with space, and [brackets].png", "on/e.tif")
+    for name in (*pictures, "folder/._c.png", "folder/notes.txt"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     asked: list[Options] = []
@@ -277,6 +286,14 @@ def test_pictures_are_given_as_a_shell_gives_them(
     for argv in ([*given, "--steps=3"], ["--steps=3", *given]):
         assert main(argv) == 0
         assert list(find_pictures(asked[-1].pictures)) == names and asked[-1].steps == 3
+
+
+@pytest.mark.parametrize("argv", [["-h"], ["--pictures", "a.png", "-h"], ["--pictures", "a.png", "--help"]])
+def test_help_says_how_pictures_are_given(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(argv)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(a.png b.png), a pattern in quotes ('mice/*.png'), or a list ('[a.png, b.png]')" in said
 
 
 def test_a_pattern_that_finds_nothing_is_refused(tmp_path: Path) -> None:

@@ -52,6 +52,10 @@ class Options:
     """Also measure FaceLift's own way of training, which takes 16 bytes of memory a weight."""
     objectives: bool = False
     """Also measure steps with each objective that samples, decodes or looks at more than the plain loss does."""
+    only: str | None = None
+    """Measure the ways whose names hold this alone, e.g. `KL at every 4th`: their peak of memory is then theirs."""
+    kernels: bool = False
+    """Also list the ten kernels in which the last way spends most of its time."""
     compile: bool = False
     """torch.compile for the transformer blocks, in all ways but FaceLift's."""
     tflops: float | None = None
@@ -185,13 +189,15 @@ def _growth(options: Options) -> dict[str, Any]:
 
 def _measure(options: Options) -> dict[str, Any]:
     setting, accelerator, said = _start(options)
-    from train.benchmark.measure import matmul_flops, measure
-    from train.benchmark.steps import adapting_ways, facelift_way
+    from train.benchmark.measure import dearest_kernels, matmul_flops, measure
+    from train.benchmark.steps import FACELIFT, adapting_ways, facelift_way
 
     device, dtype = setting.device, setting.dtype
-    ways = adapting_ways(setting, accelerator, objectives=options.objectives)
-    if options.facelift:
-        ways.insert(0, facelift_way(setting))
+    ways = []
+    if options.facelift and (options.only is None or options.only in FACELIFT):
+        ways.append(facelift_way(setting))
+    if options.only is None or options.only not in FACELIFT:
+        ways += adapting_ways(setting, accelerator, objectives=options.objectives, only=options.only)
     found = measure(ways, device=device, repeats=options.repeats, progress=sys.stderr.isatty())
     most = matmul_flops(device, dtype)
     print(f"a matrix product reaches {most / 1e12:.3g} TFLOP/s\n")
@@ -208,7 +214,12 @@ def _measure(options: Options) -> dict[str, Any]:
     for one in found:
         print(f"{one.name:55s} " + " ".join(f"{one.phases.get(name, 0) * 1e3:10.1f}" for name in names))
     rows = [asdict(one) | {"objects_per_second": options.batch_size / one.typical} for one in found]
-    return {"options": asdict(options), "machine": said, "matmul_flops": most, "ways": rows}
+    kernels = dearest_kernels(ways[-1], device) if options.kernels else {}
+    if kernels:
+        print(f"\ndearest kernels of {ways[-1].name}, share of all")
+    for name, share in kernels.items():
+        print(f"{share:7.1%}  {name}")
+    return {"options": asdict(options), "machine": said, "matmul_flops": most, "ways": rows, "kernels": kernels}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -62,6 +63,17 @@ def measure(ways: Sequence[Way], *, device: torch.device, repeats: int, progress
             _cycle(way, device)
         one.phases = {name: seconds / CYCLE for name, seconds in phases.items()}
     return found
+
+
+def dearest_kernels(way: Way, device: torch.device, *, count: int = 10) -> dict[str, float]:
+    """The kernels in which a cycle of steps spends most of the device's time, each with its share of all."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
+        _cycle(way, device)
+        _now(device)
+    spent = {one.key: one.self_device_time_total if on_gpu else one.self_cpu_time_total for one in seen.key_averages()}
+    dearest = sorted(spent, key=lambda name: -spent[name])[:count]
+    return {name: spent[name] / sum(spent.values()) for name in dearest if spent[name] > 0}
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, *, repeats: int = 10) -> float:

@@ -11,6 +11,7 @@ from softprompt.attention import attention_sides
 from softprompt.batch import draw, make_batch, seeded
 from softprompt.cache import EncodedObjects
 from softprompt.conditioning import EncodedViews, image_embeddings
+from softprompt.errors import InputError
 from softprompt.losses import denoising_loss, snr, snr_weights
 from softprompt.model import AdaptedModel, add_lora, compile_blocks, noisy_and_target, predict
 from softprompt.objectives.rewards import REWARDS
@@ -31,6 +32,8 @@ from train.preference_options import DpoConfig
 from train.setup import Job, OriginalDomain, make_optimizer
 from train.step import training_step
 
+FACELIFT = "FaceLift: every weight, encoding live, checkpointing"
+"""The way that FaceLift's own trainer goes."""
 OBJECTS = 8
 """Random objects that all ways train on."""
 
@@ -85,9 +88,15 @@ class LiveObjects(EncodedObjects):
         return EncodedViews(mean, std, embeds[:1].expand(len(views), -1).float().cpu())
 
 
-def adapting_ways(setting: Setting, accelerator: Accelerator, *, objectives: bool = False) -> list[Way]:
+def adapting_ways(
+    setting: Setting, accelerator: Accelerator, *, objectives: bool = False, only: str | None = None
+) -> list[Way]:
     """LoRA alone, and prompt and LoRA as `python -m train.softprompt` trains them, where asked for with each objective; one
-    UNet and one LoRA serves them all."""
+    UNet and one LoRA serves them all.
+
+    only: part of the names of those that are wanted. Where none of them encodes, the encoders leave the device, as in training.
+    Raises: InputError where no way has such a name.
+    """
     pipeline = _pipeline(setting, setting.dtype)
     config = Config()
     config = replace(
@@ -139,7 +148,7 @@ def adapting_ways(setting: Setting, accelerator: Accelerator, *, objectives: boo
         "with DomainStudio on pictures",
         "with Separate-and-Enhance",
     ]
-    return [
+    ways = [
         way("LoRA, encoding live", none, learn=False, objects=live),
         way("LoRA, cached", none, learn=False),
         way("ours, no KL", none),
@@ -148,6 +157,13 @@ def adapting_ways(setting: Setting, accelerator: Accelerator, *, objectives: boo
         way("ours, KL on the original domain at every 4th", KLConfig(domain="original", every=4)),
         *(way(name, none, terms=[term]) for name, term in zip(names, added, strict=True) if objectives),
     ]
+    wanted = [one for one in ways if only is None or only in one.name]
+    if not wanted:
+        raise InputError(f"only: is {only}; expected part of the name of a way: {', '.join(one.name for one in ways)}")
+    if only is not None and not any("live" in one.name or "with" in one.name for one in wanted):
+        with pipeline.encoders_on_device():
+            pipeline.encoders_rest = True
+    return wanted
 
 
 def facelift_way(setting: Setting) -> Way:
@@ -203,7 +219,7 @@ def facelift_way(setting: Setting) -> Way:
         trainer.optimizer()
 
     phases = {name: (trainer, name) for name in ("batch", "forward", "backward", "optimizer")}
-    return Way("FaceLift: every weight, encoding live, checkpointing", step, phases)
+    return Way(FACELIFT, step, phases)
 
 
 def void(_: object) -> None:
