@@ -131,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m train.sample",
         description=__doc__,
         epilog="Examples: python -m train.sample --pictures mouse.png --export runs/micro-001/export | python -m train.sample "
-        "--pictures mice/ --model PIPECKPTS --export RUN/export --rows ablation | python -m train.sample --pictures a.png b.png "
-        "--prompt realistic --rows path | python -m train.sample --pictures 'mice/*.png'",
+        "--pictures mice/ --model PIPECKPTS --export RUN/export --rows ablation | python -m train.sample --pictures a.png "
+        "b.png --prompt realistic --rows path | python -m train.sample --pictures 'mice/*.png'",
         allow_abbrev=False,
     )
     parser.add_class_arguments(Options, None)

@@ -259,7 +259,7 @@ def test_a_lora_that_is_damaged_or_of_another_model_is_refused(
         (["--pictures", "folder/"], ["c", "d"]),
         (["--pictures", "a.png", "folder"], ["a", "c", "d"]),
         (["--pictures", "folder/*.png"], ["c"]),
-        (["--pictures", "*/*.*"], ["c", "d"]),
+        (["--pictures", "*/*.*"], ["c", "d", "e"]),
         (["--pictures", "[a.png, b.JPG]"], ["a", "b"]),
         (["--pictures=[a.png, folder]"], ["a", "c", "d"]),
         (["--pictures", "with space, and [brackets].png"], ["with space, and [brackets]"]),
