@@ -9,9 +9,10 @@ import errno
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 import torch
@@ -241,34 +242,49 @@ def beside_list(path: Path, folders: Sequence[str]) -> tuple[dict[str, str], str
     """Where the folders of a list from another machine lie on this one: by the same names beside the list.
 
     path: of the list, e.g. FaceLift's data_mvdiff_train.txt, which names its samples by absolute paths. A list is taken for one
-    of another machine where none of its absolute paths has even its parent folder here.
-    Returns: (the folder beside the list for each absolute one, what to say of it); both empty where the list is right as it is.
-    Raises: InputError where the samples might be in two places, or only some of them are there.
+    of another machine where no folder is here that it names by an absolute path.
+    Returns: (the folder beside the list for each absolute one, what to say of it); both empty where the list is right as it is,
+    or nothing that it names lies beside it.
+    Raises: InputError where a sample might be in two places, or two in one, or only some of them are there.
     """
-    absolute = [folder for folder in folders if os.path.isabs(folder)]
-    if not absolute or any(os.path.isdir(parent) for parent in {os.path.dirname(folder.rstrip("/")) for folder in absolute}):
+    names = {folder: found for folder in folders if (found := _names_below_root(folder))}
+    if not names or any(map(os.path.isdir, names)):
         return {}, ""
-    root, parts = path.absolute().parent, Path(absolute[0]).parts[1:]
-    tails = [size for size in range(1, len(parts) + 1) if os.path.isdir(root.joinpath(*parts[-size:]))]
-    if not tails:
+    root, is_folder = path.absolute().parent, cache(os.path.isdir)
+    places = {folder: _ends_below(root, parts, is_folder) for folder, parts in names.items()}
+    taken = {folder: found[0] for folder, found in places.items() if found}
+    if not taken:
         return {}, ""
-    found = {size: [root.joinpath(*Path(folder).parts[1:][-size:]) for folder in absolute] for size in tails}
-    counts = {size: sum(map(os.path.isdir, places)) for size, places in found.items()}
-    whole = [size for size in tails if counts[size] == len(absolute) and len(set(found[size])) == len(absolute)]
-    if len(whole) != 1:
-        places = " and ".join(str(found[size][0]) for size in whole or tails)
-        why = (
-            "in two places" if whole else f"{max(counts.values())} of {len(absolute)} folders, not all under names of their own"
-        )
+    first, holder = next(iter(taken)), {place: folder for folder, place in taken.items()}
+    why = ""
+    if twice := next((folder for folder in taken if len(places[folder]) > 1), None):
+        why = f"{twice} might be {' or '.join(places[twice])} beside the list"
+    elif len(taken) < len(names):
+        why = f"beside the list are {len(taken)} of its {len(names)} folders (e.g. {taken[first]})"
+    elif shared := next((folder for folder, place in taken.items() if holder[place] != folder), None):
+        why = f"{shared} and {holder[taken[shared]]} would both be {taken[shared]}"
+    if why:
         raise InputError(
-            f"{path}: names folders of another machine ({absolute[0]}), and beside the list are {why} (e.g. {places}); "
-            f"expected each of them once; likely the list is of other data, or not all were copied. Correct its paths"
+            f"{path}: none of its absolute paths is here, e.g. {next(iter(names))}, and {why}; expected each folder once; "
+            "likely the list is of other data, or not all of them were copied: correct its paths"
         )
-    moved = dict(zip(absolute, map(str, found[whole[0]]), strict=True))
-    return moved, (
-        f"{path}: its {len(absolute)} absolute paths are another machine's ({absolute[0]}); the samples beside the list are "
-        f"taken ({moved[absolute[0]]})"
+    return taken, (
+        f"{path}: its {len(names)} absolute paths are another machine's, e.g. {first}; the folders of these names beside the "
+        f"list are taken, e.g. {taken[first]}"
     )
+
+
+def _names_below_root(folder: str) -> tuple[str, ...]:
+    """Of an absolute path, of POSIX or of Windows; none of a relative one."""
+    kind = PureWindowsPath if re.match(r"[A-Za-z]:[\\/]|\\\\", folder) else PurePosixPath
+    return kind(folder).parts[1:] if kind(folder).is_absolute() else ()
+
+
+def _ends_below(root: Path, names: tuple[str, ...], is_folder: Callable[[str], bool]) -> list[str]:
+    """The folders below root that have the last of the names, or the last few."""
+    ends = [names[-size:] for size in range(1, len(names) + 1)]
+    # Nearly all fail at the first name, which most of the list's folders share: asked once.
+    return [os.path.join(root, *end) for end in ends if is_folder(os.path.join(root, end[0])) and root.joinpath(*end).is_dir()]
 
 
 def what_moved(*sources: Source) -> list[str]:

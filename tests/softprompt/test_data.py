@@ -337,15 +337,39 @@ def test_a_list_of_another_machine_keeps_the_folders_that_tell_its_samples_apart
 
 
 @pytest.mark.parametrize(
+    ("lines", "there"),
+    [
+        (["/elsewhere/a", "/elsewhere/x/b"], ["a", "x/b"]),  # folders of any depth
+        (["/disk1/a", "/disk2/b"], ["a", "b"]),  # collected from two places
+        ([r"D:\mice\a", r"D:\mice\b"], ["a", "b"]),
+        ([r"D:\mice\a", r"\\server\share\b"], ["mice/a", "b"]),
+        (["/elsewhere/a", "b"], ["a", "b"]),  # the second needs no help
+    ],
+)
+def test_folders_of_another_machine_are_found_by_their_last_names(tmp_path, lines, there):
+    for name in there:
+        write_sample(tmp_path / name)
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    source = open_source(tmp_path / "list.txt", size=16)
+    assert source.locations == [str(tmp_path / name) for name in there]
+    assert f"its {sum(line != 'b' for line in lines)} absolute paths are another machine's" in source.moved
+
+
+def test_a_list_of_folders_that_were_deleted_here_is_as_one_of_another_machine(tmp_path):
+    (tmp_path / "old").mkdir()
+    write_sample(tmp_path / "new" / "a")
+    (tmp_path / "new" / "list.txt").write_text(f"{tmp_path}/old/a\n")
+    assert open_source(tmp_path / "new" / "list.txt", size=16).locations == [str(tmp_path / "new" / "a")]
+
+
+@pytest.mark.parametrize(
     ("there", "lines", "message"),
     [
-        (["a"], ["/x/a", "/x/b"], r"beside the list are 1 of 2 folders.*likely the list is of other data, or not all were"),
-        (["a", "x/a"], ["/y/x/a"], r"beside the list are in two places \(e\.g\. .*/a and .*/x/a\)"),
-        (
-            ["mouse"],
-            ["/x/june/mouse", "/x/july/mouse"],
-            r"beside the list are 2 of 2 folders, not all under names",
-        ),
+        (["a"], ["/x/a", "/x/b"], r"e\.g\. /x/a, and beside the list are 1 of its 2 folders \(e\.g\. .*/a\); expected each"),
+        (["b"], ["/x/a", "/x/b"], r"beside the list are 1 of its 2 folders \(e\.g\. .*/b\); expected each folder once"),
+        (["a", "x/a"], ["/y/x/a"], r"/y/x/a might be .*/a or .*/x/a beside the list; expected each folder once"),
+        (["a", "b", "x/b"], ["/y/x/a", "/y/x/b"], r"/y/x/b might be .*/b or .*/x/b beside the list"),
+        (["mouse"], ["/x/june/mouse", "/x/july/mouse"], r"/x/june/mouse and /x/july/mouse would both be .*/mouse; expected"),
         (["b"], ["/x/a"], r"line 1: '/x/a' \(No such file or directory\): no such sample folder"),
     ],
 )

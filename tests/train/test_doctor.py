@@ -323,6 +323,19 @@ def test_what_is_trained_and_validated_on_is_found_by_its_pictures(colony: Path,
     ]
 
 
+def test_a_list_of_another_machine_is_read_and_said(
+    herd: Path, doctor: Doctor, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    names = sorted(path.name for path in herd.iterdir())
+    (herd / "list.txt").write_text("".join(f"/elsewhere/{name}\n" for name in names))
+    assert main([f"--data.train={herd / 'list.txt'}", f"--size={SIZE}", f"--output={tmp_path / 'doctor'}"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"WARNING    {herd / 'list.txt'}: its 12 absolute paths are another machine's") == 1
+    shutil.rmtree(herd / names[0])
+    assert main([f"--data.train={herd / 'list.txt'}", f"--size={SIZE}", f"--output={tmp_path / 'doctor'}"]) == 2
+    assert "beside the list are 11 of its 12 folders" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------- order of the views
 
 
@@ -421,6 +434,25 @@ def test_colour_that_cannot_be_seen_does_not_count(tmp_path: Path) -> None:
         found.append(look_at(tmp_path / f"{hidden}.png"))
     assert found[0] is not None and found[1] is not None and found[0].content == found[1].content
     assert found[0].share == 0.25 and found[0].centre == (0, 0) and found[0].at_border == 0
+
+
+def test_what_is_measured_is_what_training_reads(tmp_path: Path) -> None:
+    """A transparent colour of 16 bits, and a picture that its EXIF data turn."""
+    samples = np.full((64, 64), 65535, dtype=np.uint16)
+    samples[20:44, 8:32] = 20000
+    Image.fromarray(samples).save(tmp_path / "grey.png", transparency=65535)
+    grey = look_at(tmp_path / "grey.png")
+    assert grey is not None and grey.has_alpha and grey.share == 24**2 / 64**2 and grey.centre == (-12 / 64, 0)
+    assert load_picture(tmp_path / "grey.png", 64)[3].sum() == 255 * 24**2
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = Image.new("RGBA", (64, 32), (0, 0, 0, 0))
+    wide.paste((200, 100, 50, 255), (0, 0, 16, 32))
+    for name in ("turned.png", "turned.webp", "turned.tif"):
+        wide.save(tmp_path / name, exif=exif, **({"lossless": True} if name.endswith("webp") else {}))
+        turned = look_at(tmp_path / name)
+        assert turned is not None and (turned.width, turned.height) == (32, 64) and turned.centre == (0, -24 / 64)
+        assert load_picture(tmp_path / name, 64)[3, :16].sum() == 255 * 32 * 16
 
 
 def test_the_page_opens_on_a_telephone_and_on_a_desk(herd: Path, doctor: Doctor, check_page: Callable[[Path], Seen]) -> None:

@@ -522,6 +522,10 @@ def test_iterations_that_do_not_fit_the_run_are_refused(small, options, message)
             ["GOOD", {"input": "FIRST", "winner": "FIRST", "loser": "nowhere"}],
             r"line 2: 'nowhere' \(No such file or directory\): no such sample folder",
         ),
+        (
+            [{"input": "/x/half", "winner": "/x/half", "loser": "/x/whole"}],
+            r"pairs\.jsonl: none of its absolute paths is here, .*beside the list are 1 of its 2 folders",
+        ),
         (["GOOD", {"input": "FIRST", "winner": "FIRST", "loser": "half"}], r"half: cam_003\.png, .* missing"),
         (['{"input": "a", "winner": "b", "winner": "c", "loser": "d"}'], r"line 1: is no JSON \(a name is given twice\)"),
         (["not JSON"], r"line 1: is no JSON \(.*\); expected one object a line"),
@@ -543,8 +547,9 @@ def test_a_list_that_cannot_be_used_is_refused_by_its_line(tmp_path, mice, lines
         written.append(row)
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(f"{line}\n" for line in written))
-    with pytest.raises(InputError, match=rf"dpo\.pairs: .*{message}"):
+    with pytest.raises(InputError, match=rf"dpo\.pairs: .*{message}") as raised:
         read_pairs(path, size=64, num_views=6, option="dpo.pairs")
+    assert str(raised.value).count(str(path)) == 1, "the list is named once"
 
 
 @pytest.mark.parametrize(

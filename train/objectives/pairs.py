@@ -59,7 +59,8 @@ def read_pairs(path: str | Path, *, size: int, num_views: int, option: str) -> P
         samples = FolderSource(path, list(folders), locations, lines, size, num_views, moved)
         samples.check(range(len(samples)))
     except InputError as error:
-        raise InputError(f"{option}: {path}: {error}") from error
+        of_list = "" if str(error).startswith(f"{path}: ") else f"{path}: "
+        raise InputError(f"{option}: {of_list}{error}") from error
     return PairList(samples, pairs)
 
 
