@@ -45,7 +45,7 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
     moved, or when an export is not what is in memory.
     """
     config, main = job.config, job.accelerator.is_main_process
-    run = _start(job, folder, state)
+    run = start(job, folder, state)
     if main and job.skipped:
         with new_file(folder / "skipped_samples.txt") as partial:
             partial.write_text("".join(f"{one}\n" for one in job.skipped), encoding="utf-8")
@@ -121,7 +121,8 @@ def _begin_objectives(run: Run, stop: StopSignal) -> None:
         job.objectives.begin(job, run.folder, run.step, run.position, stopped=lambda: stop.number is not None)
 
 
-def _start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
+def start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
+    """A run at step 0, or where a checkpoint (`state`) left it; its folder and log are opened."""
     config, decay = job.config, job.config.train.ema_decay
     run = Run(
         job=job,

@@ -1,0 +1,139 @@
+"""Whether all of it is right and fast on this machine's GPU, in one command: `python -m train.gpu`.
+
+Each check is a process of its own with a time limit of its own; results are kept after each, as JSON and as a table.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from softprompt.errors import InputError
+from softprompt.files import refuse_taken
+from train.command_line import PlainParser, calm_environment, suggestion
+
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns: 0 where no check failed, 1 where one did, 2 bad input, 130 interrupted."""
+    calm_environment()
+    given = _parser().parse_args(argv)
+    try:
+        if given.only:
+            return _one(given)
+        return _all(given)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was checked is in {given.output}", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = PlainParser(
+        prog="python -m train.gpu",
+        description=__doc__,
+        epilog="Examples: python -m train.gpu | python -m train.gpu --size tiny --device cpu --output try",
+    )
+    parser.add_argument("--size", choices=("sd21", "tiny"), default="sd21", help="Of the model; tiny to try the checks.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu to try the checks.")
+    parser.add_argument("--output", type=Path, default=Path("gpu"), help="New folder for gpu.md and gpu.json; gpu by default.")
+    parser.add_argument("--minutes", type=float, default=9, help="Time for all of them; 9 by default.")
+    parser.add_argument("--parts", help="Some parts alone, with commas: right, main job, full size, memory, long run.")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one check, in this process
+    return parser
+
+
+def _one(given: argparse.Namespace) -> int:
+    """One check, in the process that was started for it."""
+    from train.gpu.checks import CHECKS
+    from train.gpu.results import save_rows
+    from train.gpu.setting import Setting
+
+    rows = CHECKS[given.only].run(Setting(given.size, given.device, given.output))
+    save_rows(rows, _file_of(given.output, given.only))
+    return 0
+
+
+def _all(given: argparse.Namespace) -> int:
+    import torch
+
+    from train.gpu.checks import CHECKS, PARTS
+    from train.gpu.results import MARKS, Row, read_rows, skipped, write_results
+
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device: is cuda; torch {torch.__version__} finds no CUDA device; likely a CPU build, or no driver")
+    wanted = [part.strip() for part in given.parts.split(",")] if given.parts else list(PARTS)
+    for part in wanted:
+        if part not in PARTS:
+            raise InputError(f"--parts: {part!r} is none; expected some of {', '.join(PARTS)}{suggestion(part, PARTS)}")
+    refuse_taken(given.output)
+    given.output.mkdir(parents=True, exist_ok=True)
+    card = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
+    about: dict[str, Any] = {"card": card, "torch": torch.__version__, "size": given.size, "date": time.strftime("%Y-%m-%d")}
+    rows: list[Row] = []
+    failed: set[str] = set()
+    began = time.monotonic()
+    for name, check in CHECKS.items():
+        if check.part not in wanted:
+            continue
+        left = 60 * given.minutes - (time.monotonic() - began)
+        if check.needs and (check.needs in failed or not _file_of(given.output, check.needs).is_file()):
+            new = skipped(name, f"needs {check.needs!r}, which was not done or failed")
+        elif left < check.seconds / 3:
+            new = skipped(name, f"no time was left (--minutes {given.minutes:g})")
+        else:
+            new = _in_process(name, min(check.seconds, max(left, 1)), given, read_rows)
+        new = [row if row.check else Row(**{**row.__dict__, "check": name}) for row in new]
+        rows += new
+        if any(row.outcome == "fail" for row in new):
+            failed.add(name)
+        write_results(rows, {**about, "minutes": round((time.monotonic() - began) / 60, 1)}, given.output)
+        for row in new:
+            wanted_of = f" ({row.wanted})" if row.wanted else ""
+            print(f"{name:28s} {row.name:55s} {row.found}{wanted_of} {MARKS[row.outcome]}", flush=True)
+    names = f": {', '.join(sorted(failed))}" if failed else ""
+    print(f"\nwritten    {given.output / 'gpu.md'} and .json; {len(failed)} of the checks failed{names}")
+    return EXIT_FAILED if failed else 0
+
+
+def _in_process(name: str, limit: float, given: argparse.Namespace, read_rows: Any) -> Any:
+    """A check in a process of its own, killed where it takes too long. Returns: its rows."""
+    from train.gpu.results import Row
+
+    line = [sys.executable, "-m", "train.gpu", "--only", name, "--size", given.size, "--device", given.device]
+    line += ["--output", str(given.output)]
+    began = time.monotonic()
+    log = _file_of(given.output, name).with_suffix(".log")
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code: int | None = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+                process.wait()
+    seconds = time.monotonic() - began
+    if code == 0:
+        return read_rows(_file_of(given.output, name), name, seconds)
+    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-1:]
+    why = f"took more than {limit:.0f} s" if code is None else f"exit code {code}: {''.join(said)[:300]}"
+    return [Row("the check itself", f"{why} (see {log.name})", "an end", "fail", name, seconds)]
+
+
+def _file_of(folder: Path, name: str) -> Path:
+    """Where a check leaves its rows."""
+    return folder / "checks" / ("".join(c if c.isalnum() else "-" for c in name) + ".json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

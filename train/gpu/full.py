@@ -1,0 +1,205 @@
+"""What full size costs on the device: steps, memory, whole runs. Each check is one function, and a process of its own."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from softprompt.data import write_source
+from softprompt.micro.world import MicroWorld
+from train.benchmark.__main__ import main as benchmark
+from train.benchmark.models import write_pipeline
+from train.command_line import parse
+from train.config import Config
+from train.evaluate import averaged, preview, validation_series
+from train.gpu.results import Row, is_true, judged, skipped
+from train.gpu.setting import SMALL, Setting
+from train.keep import checkpoint
+from train.loop import start
+from train.series import read_series
+from train.setup import prepare
+from train.softprompt import main as softprompt
+from train.step import training_step
+
+OURS = "KL at every 4th"
+HELD_OUT = 24
+"""Objects that a run of a few thousand samples validates on."""
+COMPILED_BATCH = 4
+
+
+def materials(setting: Setting) -> list[Row]:
+    """A pipeline folder of random weights, and samples."""
+    began = time.monotonic()
+    # float16 on the disk: half the bytes to write and read; training loads them in its own precision.
+    dtype = torch.float16 if setting.size == "sd21" else torch.float32
+    write_pipeline(setting.size, setting.model, picture=None if setting.size == "sd21" else 64, dtype=dtype)
+    write_source(MicroWorld("mice", 0, 10, size=64), setting.data)
+    size = sum(file.stat().st_size for file in setting.model.rglob("*") if file.is_file())
+    return [Row("pipeline folder written", f"{size / 1e9:.2f} GB in {time.monotonic() - began:.0f} s")]
+
+
+def main_job(setting: Setting) -> list[Row]:
+    """The main job at the micro size, from nothing to an export read back."""
+    return _main_job(setting, setting.device)
+
+
+def main_job_on_cpu(setting: Setting) -> list[Row]:
+    """The same on the CPU, whose loss the device's has to be near."""
+    if setting.device == "cpu":
+        return skipped("the device's loss against the CPU's", "there is one device")
+    rows = _main_job(setting, "cpu")
+    ends = [_last_loss(setting.folder / f"main-{device}") for device in (setting.device, "cpu")]
+    return [*rows, judged("held-out loss on the device against the CPU's, relative", abs(ends[0] / ends[1] - 1), most=0.1)]
+
+
+def _main_job(setting: Setting, device: str) -> list[Row]:
+    run = setting.folder / f"main-{device}"
+    small = SMALL | {"export.pipeline": "true", "export.report": "true"} if setting.size == "tiny" else {}
+    line = [f"--{name}={value}" for name, value in {**small, "train.device": device, "output": run}.items()]
+    began = time.monotonic()
+    argv = [sys.executable, "-m", "train.softprompt", *line]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return [is_true("the run", False, f"exit code {done.returncode}: {_last_line(done.stderr)}", "exit code 0")]
+    read_back = re.search(r"views differ by (\S+) at most.*?(?:merged pipeline (\S+))?$", done.stdout, re.MULTILINE)
+    assert read_back is not None, done.stdout
+    return [
+        Row("from nothing to the report", f"{time.monotonic() - began:.0f} s"),
+        Row("held-out loss at the end", f"{_last_loss(run):.4g}"),
+        judged("export read back, largest difference", float(read_back[1]), most=1e-4),
+    ]
+
+
+def _last_loss(run: Path) -> float:
+    return float([point["loss/validation"] for point in read_series(run) if "loss/validation" in point][-1])
+
+
+def _last_line(said: str) -> str:
+    return next((line for line in reversed(said.splitlines()) if line.strip()), "nothing was said")
+
+
+def steps(setting: Setting, batch_size: int, *, compiled: bool = False) -> list[Row]:
+    """Ways of training against each other in one process, FaceLift's own where it fits."""
+    file = setting.folder / f"steps-{batch_size}{'-compiled' if compiled else ''}.json"
+    options = [f"--size={setting.size}", f"--device={setting.device}", f"--batch_size={batch_size}", f"--output={file}"]
+    options += ["--repeats=2", f"--compile={str(compiled).lower()}", f"--facelift={str(not compiled).lower()}"]
+    if code := benchmark(options):
+        return [is_true("train.benchmark", False, f"exit code {code}", "exit code 0")]
+    found = json.loads(file.read_text(encoding="utf-8"))
+    rows = [Row("matrix product", f"{found['matmul_flops'] / 1e12:.4g} TFLOP/s")]
+    speeds: dict[str, float] = {}
+    for way in found["ways"]:
+        seconds = median(way["seconds"])
+        speeds[way["name"]] = batch_size / seconds
+        used = way["flop"] / seconds / found["matmul_flops"]
+        rows.append(Row(way["name"], f"{1e3 * seconds:.4g} ms a step, {batch_size / seconds:.3g} objects/s, {used:.0%} of it"))
+    (ours,) = (way for way in found["ways"] if way["name"].endswith(OURS) and "original" not in way["name"])
+    used = ours["flop"] / median(ours["seconds"]) / found["matmul_flops"]
+    goals = setting.size == "sd21" and setting.device == "cuda"
+    theirs = [speed for name, speed in speeds.items() if name.startswith("FaceLift")]
+    if theirs:
+        ratio = speeds[ours["name"]] / theirs[0]
+        rows.append(judged("ours, KL every 4th, against FaceLift's own step", ratio, least=3 if goals else None, unit="x"))
+    rows.append(judged("ours, KL every 4th, of the matrix product", used, least=0.45 if goals else None))
+    return rows
+
+
+def alone(setting: Setting, way: str) -> list[Row]:
+    """The peak of memory of one way, with nothing else in its process."""
+    file = setting.folder / f"alone-{re.sub('[^A-Za-z0-9]+', '-', way)}.json"
+    options = [f"--size={setting.size}", f"--device={setting.device}", f"--only={way}", "--repeats=1", f"--output={file}"]
+    if code := benchmark([*options, f"--kernels={str(way == OURS).lower()}"]):
+        return [is_true("train.benchmark", False, f"exit code {code}", "exit code 0")]
+    found = json.loads(file.read_text(encoding="utf-8"))
+    rows = []
+    for one in found["ways"]:
+        if one["peak_bytes"] is None:
+            rows.append(Row(f"{one['name']}: peak", "the CPU's allocator keeps none", "", "skip"))
+        else:
+            most = 10.0 if way == OURS and setting.size == "sd21" else None
+            rows.append(judged(f"{one['name']}: peak", one["peak_bytes"] / 1e9, most=most, unit=" GB"))
+    return rows + [Row(f"kernel: {name[:80]}", f"{share:.1%} of the time") for name, share in found["kernels"].items()]
+
+
+def profile_of_memory(setting: Setting, gigabytes: int) -> list[Row]:
+    """Four steps, a preview and an export with a profile's configuration, on a card that has no more memory than it."""
+    on_gpu = setting.device == "cuda"
+    if on_gpu:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
+    run = setting.folder / f"run-{gigabytes}gb"
+    code = softprompt([*_real_run(setting, f"facelift_mouse_{gigabytes}gb"), f"--output={run}", "--export.report=false"])
+    if code:
+        return [is_true("the run", False, f"exit code {code}", "exit code 0")]
+    exported = is_true("export", (run / "export" / "clr_embeds.pt").is_file(), "written and read back", "written and read back")
+    if not on_gpu:
+        return [exported, Row("peak", "needs a CUDA device, whose memory can be limited and measured", "", "skip")]
+    return [exported, judged("peak reserved", torch.cuda.max_memory_reserved() / 1e9, most=0.9 * gigabytes, unit=" GB")]
+
+
+def long_run(setting: Setting) -> list[Row]:
+    """Steps a second of a warm run, and what a run of 3,000 steps spends on validation, previews and checkpoints."""
+    config = parse([*_real_run(setting, "facelift_mouse"), "--train.steps=3000"]).config
+    job = prepare(config)
+    run = start(job, setting.folder / "run-long", None)
+    cuda = setting.device == "cuda"
+
+    def timed(work: Callable[[], object]) -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        began = time.monotonic()
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.monotonic() - began
+
+    for step in range(2):
+        training_step(job, step)
+    cycle = config.kl.every if setting.size == "sd21" else 1
+    step_s = timed(lambda: [training_step(job, step) for step in range(2, 2 + cycle)]) / cycle
+    with averaged(job, run.ema), torch.no_grad():
+        validation_s = timed(lambda: validation_series(job, 0.0, with_original=False)) * HELD_OUT / len(job.held_out)
+        shown = preview(job, job.adapted.prompt(0.0), None)
+        preview_s = timed(lambda: preview(job, job.adapted.prompt(0.0), shown.pretrained))
+    checkpoint_s = timed(lambda: checkpoint(run))
+    return [
+        Row("steps a second, warm, of 8 objects" if setting.size == "sd21" else "steps a second, warm", f"{1 / step_s:.3g}"),
+        *_shares(config, step_s, {"validation": validation_s, "preview": preview_s, "checkpoint": checkpoint_s}),
+    ]
+
+
+def _shares(config: Config, step_s: float, once: dict[str, float]) -> list[Row]:
+    """once: seconds of each, each time it is due."""
+    monitor, length = config.monitor, config.train.steps
+    due = {name: length // getattr(monitor, f"{'validate' if name == 'validation' else name}_every") + 1 for name in once}
+    totals = {name: due[name] * seconds for name, seconds in once.items()}
+    whole = length * step_s + sum(totals.values())
+    rows = [Row(f"a run of {length} steps", f"{whole / 60:.1f} min, of which steps {length * step_s / whole:.1%}")]
+    for name, total in totals.items():
+        rows.append(Row(f"{name}, {due[name]} times", f"{once[name]:.2f} s each, {total / whole:.1%} of the run"))
+    return rows
+
+
+def _real_run(setting: Setting, config: str) -> list[str]:
+    """Options of a short run of a configuration for real weights, on what `materials` has written."""
+    repository = Path(__file__).parents[2]
+    line = [f"--config={repository / 'configs' / f'{config}.yaml'}", f"--model={setting.model}", f"--data.train={setting.data}"]
+    options = {
+        "train.device": setting.device,
+        "train.steps": 4,
+        "train.warmup_steps": 0,
+        "data.cache": setting.folder / "cache",
+        "monitor.preview_objects": 1,
+        "monitor.preview_steps": 30 if setting.size == "sd21" else 1,
+        "monitor.validation_timesteps": 1,
+        "export.pipeline": "false",
+    }
+    if setting.size == "tiny":
+        options |= {"train.batch_size": 1, "train.accumulation": 1}
+    return [*line, *(f"--{name}={value}" for name, value in options.items())]
