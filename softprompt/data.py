@@ -20,14 +20,15 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from softprompt.decode import SUFFIXES
+from softprompt.decode import SUFFIXES, WANTED
 from softprompt.errors import InputError
 from softprompt.files import new_folder
 from softprompt.pictures import load_picture
 from softprompt.places import base_of
 
 LIST_NAME = "samples.txt"
-_PICTURE_SUFFIXES = (*SUFFIXES, ".bmp")
+_OTHER_SUFFIXES = (".bmp", ".gif", ".heic", ".avif", ".jp2", ".jxl", ".exr", ".tga")
+"""Of pictures that are not read, but named in errors."""
 
 
 class MixedError(InputError):
@@ -95,7 +96,6 @@ class FolderSource:
         for place in (folder, folder / "images"):
             if (place / picture_name(0)).is_file():  # the usual case, without a look at what else is there
                 return [place / picture_name(view) for view in range(self.num_views)]
-        for place in (folder, folder / "images"):
             if place.is_dir() and (found := views_in({file.name for file in place.iterdir()})):
                 return [place / min(found.get(view, {picture_name(view)})) for view in range(self.num_views)]
         return [folder / picture_name(view) for view in range(self.num_views)]
@@ -323,7 +323,7 @@ class _Sample:
 
     @property
     def has_views(self) -> bool:
-        return any(name.startswith("cam_") for name in self.pictures)
+        return any(name.startswith("cam_") and name.lower().endswith(SUFFIXES) for name in self.pictures)
 
 
 def _look(folder: Path) -> _Sample:
@@ -337,12 +337,16 @@ def _look(folder: Path) -> _Sample:
 def _look_into(folder: Path, pictures_folder: Path) -> _Sample:
     with os.scandir(pictures_folder) as entries:
         listing = list(entries)
-    pictures = {entry.name for entry in listing if entry.name.lower().endswith(_PICTURE_SUFFIXES) and entry.is_file()}
+    pictures = {
+        entry.name for entry in listing if entry.name.lower().endswith((*SUFFIXES, *_OTHER_SUFFIXES)) and entry.is_file()
+    }
     subfolders = sorted(entry.name for entry in listing if not entry.name.startswith(".") and entry.is_dir())
     return _Sample(folder, pictures_folder, pictures, subfolders)
 
 
-_EXPECTED_SAMPLES = f"expected sub-folders with {picture_name(0)}, {picture_name(1)}, ... (or images/{picture_name(0)}, ...)"
+_EXPECTED_SAMPLES = (
+    f"expected sub-folders with {picture_name(0)}, {picture_name(1)}, ... (or images/{picture_name(0)}, ...), each {WANTED}"
+)
 
 
 def _samples_in_folder(path: Path) -> list[str]:
@@ -358,10 +362,23 @@ def _samples_in_folder(path: Path) -> list[str]:
 
 
 def _no_samples(path: Path, subfolders: int) -> InputError:
-    pictures = sorted(_look(path).pictures)
-    found = f"{len(pictures)} pictures ({_some(pictures)})" if pictures else "no pictures"
-    cause = "pictures named otherwise" if pictures else "a level too high or too low, or data not there yet"
+    some = [path, *(path / name for name in _look_into(path, path).subfolders[:3])]
+    places = [place for folder in some for place in (folder, folder / "images") if os.access(place, os.R_OK | os.X_OK)]
+    shown = next((look for look in (_look_into(place, place) for place in places if place.is_dir()) if look.pictures), None)
+    if shown is None:
+        found, cause = "no pictures", "a level too high or too low, or data not there yet"
+    else:
+        pictures = sorted(shown.pictures)
+        where = "" if shown.folder == path else f" in {shown.folder.relative_to(path)}"
+        found, cause = f"{len(pictures)} pictures{where} ({_some(pictures)})", f"pictures {_why_not_views(pictures)}"
     return InputError(f"{path}: no samples in {subfolders} sub-folders, {found}; {_EXPECTED_SAMPLES}; likely {cause}")
+
+
+def _why_not_views(pictures: Collection[str]) -> str:
+    """What is likely the matter with pictures that are taken for no view."""
+    if all(name.lower().endswith(_OTHER_SUFFIXES) for name in pictures):
+        return "of a format that is not read"
+    return "numbered or named otherwise"
 
 
 def _read_list(path: Path) -> list[tuple[int, str]]:
@@ -409,19 +426,20 @@ def _look_up(line: str, candidates: Sequence[Path]) -> _Sample:
 def _check_pictures(samples: list[_Sample], num_views: int) -> None:
     for sample in samples:
         _refuse_mixed(sample, num_views)
-    expected = [picture_name(view) for view in range(num_views)]
     incomplete = [sample for sample in samples if not views_in(sample.pictures).keys() >= set(range(num_views))]
     if not incomplete:
         return
     first = incomplete[0]
     there = views_in(first.pictures)
+    ending = os.path.splitext(min(min(names) for names in there.values()))[1] if there else ".png"
+    expected = [Path(picture_name(view)).stem + ending for view in range(num_views)]
     missing = [name for view, name in enumerate(expected) if view not in there]
     others = sorted(first.pictures.difference(*(there.get(view, set()) for view in range(num_views))))
-    cause = f"the pictures are numbered or named otherwise ({_some(others)})" if others else "a view was not exported"
+    cause = f"the pictures are {_why_not_views(others)} ({_some(others)})" if others else "a view was not exported"
     more = f"; {len(incomplete) - 1} more samples are incomplete" if len(incomplete) > 1 else ""
     raise InputError(
         f"{first.pictures_folder}: {_some(missing)} missing, {num_views - len(missing)} of {num_views} views found; expected "
-        f"{expected[0]} to {expected[-1]}; likely {cause}{more}"
+        f"{expected[0]} to {expected[-1]}{'' if there else f', each {WANTED}'}; likely {cause}{more}"
     )
 
 

@@ -312,7 +312,44 @@ def test_one_format_in_two_spellings_is_one(tmp_path):
 
 def test_a_missing_frame_of_another_format_is_missing(tmp_path):
     write_as(tmp_path / "s", ".jpg", range(5))
-    failing_open(tmp_path / "s", r"cam_005\.png missing, 5 of 6 views found")
+    failing_open(
+        tmp_path / "s", r"cam_005\.jpg missing, 5 of 6 views found; expected cam_000\.jpg to cam_005\.jpg; likely a view"
+    )
+
+
+def test_pictures_in_the_sample_come_before_those_in_its_images_whatever_the_formats(tmp_path):
+    """What is loaded is what was looked for."""
+    write_as(tmp_path / "s", ".jpg", range(6))
+    write_sample(tmp_path / "s" / "images")
+    assert open_source(tmp_path / "s", size=16).files(0) == [tmp_path / "s" / f"cam_{view:03d}.jpg" for view in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            "view{}.jpg",
+            r"6 pictures in s \(view0\.jpg, .*\); expected sub-folders with cam_000\.png, .*, each a PNG, JPEG, WebP",
+        ),
+        ("CAM_00{}.png", r"6 pictures in s \(CAM_000\.png, .*; likely pictures numbered or named otherwise"),
+        ("cam_00{}.bmp", r"6 pictures in s \(cam_000\.bmp, .*; likely pictures of a format that is not read"),
+        ("images/cam_00{}.HEIC", r"6 pictures in s/images \(cam_000\.HEIC, .*; likely pictures of a format that is not read"),
+    ],
+)
+def test_pictures_that_are_taken_for_no_view_are_named(tmp_path, names, message):
+    (tmp_path / "s" / "images").mkdir(parents=True)
+    for view in range(6):
+        (tmp_path / "s" / names.format(view)).touch()
+    failing_open(tmp_path, "no samples in 1 sub-folders, " + message)
+
+
+def test_a_format_that_is_not_read_in_a_listed_sample_is_named(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "cam_000.bmp").touch()
+    message = (
+        r"0 of 6 views found; expected cam_000\.png to cam_005\.png, each a PNG, JPEG, WebP or TIFF; likely the pictures are"
+    )
+    failing_open(write_list(tmp_path / "list.txt", "s"), message + r" of a format that is not read \(cam_000\.bmp\)")
 
 
 # ------------------------------------------------------------------------------------------- lists from another machine
