@@ -45,7 +45,7 @@ CHECKS: dict[str, Check] = {
     "compiled, 4 objects": Check("full size", 120, partial(full.steps, batch_size=full.COMPILED_BATCH, compiled=True)),
     "FaceLift's step alone": Check("full size", 60, partial(full.alone, way="FaceLift")),
     "LoRA alone, cached": Check("full size", 60, partial(full.alone, way="LoRA, cached")),
-    "LoRA alone, live": Check("full size", 60, partial(full.alone, way="encoding live")),
+    "LoRA alone, live": Check("full size", 60, partial(full.alone, way="LoRA, encoding live")),
     "ours alone, no KL": Check("full size", 60, partial(full.alone, way="no KL")),
     "ours alone, original domain": Check("full size", 60, partial(full.alone, way="original domain")),
     "main job on the CPU": Check("main job", 240, full.main_job_on_cpu, "main job"),

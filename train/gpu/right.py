@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,13 +14,12 @@ import torch
 
 from softprompt.batch import seeded
 from softprompt.errors import RunError
-from softprompt.model import compile_blocks
 from softprompt.sampling import sample_views
 from train import setup
 from train.command_line import parse
 from train.evaluate import averaged, validation_series
 from train.gpu.results import Row, is_true, judged, skipped
-from train.gpu.setting import SMALL, Setting
+from train.gpu.setting import SMALL, Setting, compiler
 from train.loop import train
 from train.series import read_series
 from train.setup import Job, prepare
@@ -138,9 +136,7 @@ def compiled(setting: Setting) -> list[Row]:
     plain = job_for(setting)
     losses = [training_step(plain, step).denoising for step in range(STEPS)]
     began = time.monotonic()
-    # On a CPU the same graphs without the minutes that compiling them takes there.
-    backend = "inductor" if setting.device == "cuda" else "aot_eager"
-    with patch.object(setup, "compile_blocks", partial(compile_blocks, backend=backend)):
+    with patch.object(setup, "compile_blocks", compiler(setting.device)):
         job = job_for(setting, **{"train.compile": "true"})
     found = [training_step(job, step).denoising for step in range(STEPS)]
     worst = max(abs(a / b - 1) for a, b in zip(found, losses, strict=True) if a is not None and b)
