@@ -5,6 +5,7 @@ A *view prompt* is one text embedding per view. FaceLift's is `clr_embeds.pt`: a
 
 import difflib
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from softprompt.errors import InputError
+from softprompt.errors import InputError, InputWarning
 from softprompt.files import new_file, write_json
 from softprompt.pipeline import load_text_encoder
 from softprompt.places import FOREIGN_SUFFIXES, PROMPT_SUFFIXES
@@ -121,7 +122,7 @@ def encode_texts(texts: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: C
     """
     for text, ids in zip(texts, tokenizer(list(texts)).input_ids, strict=True):
         if len(ids) > NUM_TOKENS:
-            warnings.warn(f"text of {len(ids)} tokens is cut to {NUM_TOKENS}: {text!r}", stacklevel=2)
+            warnings.warn(f"text of {len(ids)} tokens is cut to {NUM_TOKENS}: {text!r}", InputWarning, stacklevel=2)
     tokens = tokenizer(list(texts), padding="max_length", max_length=NUM_TOKENS, truncation=True, return_tensors="pt").input_ids
     # Without an attention mask, as Stable Diffusion does: padding is encoded like any other token.
     return text_encoder(tokens.to(text_encoder.device))[0].float().cpu()
@@ -228,7 +229,7 @@ def load_waypoints(
     """
     prompts, encoders = [], None
     for spec in specs:
-        is_file = spec not in TEMPLATES and Path(spec).is_file()
+        is_file = spec not in TEMPLATES and os.path.isfile(spec)  # a text may be longer than a name
         if is_file or Path(spec).suffix in (*PROMPT_SUFFIXES, *FOREIGN_SUFFIXES):
             prompts.append(load_prompt(spec, num_views=num_views, width=width))
             continue

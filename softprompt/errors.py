@@ -1,4 +1,4 @@
-"""The errors that end a run with one line instead of a traceback."""
+"""What a user is told in one line: errors that end a run, and warnings."""
 
 
 class InputError(ValueError):
@@ -14,3 +14,7 @@ class RunError(RuntimeError):
 
     The message says at which step, what is left and what to change. Commands print it and exit with code 1.
     """
+
+
+class InputWarning(UserWarning):
+    """Input that can be used, but not as it was likely meant. Commands print its one line and hide what libraries warn of."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from softprompt.errors import InputError
+from softprompt.errors import InputError, InputWarning
 from softprompt.files import load_pickle, read_json
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", ("model", "pytorch_model")
@@ -27,7 +27,7 @@ _ANYWHERE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpo
 """What torch.compile, FSDP and activation checkpointing put before the name of each module that they wrap."""
 
 
-class WeightsNote(UserWarning):
+class WeightsNote(InputWarning):
     """How weights were read, where that is to be said."""
 
 

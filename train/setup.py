@@ -1,6 +1,6 @@
 """From a configuration to everything a run needs, loaded and checked."""
 
-import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from softprompt.cache import EncodedObjects, PictureCache
 from softprompt.curriculum import timestep_edges
 from softprompt.data import Source, Subset, open_source, what_moved
 from softprompt.embeddings import load_waypoints
-from softprompt.errors import InputError
+from softprompt.errors import InputError, InputWarning
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
 from softprompt.model import AdaptedModel, add_lora, compile_blocks
@@ -416,11 +416,17 @@ def _identities(source: Source) -> Sequence[str]:
 
 
 def quiet_libraries(is_main: bool) -> None:
-    """Keep progress bars and advice of the libraries out of the run's own output."""
+    """Keep the libraries' progress bars and advice out of the output; each warning of this project is one line."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    logging.captureWarnings(True)  # one line each on stderr, none of them lost
+    warnings.showwarning = _show_ours
     if not is_main:
         warnings.filterwarnings("ignore")
+
+
+def _show_ours(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """In place of `warnings.showwarning`."""
+    if issubclass(category, InputWarning):
+        print(f"WARNING    {message}", file=sys.stderr)

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_runs_that_are_killed_end_as_one_that_was_not() -> None:
     # In a process of its own: children are forked from one that has computed nothing.
     done = subprocess.run(

@@ -331,6 +331,7 @@ def test_the_last_error_of_a_log_is_found(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- acceptance
 
 
+@pytest.mark.slow
 def test_two_variants_and_two_seeds_from_nothing_to_a_report(mice, smallest_model, tmp_path, request, capsys):
     out = tmp_path / "out"
 

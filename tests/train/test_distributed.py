@@ -103,6 +103,7 @@ def options(mice: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_total_batch(three, tmp_path, capsys):
     script = tmp_path / "keep_each_prompt.py"
     script.write_text(KEEP_EACH_PROMPT)
@@ -133,6 +134,7 @@ def test_two_processes_train_as_one_with_the_same_total_batch(three, tmp_path, c
     assert [line["step"] for line in read_series(tmp_path / "2" / "run")] == [0, 1, 2, 3, 3, 4, 4]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_others_with_the_checkpoint_named(three, tmp_path):
     run = tmp_path / "run"
     argv = [*options(three), "--train.steps=500", "--train.batch_size=1", "--monitor.checkpoint_every=1", f"--output={run}"]
@@ -159,6 +161,7 @@ def test_a_process_that_is_killed_ends_the_others_with_the_checkpoint_named(thre
     assert load_checkpoint(run)["step"] >= 1
 
 
+@pytest.mark.slow
 def test_the_documented_launch_command_works(three, tmp_path):
     argv = [*options(three), "--train.batch_size=1", f"--output={tmp_path / 'run'}", "--dry-run"]
     said = launch(2, "-m", "train.softprompt", *argv)

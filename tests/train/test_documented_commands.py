@@ -60,6 +60,9 @@ HOW: list[tuple[str, str, Sequence[str] | str]] = [
     ("python -m train.report *", "run", []),
     ("python -m train.compare *", "read", []),
     ("python -m train.benchmark*", "read", []),
+    ("python -m train.gpu *", "read", []),
+    (".ci/wheels *", "elsewhere", "gathers packages from a registry; CI does not"),
+    ("tar xf *", "elsewhere", "a GPU node's"),
     ("python -m train.replay *", "read", []),
     ("python -m train.micro*", "read", []),
     ("python docs/formula.py *", "run", []),
@@ -76,6 +79,7 @@ READERS: dict[str, Callable[[list[str]], object]] = {"train.softprompt": parse, 
 """What reads the options of a command that is only read, where that is a function of its own."""
 WORK: dict[str, Sequence[str]] = {
     "train.benchmark": ["_measure", "_count", "_growth", "_write"],
+    "train.gpu": ["_all"],
     "train.replay": ["replay"],
     "train.micro": ["build", "report"],
 }
@@ -272,7 +276,19 @@ ELSEWHERE = {"--train_text_encoder_ti_frac", "--signal", "--logdir"}
 def known_options(ground: Path) -> dict[str, set[str]]:
     """By command, the options that its --help names; those of the launcher under its own name."""
     found = {"accelerate": set(launch_command_parser()._option_string_actions)}
-    for module in ("softprompt", "compare", "benchmark", "doctor", "export", "micro", "replay", "report", "runs", "sample"):
+    for module in (
+        "softprompt",
+        "compare",
+        "benchmark",
+        "doctor",
+        "export",
+        "gpu",
+        "micro",
+        "replay",
+        "report",
+        "runs",
+        "sample",
+    ):
         found[f"train.{module}"] = options_of(f"train.{module}", [])
     harness = (REPOSITORY / "tests" / "faults" / "__main__.py").read_text(encoding="utf-8")
     found["tests.faults"] = set(re.findall(r'"(--[\w-]+)"', harness))

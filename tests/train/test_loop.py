@@ -466,6 +466,7 @@ def test_a_sign_of_collapse_is_said_once_and_when_it_is_gone(small, tmp_path, mo
     assert watched == [(0, 1), (1, 1), (2, 1), (3, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_exports")
 def test_the_configuration_that_collapses_is_caught(tmp_path, capsys):
     options = [

@@ -31,6 +31,7 @@ TEXTS = {
     "frames",
     "lora.targets",
     "monitor.objectives",
+    "only",
     "prompt.angle",
     "prompt.subject",
     "step",

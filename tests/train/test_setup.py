@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -375,3 +376,15 @@ def test_a_curriculum_that_cannot_arrive_is_warned_of(
         "train.warmup_steps": 0,
     }
     assert said not in notes_of(small_config(mice, **{**options, **arrives}))
+
+
+def test_what_this_project_warns_of_is_one_line_and_what_a_library_warns_of_is_not_said(
+    mice: Path, small_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        long = "{view} " + "a mouse " * 90
+        prepare(small_config(mice, **{"prompt.waypoints": json.dumps(["facelift", long])}))
+        exec(compile("import warnings; warnings.warn('advice')", "library.py", "exec"))
+    said = capsys.readouterr().err.splitlines()
+    assert said and all(line.startswith("WARNING    text of ") and "is cut to 77" in line for line in said)

@@ -12,7 +12,7 @@ from softprompt.data import open_source
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
-COMMANDS = ("softprompt", "compare", "benchmark", "doctor", "export", "replay", "report", "runs", "sample", "prompts")
+COMMANDS = ("softprompt", "compare", "benchmark", "doctor", "export", "gpu", "replay", "report", "runs", "sample", "prompts")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -89,6 +89,7 @@ def test_the_losses_are_those_of_the_plain_path(
     assert found == pytest.approx(plain, rel=tolerance, abs=1e-7 if tolerance else 0)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses_and_are_compiled_once_each(
     mice: Path, small_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def build(folder: Path, *options: str) -> int:
     return micro.main(["--output", str(folder), *TOY, *options])
 
 
+@pytest.mark.slow
 def test_building_is_the_same_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert build(tmp_path / "straight", "--grid", str(tmp_path / "grid.png")) == 0
     assert (tmp_path / "grid.png").is_file()
