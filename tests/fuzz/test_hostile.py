@@ -279,6 +279,7 @@ def test_json_in_json_without_an_end_is_refused(tmp_path: Path) -> None:
     assert "x.json: cannot be read as JSON" in refusal(lambda: read_json(tmp_path / "x.json", what="a test"))
 
 
+@pytest.mark.slow
 def test_a_zip_that_holds_gigabytes_of_zeros_is_no_prompt(tmp_path: Path) -> None:
     file = tmp_path / "p.pt"
     file.write_bytes(saved(prompt()))

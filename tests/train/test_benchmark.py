@@ -71,6 +71,7 @@ def as_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("as_tiny")
+@pytest.mark.slow
 def test_every_way_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--repeats=1", "--device=cpu", "--rank=2", f"--output={tmp_path / 'b.json'}"]) == 0
     said = capsys.readouterr().out
@@ -102,6 +103,7 @@ def test_counting_needs_no_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing was run" in said and "least time" in said and all(way in said for way in WAYS)
 
 
+@pytest.mark.slow
 def test_a_cache_of_more_objects_opens_as_fast_and_takes_no_more_memory(tmp_path: Path) -> None:
     few, many = many_objects([10, 200], tmp_path, progress=False)
     assert (few.built, many.built) == (10, 190)
@@ -109,6 +111,7 @@ def test_a_cache_of_more_objects_opens_as_fast_and_takes_no_more_memory(tmp_path
     assert many.epoch_memory_bytes < 20e6
 
 
+@pytest.mark.slow
 def test_growth_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     few = {"batch_size": [{"batch_size": 1, "seconds": 0.1}], "views": [{"views": 2, "seconds": 0.1}]}
     monkeypatch.setattr(growth, "growing_steps", lambda *_, **__: few | {"picture": [{"picture": 64, "seconds": 0.1}]})

@@ -53,6 +53,7 @@ from tests.train.test_gpu import broken, endless, noted
 """
 
 
+@pytest.mark.slow
 def test_a_check_that_breaks_or_takes_too_long_costs_its_own_row_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

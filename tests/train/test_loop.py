@@ -97,6 +97,7 @@ def test_the_newest_checkpoints_and_that_of_the_best_validation_are_kept(small, 
 
 
 @pytest.mark.usefixtures("without_exports")
+@pytest.mark.slow
 def test_the_micro_world_as_png_folders_gives_the_same_losses(small, tmp_path):
     size, counts = PICTURE, {"train": (0, 8), "val": (10_000, 24)}
     lists = {name: write_source(MicroWorld("mice", *c, size=size), tmp_path / name) for name, c in counts.items()}

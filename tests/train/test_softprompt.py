@@ -56,6 +56,7 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 # ------------------------------------------------------------------------------------------------------- real FaceLift
 
 
+@pytest.mark.slow
 def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_folder, tmp_path, capsys):
     out = tmp_path / "run"
     options = [
@@ -100,6 +101,7 @@ def test_real_facelift_input_runs_to_the_end_and_drops_back_in(facelift, tiny_fo
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_signal_saves_exports_and_says_how_to_go_on(mice, smallest_model, tmp_path, number):
     out = tmp_path / "run"
     options = [
@@ -349,6 +351,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_it(capsys, tm
     assert "in use" not in said
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_leaves_a_run_that_can_be_resumed(capsys, mice, tmp_path, monkeypatch):
     out, write = tmp_path / "run", Path.write_bytes
 
