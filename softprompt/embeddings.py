@@ -234,7 +234,7 @@ def load_waypoints(
             prompts.append(load_prompt(spec, num_views=num_views, width=width))
             continue
         if spec not in TEMPLATES and "{" not in spec:
-            inside = next((Path(spec, name) for name in _IN_FOLDERS if Path(spec, name).is_file()), None)
+            inside = next((Path(spec, name) for name in _IN_FOLDERS if os.path.isfile(Path(spec, name))), None)
             if inside is not None:
                 raise InputError(f"{option}: {spec} is a folder; expected the prompt file in it: {inside}")
             near = difflib.get_close_matches(spec, TEMPLATES, n=1)

@@ -406,6 +406,7 @@ def test_files_alone_need_no_text_encoder(tmp_path: Path):
             {},
             r"'zzz' is no prompt file \(\.pt, \.safetensors\), no template \(facelift, .*\) and no text with \{view\}$",
         ),
+        pytest.param("a mouse " * 90, {}, r"no text with \{view\}$", id="longer than the name of a file"),
         ("a {veiw} view", {}, r"has no \{view\}"),
         ("realistic", {"num_views": 4}, r"'realistic' makes 6 views and the model has 4; give a prompt file of 4 views"),
         ("realistic", {"width": 768}, r"'realistic' encoded by .* is 1024 wide .*takes 768"),

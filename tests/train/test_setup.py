@@ -385,6 +385,6 @@ def test_what_this_project_warns_of_is_one_line_and_what_a_library_warns_of_is_n
         warnings.simplefilter("always")
         long = "{view} " + "a mouse " * 90
         prepare(small_config(mice, **{"prompt.waypoints": json.dumps(["facelift", long])}))
-        exec(compile("import warnings; warnings.warn('advice')", "library.py", "exec"))
+        warnings.warn("advice of a library", FutureWarning, stacklevel=1)
     said = capsys.readouterr().err.splitlines()
     assert said and all(line.startswith("WARNING    text of ") and "is cut to 77" in line for line in said)

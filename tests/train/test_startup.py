@@ -9,7 +9,7 @@ import pytest
 
 from softprompt.data import open_source
 
-HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft")
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "scipy", "matplotlib", "jinja2")
 
 
 COMMANDS = ("softprompt", "compare", "benchmark", "doctor", "export", "gpu", "replay", "report", "runs", "sample", "prompts")
