@@ -12,11 +12,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from softprompt.embeddings import view_names
 from softprompt.files import new_file
-from train.checkpoint import list_checkpoints, read_state
-from train.command_line import parse
-from train.series import read_series
+from softprompt.prompt.embeddings import view_names
+from train.log.series import read_series
+from train.options.command_line import parse
+from train.state.checkpoint import list_checkpoints, read_state
 
 VIEW = 2
 """right: a view whose prompt goes far."""

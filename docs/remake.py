@@ -30,8 +30,8 @@ PICTURE = re.compile(r"<!-- made: (?P<made>\S+) -->\n!\[[^\]]*\]\((?P<shown>[^)]
 
 def option_tables() -> str:
     """A table for each group of options: name, default, meaning, in the words of --help."""
-    from train.command_line import make_parser, option_kinds
-    from train.config import Config
+    from train.options.command_line import make_parser, option_kinds
+    from train.options.config import Config
 
     meanings = {action.dest: " ".join((action.help or "").split()) for action in make_parser()._actions}
     tables: dict[str, list[str]] = {}

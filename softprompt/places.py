@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from softprompt.errors import InputError
-from softprompt.templates import TEMPLATES
+from softprompt.prompt.templates import TEMPLATES
 
 PROMPT_SUFFIXES = (".pt", ".safetensors")
 """Of the prompt files that are read as they are."""

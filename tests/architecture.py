@@ -88,7 +88,9 @@ def main() -> None:
     print(f"widest folder          {width} ({folder})")
     print(f"circle of imports      {' -> '.join(ring) or 'none'}")
     print(f"longest chain          {'' if ring else f'{len(longest_chain(graph))}: ' + ' -> '.join(longest_chain(graph))}")
-    print(f"functions              median {statistics.median(lengths):g} lines, p90 {statistics.quantiles(lengths, n=10)[-1]:g}")
+    print(
+        f"functions              median {statistics.median(lengths):g} lines, p90 {statistics.quantiles(lengths, n=10)[-1]:g}"
+    )
     print(f"longest file           {max((len(f.read_text().splitlines()), n) for n, f in modules(*PACKAGES).items())}")
     print(f"words of documentation {words_of_docs():,}")
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from train.checkpoint import load_checkpoint
-from train.config import Config
 from train.loop import train
-from train.run import Run
+from train.options.config import Config
 from train.setup import Job, prepare
-from train.stop import StopSignal
+from train.state.checkpoint import load_checkpoint
+from train.state.run import Run
+from train.state.stop import StopSignal
 
 
 def run_to_end(config: Config, folder: Path, *, resume: bool = False, stop: StopSignal | None = None) -> Run:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from train.command_line import FREE_ON_RESUME
+from train.options.command_line import FREE_ON_RESUME
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 import softprompt
-from train.config import Config
-from train.monitor import GROUPS
+from train.log.logger import GROUPS
+from train.options.config import Config
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

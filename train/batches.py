@@ -7,10 +7,10 @@ from functools import lru_cache
 
 import torch
 
-from softprompt.batch import Batch, draw, make_batch, seeded
-from softprompt.cache import EncodedObjects
-from softprompt.pipeline import Pipeline
-from train.config import Config
+from softprompt.data.batch import Batch, draw, make_batch, seeded
+from softprompt.data.cache import EncodedObjects
+from softprompt.model.pipeline import Pipeline
+from train.options.config import Config
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,21 @@ from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from softprompt.curriculum import learning_rate_factor
 from softprompt.errors import RunError
 from softprompt.files import new_file, remove_partial
-from train import keep, observe
-from train.checkpoint import list_checkpoints, restore, set_aside_newer
-from train.config import Config, option_values, to_yaml
-from train.incidents import write_incident
-from train.monitor import Monitor
-from train.pacing import Pace, after_step
-from train.run import Run
+from softprompt.prompt.curriculum import learning_rate_factor
+from train.evaluation import evaluator as observe
+from train.evaluation.diagnostics import is_spike
+from train.log.logger import Monitor
+from train.options.config import Config, option_values, to_yaml
 from train.setup import Job
+from train.state import artifacts as keep
+from train.state.checkpoint import list_checkpoints, restore, set_aside_newer
+from train.state.incidents import write_incident
+from train.state.pacing import Pace, after_step
+from train.state.run import Run
+from train.state.stop import StopSignal
 from train.step import StepResult, training_step
-from train.stop import StopSignal
-from train.watch import is_spike
 
 SMOOTHING = 0.98
 """Share of the training loss's running mean that a step leaves in place."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import InputError
-from train.command_line import PlainParser, calm_environment
+from train.options.command_line import PlainParser, calm_environment
 
 if TYPE_CHECKING:
-    from train.config import Config
+    from train.options.config import Config
 
 EXIT_BAD_INPUT = 2
 EXIT_NOT_FINITE = 1
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def replay(folder: Path, options: Sequence[str]) -> int:
     """See `main`. Raises: InputError."""
-    from train.command_line import parse
-    from train.incidents import read_incident
+    from train.options.command_line import parse
+    from train.state.incidents import read_incident
 
     folder = folder.resolve()
     incident = read_incident(folder)
@@ -83,10 +83,10 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
     from diffusers.training_utils import EMAModel
 
     from train.batches import Batches, Wanted, kl_domains
-    from train.checkpoint import DamagedError, Parts, read_state, restore
     from train.loop import make_schedule
     from train.objectives.terms import Scene
     from train.setup import make_accelerator, prepare
+    from train.state.checkpoint import DamagedError, Parts, read_state, restore
     from train.step import losses, other_objectives
 
     job = prepare(config, make_accelerator(config), resumed=True)

@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 
 from softprompt.errors import InputError
 from softprompt.places import base_of
-from train.command_line import PlainParser
-from train.series import FILE, is_evaluation, read_series
+from train.log.series import FILE, is_evaluation, read_series
+from train.options.command_line import PlainParser
 
 EXIT_BAD_INPUT = 2
 LOCK = ".lock"

@@ -19,14 +19,14 @@ from jsonargparse import set_parsing_settings
 from softprompt.errors import InputError
 from softprompt.files import new_folder, read_json, refuse_taken
 from softprompt.places import base_of
-from train.command_line import Parser, calm_environment
-from train.options import MICRO
+from train.options.command_line import Parser, calm_environment
+from train.options.groups import MICRO
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softprompt.pipeline import Pipeline
-    from softprompt.sampling import Annealed
+    from softprompt.model.pipeline import Pipeline
+    from softprompt.model.sampling import Annealed
 
 EXIT_BAD_INPUT = 2
 STRENGTHS = (0.0, 0.5, 1.0)
@@ -180,9 +180,9 @@ def _sample(options: Options) -> int:
     import torch
     from tqdm import tqdm
 
+    from softprompt.data.pictures import BACKGROUNDS, composite, load_picture
     from softprompt.micro import MICRO_MODEL
-    from softprompt.pictures import BACKGROUNDS, composite, load_picture
-    from softprompt.pipeline import load_pipeline
+    from softprompt.model.pipeline import load_pipeline
     from train.export.read import open_lora
     from train.setup import DTYPES, choose_precision, quiet_libraries
 
@@ -246,7 +246,7 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
 
     Raises: InputError.
     """
-    from softprompt.decode import WANTED
+    from softprompt.data.decode import WANTED
 
     found: list[Path] = []
     for one in map(Path, given):
@@ -276,7 +276,7 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
 
 def _is_picture(path: Path) -> bool:
     """By its name; hidden files are none."""
-    from softprompt.decode import SUFFIXES
+    from softprompt.data.decode import SUFFIXES
 
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
@@ -285,8 +285,8 @@ def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:
     """The rows that are asked for. Raises: InputError for a prompt that does not fit the model."""
     import torch
 
-    from softprompt.embeddings import load_prompt, load_waypoints
-    from softprompt.sampling import RISES, Annealed
+    from softprompt.model.sampling import RISES, Annealed
+    from softprompt.prompt.embeddings import load_prompt, load_waypoints
     from train.export.read import exported_prompt
 
     views, width = pipeline.num_views, pipeline.prompt_width
@@ -322,8 +322,8 @@ def _rows(options: Options, start: "Tensor", learned: "Tensor") -> list[Case]:
     """start, learned: [V, T, D]."""
     import torch
 
-    from softprompt.path import point_on_path
-    from softprompt.sampling import RISES, Annealed
+    from softprompt.model.sampling import RISES, Annealed
+    from softprompt.prompt.path import point_on_path
 
     path = torch.stack([start, learned])
     given = learned if options.prompt_strength == 1 else start + options.prompt_strength * (learned - start)
@@ -354,8 +354,8 @@ def _rows(options: Options, start: "Tensor", learned: "Tensor") -> list[Case]:
 
 def sample(pipeline: "Pipeline", case: Case, picture: "Tensor", options: Options) -> "Tensor":
     """[V, 3, S, S] in [0, 1] of one picture, [3, S, S] in [0, 1]."""
-    from softprompt.model import adapters_off
-    from softprompt.sampling import sample_views
+    from softprompt.model.adapted import adapters_off
+    from softprompt.model.sampling import sample_views
     from train.export.write import has_lora
 
     if has_lora(pipeline) and case.lora != 0:
@@ -378,9 +378,9 @@ def _write(folder: Path, name: str, given: "Tensor", cases: Sequence[Case], rows
     from einops import rearrange
     from PIL import Image
 
-    from softprompt.data import picture_name
-    from softprompt.embeddings import view_names
-    from train.monitor import preview_grid
+    from softprompt.data.samples import picture_name
+    from softprompt.prompt.embeddings import view_names
+    from train.log.logger import preview_grid
 
     views = next(row for case, row in zip(cases, rows, strict=True) if case.shown)
     pixels = rearrange((views.clamp(0, 1) * 255).round().byte().cpu(), "v c h w -> v h w c").numpy()

@@ -12,27 +12,27 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
-from softprompt.cache import EncodedObjects, PictureCache
-from softprompt.curriculum import timestep_edges
-from softprompt.data import Source, Subset, open_source, what_moved
-from softprompt.embeddings import load_waypoints
+from softprompt.data.cache import EncodedObjects, PictureCache
+from softprompt.data.samples import Source, Subset, open_source, what_moved
+from softprompt.data.shards import key_of
 from softprompt.errors import InputError, InputWarning
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
-from softprompt.model import AdaptedModel, add_lora, compile_blocks
-from softprompt.path import match_tokens
-from softprompt.pipeline import Pipeline, load_pipeline
-from softprompt.prompt import SoftPrompt
-from softprompt.shards import key_of
-from softprompt.weights import noted
+from softprompt.model.adapted import AdaptedModel, add_lora, compile_blocks
+from softprompt.model.pipeline import Pipeline, load_pipeline
+from softprompt.model.weights import noted
+from softprompt.prompt.curriculum import timestep_edges
+from softprompt.prompt.embeddings import load_waypoints
+from softprompt.prompt.path import match_tokens
+from softprompt.prompt.soft_prompt import SoftPrompt
 from train.batches import Batches
-from train.config import Config
 from train.export.read import start_from
-from train.objective_options import OBJECTIVES
 from train.objectives.make import make_objectives
 from train.objectives.terms import Objectives
-from train.options import MICRO
-from train.pacing import Pace, least_steps, position_of
+from train.options.config import Config
+from train.options.groups import MICRO
+from train.options.objectives import OBJECTIVES
+from train.state.pacing import Pace, least_steps, position_of
 
 MICRO_TRAIN_OBJECTS = 40
 FIRST_HELD_OUT = 10_000

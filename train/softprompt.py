@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import InputError, RunError
-from train.command_line import Request, calm_environment, parse
-from train.config import to_yaml
+from train.log.series import OUTCOMES, read_series
+from train.options.command_line import Request, calm_environment, parse
+from train.options.config import to_yaml
 from train.runs import ERROR, LOCK
-from train.series import OUTCOMES, read_series
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from filelock import FileLock
 
-    from train.run import Run
     from train.setup import Job
+    from train.state.run import Run
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -48,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(request: Request) -> int:
     import torch
 
-    from train.checkpoint import list_checkpoints, load_checkpoint
     from train.export.write import check_free_space
     from train.loop import train
     from train.setup import make_accelerator, prepare
-    from train.stop import StopSignal
+    from train.state.checkpoint import list_checkpoints, load_checkpoint
+    from train.state.stop import StopSignal
 
     config = request.config
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is something to save
@@ -154,7 +154,7 @@ def _refuse_lost_checkpoints(folder: Path, checkpoint_every: int) -> None:
 
 
 def _kept(folder: Path) -> str:
-    from train.checkpoint import list_checkpoints
+    from train.state.checkpoint import list_checkpoints
 
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
@@ -243,7 +243,7 @@ def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
 
 def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None", request: Request) -> str:
     """What is about to happen, in a few lines."""
-    from softprompt.embeddings import mean_pairwise_cosine
+    from softprompt.prompt.embeddings import mean_pairwise_cosine
 
     config, prompt = job.config, job.adapted.prompt
     counts = {name: sum(p.numel() for p in group.values()) for name, group in job.adapted.trainable().items()}
@@ -287,7 +287,7 @@ def _dry_run(job: "Job", folder: Path) -> int:
     """Two steps, the second one timed, and a preview; says what the run will need."""
     import torch
 
-    from train.evaluate import preview
+    from train.evaluation.evaluate import preview
     from train.step import training_step
 
     seconds = 0.0
@@ -357,9 +357,9 @@ def _outcome(run: "Run", signal_number: int | None) -> str:
 
 def _improvement(run: "Run") -> list[str]:
     """Before and after, of what was evaluated at both ends."""
-    from softprompt.embeddings import mean_pairwise_cosine
-    from train.evaluate import averaged
-    from train.pacing import unfinished
+    from softprompt.prompt.embeddings import mean_pairwise_cosine
+    from train.evaluation.evaluate import averaged
+    from train.state.pacing import unfinished
 
     first, last = run.first or {}, run.last or {}
     lines = []

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from softprompt.batch import Batch, seed_of
-from softprompt.losses import denoising_loss, kl_to_reference, kl_weights, separation_hinge, snr, snr_weights
+from softprompt.data.batch import Batch, seed_of
+from softprompt.objectives.losses import denoising_loss, kl_to_reference, kl_weights, separation_hinge, snr, snr_weights
 from train.batches import kl_domains
-from train.config import Config
 from train.objectives.terms import Scene, Term, view_weights
-from train.pacing import Pace, lowest_timestep_of, position_of
+from train.options.config import Config
 from train.setup import Job
+from train.state.pacing import Pace, lowest_timestep_of, position_of
 
 KL_TIMESTEP_GROUPS = 4
 """Into so many equal ranges of timesteps the KL is split in the log."""

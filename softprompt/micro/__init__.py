@@ -6,4 +6,4 @@
 from pathlib import Path
 
 MICRO_MODEL = Path(__file__).parent / "pipeckpts"
-"""The packaged pipeline folder, for `softprompt.pipeline.load_pipeline`."""
+"""The packaged pipeline folder, for `softprompt.model.pipeline.load_pipeline`."""

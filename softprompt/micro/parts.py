@@ -25,8 +25,8 @@ from transformers import (
 from softprompt.errors import InputError
 from softprompt.files import new_folder, write_json
 from softprompt.micro.tokenizer import END, START, write_tokenizer
-from softprompt.pipeline import Pipeline
-from softprompt.unet import FACELIFT_DEFAULTS, build_unet, save_unet
+from softprompt.model.pipeline import Pipeline
+from softprompt.model.unet import FACELIFT_DEFAULTS, build_unet, save_unet
 
 PICTURE_SIZE, LATENT_SIZE, EMBED_WIDTH, PROMPT_WIDTH = 64, 16, 64, 1024
 

@@ -12,15 +12,15 @@ from diffusers import AutoencoderKL
 from einops import rearrange, repeat
 from torch import Tensor
 
-from softprompt.batch import Draw, draw, make_batch, seeded
-from softprompt.conditioning import EncodedViews, encode_views
-from softprompt.data import Source
+from softprompt.data.batch import Draw, draw, make_batch, seeded
+from softprompt.data.pictures import BACKGROUNDS, composite, pick_background
+from softprompt.data.samples import Source
 from softprompt.micro.parts import MicroParts
 from softprompt.micro.world import MicroWorld
-from softprompt.model import noisy_and_target
-from softprompt.pictures import BACKGROUNDS, composite, pick_background
-from softprompt.pipeline import Pipeline
-from softprompt.templates import view_texts
+from softprompt.model.adapted import noisy_and_target
+from softprompt.model.conditioning import EncodedViews, encode_views
+from softprompt.model.pipeline import Pipeline
+from softprompt.prompt.templates import view_texts
 
 DROP_RATE = 0.05
 """r of `keep_conditions`, FaceLift's."""

@@ -18,7 +18,7 @@ from softprompt.errors import InputError
 from softprompt.micro.shapes import SHAPES, Array, Dice, Fur, Shape
 
 AZIMUTHS = (0.0, 45.0, 90.0, 180.0, 270.0, 315.0)
-"""Degrees from the front, counter-clockwise seen from above; the order of softprompt.templates.VIEWS."""
+"""Degrees from the front, counter-clockwise seen from above; the order of softprompt.prompt.templates.VIEWS."""
 
 SUPERSAMPLING = 3
 """Rays per pixel along each side."""
@@ -46,7 +46,7 @@ DOMAINS = {
 
 
 class MicroWorld:
-    """A source (see softprompt.data) of procedural objects.
+    """A source (see softprompt.data.samples) of procedural objects.
 
     domain: a key of DOMAINS. Objects are those of the seeds first_seed ... first_seed + count - 1, and nothing else
     decides what they look like. size: side S of the pictures in pixels.

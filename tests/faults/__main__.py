@@ -18,10 +18,10 @@ def main() -> int:
     given = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[2]))
     os.environ["OMP_NUM_THREADS"] = "1"  # a process that has started threads cannot be forked from
-    from train.command_line import calm_environment
+    from train.options.command_line import calm_environment
 
     calm_environment()
-    from softprompt.data import write_source
+    from softprompt.data.samples import write_source
     from softprompt.micro.world import MicroWorld
     from tests.faults.harness import differences, import_everything, killed_run, whole_run
     from tests.models import write_smallest_model

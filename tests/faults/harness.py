@@ -233,7 +233,7 @@ def _tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _checkpoint(run: Path) -> dict[str, Any]:
-    from train.checkpoint import load_checkpoint
+    from train.state.checkpoint import load_checkpoint
 
     state = load_checkpoint(run)
     return {name: _plain(value) for name, value in state.items()}

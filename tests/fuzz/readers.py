@@ -17,17 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from softprompt.data import open_source, picture_name
-from softprompt.embeddings import check_prompt, load_prompt, save_prompt
+from softprompt.data.fingerprints import Fingerprints
+from softprompt.data.pictures import load_picture
+from softprompt.data.samples import open_source, picture_name
+from softprompt.data.shards import ShardStore, key_of
 from softprompt.errors import InputError
-from softprompt.fingerprints import Fingerprints
 from softprompt.micro import MICRO_MODEL
-from softprompt.model import AdaptedModel, add_lora
-from softprompt.pictures import load_picture
-from softprompt.pipeline import load_pipeline, load_text_encoder
-from softprompt.prompt import SoftPrompt
-from softprompt.shards import ShardStore, key_of
-from softprompt.weights import read_weights
+from softprompt.model.adapted import AdaptedModel, add_lora
+from softprompt.model.pipeline import load_pipeline, load_text_encoder
+from softprompt.model.weights import read_weights
+from softprompt.prompt.embeddings import check_prompt, load_prompt, save_prompt
+from softprompt.prompt.soft_prompt import SoftPrompt
 from tests.fuzz.mutations import (
     BYTES,
     JSON,
@@ -42,7 +42,12 @@ from tests.fuzz.mutations import (
     replace_a_word,
     splice,
 )
-from train.checkpoint import (
+from train.compare.__main__ import read_request
+from train.export.read import LORA_WEIGHTS, start_from
+from train.log.series import FILE, read_series
+from train.options.command_line import parse, read_yaml
+from train.options.config import Config, to_yaml
+from train.state.checkpoint import (
     _PROGRESS,
     MANIFEST,
     STATE,
@@ -55,11 +60,6 @@ from train.checkpoint import (
     verify,
     write_state,
 )
-from train.command_line import parse, read_yaml
-from train.compare.__main__ import read_request
-from train.config import Config, to_yaml
-from train.export.read import LORA_WEIGHTS, start_from
-from train.series import FILE, read_series
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -21,23 +21,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from softprompt.data import open_source, picture_name, write_source
-from softprompt.embeddings import load_prompt
+from softprompt.data.fingerprints import Fingerprints
+from softprompt.data.pictures import load_picture
+from softprompt.data.samples import open_source, picture_name, write_source
+from softprompt.data.shards import ShardStore, key_of
 from softprompt.errors import InputError
 from softprompt.files import read_json, remove_folder, remove_partial
-from softprompt.fingerprints import Fingerprints
 from softprompt.micro import MICRO_MODEL
-from softprompt.pictures import load_picture
-from softprompt.pipeline import load_pipeline, load_text_encoder
-from softprompt.shards import ShardStore, key_of
-from softprompt.unet import load_unet
+from softprompt.model.pipeline import load_pipeline, load_text_encoder
+from softprompt.model.unet import load_unet
+from softprompt.prompt.embeddings import load_prompt
 from tests.fuzz.mutations import png_chunk, time_limit
 from tests.fuzz.readers import PROGRESS, loras, make_checkpoint, make_samples, prompt, saved
-from train.checkpoint import MANIFEST, STATE, DamagedError, _digest, _write_manifest, load_checkpoint, read_state, verify
-from train.command_line import parse
 from train.compare.__main__ import read_request
 from train.export.read import LORA_WEIGHTS
-from train.series import FILE, read_series
+from train.log.series import FILE, read_series
+from train.options.command_line import parse
+from train.state.checkpoint import MANIFEST, STATE, DamagedError, _digest, _write_manifest, load_checkpoint, read_state, verify
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -289,7 +289,7 @@ def test_a_zip_that_holds_gigabytes_of_zeros_is_no_prompt(tmp_path: Path) -> Non
         for name, content in parts.items():
             bomb.writestr(name, bytes(2**26) if name.endswith("data/0") else content)
     code = (
-        "import resource, sys; from softprompt.embeddings import load_prompt; from softprompt.errors import InputError\n"
+        "import resource, sys; from softprompt.prompt.embeddings import load_prompt; from softprompt.errors import InputError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: load_prompt(sys.argv[1])\nexcept InputError as error: assert str(error).isprintable()\n"
         "else: sys.exit('taken')\n"

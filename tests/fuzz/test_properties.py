@@ -15,19 +15,19 @@ from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softprompt.curriculum import learning_rate_factor, position_at
-from softprompt.data import _unique_names
-from softprompt.embeddings import load_prompt, save_prompt
+from softprompt.data.samples import _unique_names
+from softprompt.data.shards import ShardStore, key_of
 from softprompt.errors import InputError
-from softprompt.path import point_on_path
-from softprompt.prompt import SoftPrompt
-from softprompt.shards import ShardStore, key_of
+from softprompt.prompt.curriculum import learning_rate_factor, position_at
+from softprompt.prompt.embeddings import load_prompt, save_prompt
+from softprompt.prompt.path import point_on_path
+from softprompt.prompt.soft_prompt import SoftPrompt
 from tests.fuzz.mutations import YAML_WORDS, time_limit
 from tests.fuzz.readers import prompt
 from train.batches import object_at
-from train.checkpoint import STATE, _digest, _write_manifest, verify
-from train.command_line import option_kinds, parse
-from train.config import Config, to_yaml
+from train.options.command_line import option_kinds, parse
+from train.options.config import Config, to_yaml
+from train.state.checkpoint import STATE, _digest, _write_manifest, verify
 
 settings.register_profile("fuzz", deadline=None, derandomize=True, max_examples=100, phases=[Phase.explicit, Phase.generate])
 settings.load_profile("fuzz")

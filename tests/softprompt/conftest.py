@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from softprompt.micro import MICRO_MODEL
-from softprompt.pipeline import Pipeline, load_pipeline
-from softprompt.unet import load_unet
+from softprompt.model.pipeline import Pipeline, load_pipeline
+from softprompt.model.unet import load_unet
 
 
 @pytest.fixture(scope="session")

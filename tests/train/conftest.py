@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from softprompt.data import write_source
+from softprompt.data.samples import write_source
 from softprompt.micro.world import MicroWorld
 from tests.browser import MISSING, PROGRAM, Browser, Seen, check
 from tests.models import write_smallest_model
-from train.command_line import parse
-from train.config import Config
-from train.stop import StopSignal
+from train.options.command_line import parse
+from train.options.config import Config
+from train.state.stop import StopSignal
 
 SMALL = {
     "train.batch_size": "1",

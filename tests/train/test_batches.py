@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from softprompt.batch import Batch
+from softprompt.data.batch import Batch
 from train.batches import Batches, Wanted, kl_domains, object_at
-from train.config import Config
-from train.options import KLConfig
+from train.options.config import Config
+from train.options.groups import KLConfig
 from train.setup import Job, prepare
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from softprompt.data import write_source
+from softprompt.data.samples import write_source
 from softprompt.micro.world import MicroWorld
 from tests.models import write_smallest_model
-from train.checkpoint import load_checkpoint
-from train.series import read_series
+from train.log.series import read_series
 from train.softprompt import main
+from train.state.checkpoint import load_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]

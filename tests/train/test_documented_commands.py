@@ -21,12 +21,12 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 
-from softprompt.data import write_source
-from softprompt.embeddings import load_waypoints, save_prompt
+from softprompt.data.samples import write_source
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
-from train.command_line import option_kinds, parse
+from softprompt.prompt.embeddings import load_waypoints, save_prompt
 from train.compare.__main__ import read_request
+from train.options.command_line import option_kinds, parse
 from train.prompts.__main__ import COMMANDS as PROMPTS
 
 REPOSITORY = Path(__file__).parents[2]

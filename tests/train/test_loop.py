@@ -12,25 +12,27 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softprompt.batch import seeded
-from softprompt.data import write_source
+from softprompt.data.batch import seeded
+from softprompt.data.samples import write_source
 from softprompt.errors import InputError, RunError
 from softprompt.micro.world import MicroWorld
-from softprompt.model import AdaptedModel
-from softprompt.path import point_on_path
+from softprompt.model.adapted import AdaptedModel
+from softprompt.prompt.path import point_on_path
 from tests.models import PICTURE
 from tests.runs import run_to_end, series
-from train import keep, loop, observe
+from train import loop
 from train.batches import object_at
-from train.checkpoint import list_checkpoints
-from train.command_line import parse
-from train.config import Config
+from train.evaluation import evaluator as observe
 from train.export import write
 from train.loop import train
-from train.pacing import Pace, position_of
+from train.options.command_line import parse
+from train.options.config import Config
 from train.setup import Job, prepare
+from train.state import artifacts as keep
+from train.state.checkpoint import list_checkpoints
+from train.state.pacing import Pace, position_of
+from train.state.stop import StopSignal
 from train.step import training_step
-from train.stop import StopSignal
 
 REPOSITORY = Path(__file__).parents[2]
 

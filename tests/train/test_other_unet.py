@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
-from softprompt.pipeline import load_pipeline
-from softprompt.unet import load_unet
-from train.config import Config
+from softprompt.model.pipeline import load_pipeline
+from softprompt.model.unet import load_unet
 from train.export.__main__ import main as export
 from train.export.read import refuse_another_unet
 from train.loop import train
+from train.options.config import Config
 from train.sample import main as sample
 from train.setup import prepare
 from train.softprompt import main
-from train.stop import StopSignal
+from train.state.stop import StopSignal
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.data import write_source
-from softprompt.embeddings import load_prompt, load_waypoints, save_prompt
+from softprompt.data.samples import write_source
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
-from softprompt.pipeline import load_pipeline, load_text_encoder
+from softprompt.model.pipeline import load_pipeline, load_text_encoder
+from softprompt.prompt.embeddings import load_prompt, load_waypoints, save_prompt
 from tests.train.test_documented_commands import SHORT, call, commands
 from train.benchmark.__main__ import main as benchmark
 from train.benchmark.models import SIZES

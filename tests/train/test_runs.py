@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from train.config import Config, to_yaml
+from train.options.config import Config, to_yaml
 from train.runs import look, main, table
 
 EVALUATIONS = [{"step": 0, "loss/validation": 0.4, "views/psnr": 12.5}, {"step": 100, "loss/validation": 0.1}]

@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from softprompt.embeddings import load_prompt
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
-from softprompt.pipeline import load_pipeline
-from softprompt.sampling import RISES
+from softprompt.model.pipeline import load_pipeline
+from softprompt.model.sampling import RISES
+from softprompt.prompt.embeddings import load_prompt
 from tests.pictures import ONE_LEVEL, levels_apart, pixels
-from train.config import Config
 from train.export.read import LORA_WEIGHTS
 from train.loop import train
+from train.options.config import Config
 from train.sample import Options, find_pictures, main, make_cases
 from train.setup import prepare
-from train.stop import StopSignal
+from train.state.stop import StopSignal
 
 
 @pytest.fixture(scope="module")

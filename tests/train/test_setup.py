@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from softprompt.cache import EncodedObjects
-from softprompt.data import write_source
+from softprompt.data.cache import EncodedObjects
+from softprompt.data.samples import write_source
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
 from train import setup
-from train.config import Config
+from train.options.config import Config
 from train.setup import prepare
 from train.softprompt import next_run_folder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.data import open_source
+from softprompt.data.samples import open_source
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "scipy", "matplotlib", "jinja2")
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt.losses import separation_ratios
+from softprompt.objectives.losses import separation_ratios
 from train import step as step_module
 from train.batches import Wanted
-from train.config import Config
 from train.objectives.terms import Scene
-from train.pacing import Pace
+from train.options.config import Config
 from train.setup import Job, prepare
+from train.state.pacing import Pace
 from train.step import KL_TIMESTEP_GROUPS, losses, training_step
 
 

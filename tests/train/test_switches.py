@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from softprompt import model
+from softprompt.model import adapted as model
 from train import setup
-from train.config import Config
+from train.options.config import Config
 from train.setup import Job, prepare
 from train.step import training_step
 

@@ -16,7 +16,7 @@ from jsonargparse import set_parsing_settings
 
 from softprompt.errors import InputError
 from softprompt.files import new_file
-from train.command_line import Parser, calm_environment
+from train.options.command_line import Parser, calm_environment
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

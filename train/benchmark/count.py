@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from softprompt.model import AdaptedModel, add_lora
-from softprompt.prompt import SoftPrompt
+from softprompt.model.adapted import AdaptedModel, add_lora
+from softprompt.prompt.soft_prompt import SoftPrompt
 from train.benchmark.models import random_pipeline
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from softprompt.batch import seeded
-from softprompt.cache import EncodedObjects, PictureCache
-from softprompt.data import open_source, picture_name
+from softprompt.data.batch import seeded
+from softprompt.data.cache import EncodedObjects, PictureCache
+from softprompt.data.samples import open_source, picture_name
 from softprompt.files import new_file
-from softprompt.pipeline import Pipeline
+from softprompt.model.pipeline import Pipeline
 from train.benchmark.measure import measure
 from train.benchmark.models import DEFAULT_PICTURE, random_pipeline
 from train.benchmark.steps import Setting, adapting_ways

@@ -24,8 +24,8 @@ from softprompt.micro.parts import (
     text_config,
 )
 from softprompt.micro.tokenizer import write_tokenizer
-from softprompt.pipeline import Pipeline
-from softprompt.unet import FACELIFT_DEFAULTS, build_unet, save_unet
+from softprompt.model.pipeline import Pipeline
+from softprompt.model.unet import FACELIFT_DEFAULTS, build_unet, save_unet
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> Any:
 
 
 class NoisePictures:
-    """A source (see softprompt.data) of opaque random pictures: as dear to encode and train on as any."""
+    """A source (see softprompt.data.samples) of opaque random pictures: as dear to encode and train on as any."""
 
     locations: tuple[str, ...] = ()
 

@@ -7,28 +7,28 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from softprompt.attention import attention_sides
-from softprompt.batch import draw, make_batch, seeded
-from softprompt.cache import EncodedObjects
-from softprompt.conditioning import EncodedViews, image_embeddings
+from softprompt.data.batch import draw, make_batch, seeded
+from softprompt.data.cache import EncodedObjects
+from softprompt.data.pictures import composite
 from softprompt.errors import InputError
-from softprompt.losses import denoising_loss, snr, snr_weights
-from softprompt.model import AdaptedModel, add_lora, compile_blocks, noisy_and_target, predict
+from softprompt.model.adapted import AdaptedModel, add_lora, compile_blocks, noisy_and_target, predict
+from softprompt.model.attention import attention_sides
+from softprompt.model.conditioning import EncodedViews, image_embeddings
+from softprompt.model.pipeline import Pipeline
+from softprompt.objectives.losses import denoising_loss, snr, snr_weights
 from softprompt.objectives.rewards import REWARDS
-from softprompt.pictures import composite
-from softprompt.pipeline import Pipeline
-from softprompt.prompt import SoftPrompt
+from softprompt.prompt.soft_prompt import SoftPrompt
 from train.batches import Batches
 from train.benchmark.models import NoisePictures, random_pipeline
-from train.config import Config
-from train.objective_options import DraftConfig, SeparateConfig, StudioConfig
 from train.objectives.dpo import OwnDpo
 from train.objectives.draft import Draft
 from train.objectives.separate import Separate
 from train.objectives.studio import Studio
 from train.objectives.terms import Objectives, Term
-from train.options import KLConfig
-from train.preference_options import DpoConfig
+from train.options.config import Config
+from train.options.groups import KLConfig
+from train.options.objectives import DraftConfig, SeparateConfig, StudioConfig
+from train.options.preferences import DpoConfig
 from train.setup import Job, OriginalDomain, make_optimizer
 from train.step import training_step
 

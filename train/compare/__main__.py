@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from softprompt.errors import InputError
 from softprompt.files import new_file
-from train.command_line import Parser, suggestion
 from train.compare.plan import Comparison, Plan, PlannedRun, comparison_yaml, differences, make_plan, parse_quietly, read_file
 from train.compare.results import is_finished, read_run
 from train.compare.runner import Children, Outcome, ProcessRunner, Runner, has_checkpoint, run_all
-from train.paths import expand_given
+from train.options.command_line import Parser, suggestion
+from train.options.paths import expand_given
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from train.compare.results import Curve, RunResult, Summary
-from train.figures import COLOURS, INK, blank, cut_strips, make_logarithmic, to_svg
+from train.report.charts import COLOURS, INK, blank, cut_strips, make_logarithmic, to_svg
 
 BASELINE = "#808080"
 STYLES = ("-", "--", ":", "-.")

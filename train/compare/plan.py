@@ -13,9 +13,9 @@ import yaml
 
 from softprompt.errors import InputError
 from softprompt.places import base_of
-from softprompt.templates import TEMPLATES, view_texts
-from train.command_line import option_kinds, parse, read_yaml, suggestion
-from train.config import Config, option_values
+from softprompt.prompt.templates import TEMPLATES, view_texts
+from train.options.command_line import option_kinds, parse, read_yaml, suggestion
+from train.options.config import Config, option_values
 
 SET_BY_COMPARISON = ("train.seed", "output")
 """Options that no variant may set."""
@@ -224,7 +224,7 @@ def _resolve(comparison: Comparison, variant: str) -> Config:
 
 
 def parse_quietly(argv: Sequence[str], where: str) -> Config:
-    """What train.command_line.parse reads; whatever it would print becomes an InputError that begins with `where`."""
+    """What train.options.command_line.parse reads; whatever it would print becomes an InputError that begins with `where`."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

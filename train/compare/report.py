@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.files import new_file
-from train import page
 from train.compare.pictures import changes_figure, curves_figure, look, strips
 from train.compare.plan import Comparison, Plan, comparison_yaml, flat_options, own_files
 from train.compare.results import RunResult, Summary, summarise
@@ -24,7 +23,8 @@ from train.compare.tables import (
     summary_rows,
     views_table,
 )
-from train.figures import LARGEST_TILE, data_uri
+from train.report import template as page
+from train.report.charts import LARGEST_TILE, data_uri
 
 
 def write_report(

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, Literal
 
-from train.series import is_evaluation, read_series
+from train.log.series import is_evaluation, read_series
 
 FEWEST_SEEDS = 3
 """For an interval to say anything."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from softprompt.files import new_file, remove_partial
 from train.compare.plan import PlannedRun
-from train.config import to_yaml
+from train.options.config import to_yaml
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def has_checkpoint(run: PlannedRun) -> bool:
     """Whether a run can be gone on with."""
     if not (run.folder / "checkpoints").is_dir():
         return False
-    from train.checkpoint import list_checkpoints
+    from train.state.checkpoint import list_checkpoints
 
     return bool(list_checkpoints(run.folder))
 

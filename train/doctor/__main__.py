@@ -15,7 +15,7 @@ from jsonargparse import set_parsing_settings
 
 from softprompt.errors import InputError
 from softprompt.files import read_json
-from train.command_line import Parser
+from train.options.command_line import Parser
 
 EXIT_WOULD_NOT_RUN = 1
 EXIT_BAD_INPUT = 2

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from softprompt.data import FolderSource, MixedError, open_source, views_in, what_moved
+from softprompt.data.pictures import load_picture
+from softprompt.data.samples import FolderSource, MixedError, open_source, views_in, what_moved
 from softprompt.errors import InputError
-from softprompt.pictures import load_picture
 from train.doctor.kinds import LEAST_SHARE, Sample
 from train.doctor.look import Picture, look_at_all
 

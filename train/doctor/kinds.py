@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from softprompt.templates import VIEWS
+from softprompt.prompt.templates import VIEWS
 from train.doctor.look import Picture
 
 LEAST_SHARE = 1e-3

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from softprompt.decode import FORMATS, decode
+from softprompt.data.decode import FORMATS, decode
 
 SMALL = 16
 """Side of the picture that is kept of each: enough to tell views apart, 1 KB."""

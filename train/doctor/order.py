@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from softprompt.templates import VIEWS
+from softprompt.prompt.templates import VIEWS
 from train.doctor.kinds import Finding, Sample
 
 Array = NDArray[np.floating]

@@ -13,12 +13,12 @@ from typing import Any
 
 from PIL import Image
 
-from softprompt.decode import decode
+from softprompt.data.decode import decode
 from softprompt.files import new_file, write_json
 from train.doctor.findings import ViewNumbers
 from train.doctor.kinds import KINDS, Finding, Sample, view_names
 from train.doctor.look import Files
-from train.page import render
+from train.report.template import render
 
 MADE_BY = "softprompt train.doctor"
 """Marks the JSON file, and with it a folder, as ours."""

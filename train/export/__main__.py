@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from softprompt.errors import InputError, RunError
 from softprompt.files import refuse_taken
 from softprompt.places import base_of
-from train.command_line import PlainParser, calm_environment
+from train.options.command_line import PlainParser, calm_environment
 
 if TYPE_CHECKING:
     from train.export.source import Source
@@ -181,9 +181,9 @@ def _write(source: "Source", given: argparse.Namespace) -> list[str]:
     import torch
     from tqdm import tqdm
 
-    from softprompt.embeddings import load_prompt
     from softprompt.files import new_folder
     from softprompt.micro.world import MicroWorld
+    from softprompt.prompt.embeddings import load_prompt
     from train.export.card import write_card
     from train.export.lora import FORMATS, verify_lora
     from train.export.write import (

@@ -16,12 +16,12 @@ from jinja2 import Environment, StrictUndefined
 from softprompt import __version__
 from softprompt.errors import RunError
 from softprompt.files import new_file
-from train.config import Config, option_values
 from train.export.lora import FORMATS
 from train.export.source import Source
 from train.export.write import has_lora
-from train.options import MICRO
-from train.series import OUTCOMES, is_evaluation, read_series
+from train.log.series import OUTCOMES, is_evaluation, read_series
+from train.options.config import Config, option_values
+from train.options.groups import MICRO
 
 TEMPLATE = "card.md.jinja"
 PICTURE = "views.png"

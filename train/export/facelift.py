@@ -13,7 +13,7 @@ from pathlib import Path
 
 from softprompt.errors import InputError, RunError
 from softprompt.files import new_folder, read_json, remove_folder
-from train.options import MICRO
+from train.options.groups import MICRO
 
 FACELIFT_PROMPT = "mvdiffusion/data/fixed_prompt_embeds_6view/clr_embeds.pt"
 """Where FaceLift's training and inference look for the prompt; the path is written into its code."""
@@ -118,7 +118,7 @@ def into_facelift(export: Path) -> str:
 
 def _check(facelift: Path, export: Path, wanted: Mapping[str, Path]) -> list[str]:
     """Look whether an export can be put in. Returns: what to mind, in lines. Raises: InputError."""
-    from softprompt.embeddings import load_prompt  # torch, which --undo should not wait for
+    from softprompt.prompt.embeddings import load_prompt  # torch, which --undo should not wait for
 
     prompt, warnings = load_prompt(wanted[FACELIFT_PROMPT]), []
     model, theirs = read_json(export / "clr_embeds.json", what="what a run says of its prompt").get("model"), None

@@ -10,20 +10,20 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from softprompt.embeddings import load_prompt
 from softprompt.errors import InputError
 from softprompt.files import read_json
 from softprompt.micro import MICRO_MODEL
-from softprompt.model import AdaptedModel, add_lora
-from softprompt.pipeline import Pipeline, load_pipeline
-from softprompt.prompt import SoftPrompt
-from train.checkpoint import DamagedError, checkpoint_folder, list_checkpoints, read_state, restore_trained, verify
-from train.command_line import parse
-from train.config import Config
+from softprompt.model.adapted import AdaptedModel, add_lora
+from softprompt.model.pipeline import Pipeline, load_pipeline
+from softprompt.prompt.embeddings import load_prompt
+from softprompt.prompt.soft_prompt import SoftPrompt
 from train.export.read import exported_prompt, open_lora, refuse_another_unet, start_from
 from train.export.write import describe
-from train.options import MICRO, ExportConfig
-from train.pacing import Pace, position_of
+from train.options.command_line import parse
+from train.options.config import Config
+from train.options.groups import MICRO, ExportConfig
+from train.state.checkpoint import DamagedError, checkpoint_folder, list_checkpoints, read_state, restore_trained, verify
+from train.state.pacing import Pace, position_of
 
 _DESCRIBED: dict[str, type | tuple[type, ...]] = {
     "origin": str,

@@ -12,16 +12,16 @@ from diffusers import StableDiffusionPipeline
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from softprompt.embeddings import load_prompt, save_prompt
 from softprompt.errors import InputError, RunError
 from softprompt.files import new_folder
-from softprompt.pipeline import Pipeline, save_pipeline
-from softprompt.sampling import sample_views
-from softprompt.templates import view_texts
-from softprompt.unet import load_unet, place
-from train.config import Config
+from softprompt.model.pipeline import Pipeline, save_pipeline
+from softprompt.model.sampling import sample_views
+from softprompt.model.unet import load_unet, place
+from softprompt.prompt.embeddings import load_prompt, save_prompt
+from softprompt.prompt.templates import view_texts
 from train.export.read import with_lora_of
-from train.options import MICRO
+from train.options.config import Config
+from train.options.groups import MICRO
 
 BASE_LICENCE = "the terms of its weights hold for this file too (FaceLift's: Adobe Research License)"
 

@@ -12,21 +12,21 @@ from unittest.mock import patch
 
 import torch
 
-from softprompt.data import write_source
+from softprompt.data.samples import write_source
 from softprompt.micro.world import MicroWorld
 from train.benchmark import steps as benchmarked
 from train.benchmark.__main__ import main as benchmark
 from train.benchmark.models import write_pipeline
-from train.command_line import parse
-from train.config import Config
-from train.evaluate import averaged, preview, validation_series
+from train.evaluation.evaluate import averaged, preview, validation_series
 from train.gpu.results import Row, is_true, judged, skipped
 from train.gpu.setting import SMALL, Setting, compiler
-from train.keep import checkpoint
+from train.log.series import read_series
 from train.loop import start
-from train.series import read_series
+from train.options.command_line import parse
+from train.options.config import Config
 from train.setup import prepare
 from train.softprompt import main as softprompt
+from train.state.artifacts import checkpoint
 from train.step import training_step
 
 OURS = "KL at every 4th"

@@ -12,19 +12,19 @@ from unittest.mock import patch
 
 import torch
 
-from softprompt.batch import seeded
+from softprompt.data.batch import seeded
 from softprompt.errors import RunError
-from softprompt.sampling import sample_views
+from softprompt.model.sampling import sample_views
 from train import setup
-from train.command_line import parse
-from train.evaluate import averaged, validation_series
+from train.evaluation.evaluate import averaged, validation_series
 from train.gpu.results import Row, is_true, judged, skipped
 from train.gpu.setting import SMALL, Setting, compiler
+from train.log.series import read_series
 from train.loop import train
-from train.series import read_series
+from train.options.command_line import parse
 from train.setup import Job, prepare
+from train.state.stop import StopSignal
 from train.step import training_step
-from train.stop import StopSignal
 
 TOLERANCES = {"fp32": (2e-3, 5e-3), "bf16": (0.03, 0.03), "fp16": (0.01, 0.01)}
 """By precision: the largest relative difference of a loss, and the largest mean difference of a picture in [0, 1], from

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from softprompt.model import compile_blocks
+from softprompt.model.adapted import compile_blocks
 
 SMALL = {
     "train.batch_size": "1",

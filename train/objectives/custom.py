@@ -13,7 +13,7 @@ from train.objectives.held_out import measure_on_held_out
 from train.objectives.terms import Scene, Term
 
 if TYPE_CHECKING:
-    from train.evaluate import Preview
+    from train.evaluation.evaluate import Preview
     from train.setup import Job
 
 

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softprompt.cache import EncodedObjects, PictureCache
-from softprompt.data import what_moved
+from softprompt.data.cache import EncodedObjects, PictureCache
+from softprompt.data.samples import what_moved
+from softprompt.data.shards import key_of
 from softprompt.errors import InputError, RunError
+from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.preference import open_pairs, ranked_pairs, stage_at, stages_by_rank, stages_by_reward
 from softprompt.objectives.rewards import Reward
-from softprompt.pipeline import Pipeline
-from softprompt.shards import key_of
-from train.config import Config
 from train.objectives.own_samples import OwnSamples, Snapshot, rate
 from train.objectives.pairs import ListedPair, Told, doubtful, gaps_of, read_pairs
 from train.objectives.preferences import Contest, HeldOut, Predict, PreferenceTerm, sampled
 from train.objectives.rewards import load_reward
 from train.objectives.terms import Scene
-from train.preference_options import OWN, DpoConfig
+from train.options.config import Config
+from train.options.preferences import OWN, DpoConfig
 
 if TYPE_CHECKING:
     from train.setup import Job

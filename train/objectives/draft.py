@@ -9,18 +9,18 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from softprompt.batch import Batch, seeded
+from softprompt.data.batch import Batch, seeded
 from softprompt.errors import InputError, RunError
+from softprompt.model.sampling import decode_with_gradient, with_guidance
 from softprompt.objectives import draft as formulas
 from softprompt.objectives.rewards import NEED_BACKGROUND, REWARDS, Reward
 from softprompt.objectives.statistics import LEAST, has_background, statistics_of_truth
-from softprompt.sampling import decode_with_gradient, with_guidance
-from train.objective_options import DraftConfig
 from train.objectives.guard import Guard
 from train.objectives.terms import Scene, Term
+from train.options.objectives import DraftConfig
 
 if TYPE_CHECKING:
-    from train.evaluate import Preview
+    from train.evaluation.evaluate import Preview
     from train.setup import Job
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from softprompt.batch import draw, make_batch, seeded, spread_timesteps
+from softprompt.data.batch import draw, make_batch, seeded, spread_timesteps
 from train.objectives.terms import Scene, Term
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """From a configuration to the objectives of its run."""
 
-from softprompt.pipeline import Pipeline
-from train.config import Config
+from softprompt.model.pipeline import Pipeline
 from train.objectives.custom import Custom
 from train.objectives.dpo import make_dpo
 from train.objectives.draft import Draft
@@ -11,6 +10,7 @@ from train.objectives.separate import make_separate
 from train.objectives.spin import Spin
 from train.objectives.studio import make_studio
 from train.objectives.terms import Objectives, Term
+from train.options.config import Config
 
 
 def make_objectives(config: Config, pipeline: Pipeline) -> Objectives:

@@ -1,7 +1,7 @@
 """Sets of views that the model made itself, kept in the run's folder: of the model as it was at one step.
 
 Each set is drawn alone, from noise of its own: what is made again after a kill is the same, and so is what another number of
-processes makes. A set is kept under all that decides it (softprompt.shards), so none of another model can be taken for it.
+processes makes. A set is kept under all that decides it (softprompt.data.shards), so none of another model can be taken for it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from softprompt.batch import seed_of, seeded
-from softprompt.cache import EncodedObjects
-from softprompt.conditioning import EncodedViews
-from softprompt.data import rotate_views, view_order
+from softprompt.data.batch import seed_of, seeded
+from softprompt.data.cache import EncodedObjects
+from softprompt.data.samples import rotate_views, view_order
+from softprompt.data.shards import ShardStore, key_of
 from softprompt.errors import InputError, RunError
-from softprompt.model import AdaptedModel, predict
+from softprompt.model.adapted import AdaptedModel, predict
+from softprompt.model.conditioning import EncodedViews
+from softprompt.model.sampling import decode_latents, sample_latents
 from softprompt.objectives.rewards import Reward
-from softprompt.sampling import decode_latents, sample_latents
-from softprompt.shards import ShardStore, key_of
 
 if TYPE_CHECKING:
     from train.setup import Job

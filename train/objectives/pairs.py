@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.data import FolderSource, beside_list
+from softprompt.data.samples import FolderSource, beside_list
 from softprompt.errors import InputError
 from softprompt.places import base_of
 
@@ -42,7 +42,7 @@ def read_pairs(path: str | Path, *, size: int, num_views: int, option: str) -> P
     """Read a list of ranked pairs, and look whether every picture is there; none is decoded.
 
     path: JSON Lines (.jsonl), one object a line, or a table (.csv) with a line of names: `input`, `winner` and `loser`, each a
-    sample folder in a layout of softprompt.data, relative to the list's folder or else to the working directory; and `gap`, a
+    sample folder (see softprompt.data.samples), relative to the list's folder or else to the working directory; and `gap`, a
     positive number or absent. size: side in pixels of what the samples load. option: named in errors.
     Raises: InputError naming the line.
     """

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from softprompt.batch import Batch, Draw, draw, make_batch, seeded, spread_timesteps
-from softprompt.conditioning import EncodedViews
-from softprompt.data import view_order
+from softprompt.data.batch import Batch, Draw, draw, make_batch, seeded, spread_timesteps
+from softprompt.data.samples import view_order
 from softprompt.errors import RunError
-from softprompt.model import noisy_and_target
+from softprompt.model.adapted import noisy_and_target
+from softprompt.model.conditioning import EncodedViews
+from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.preference import dpo_loss, item_errors, preference, prefers_winner, share_won
 from softprompt.objectives.rewards import Reward
-from softprompt.pipeline import Pipeline
-from train.config import Config
 from train.objectives.own_samples import OwnSamples, Sampling, Snapshot
 from train.objectives.terms import Scene, Term, view_weights
-from train.preference_options import DpoConfig, SpinConfig
+from train.options.config import Config
+from train.options.preferences import DpoConfig, SpinConfig
 
 if TYPE_CHECKING:
-    from train.evaluate import Preview
+    from train.evaluation.evaluate import Preview
     from train.setup import Job
 
 Side = tuple[Tensor, Tensor]

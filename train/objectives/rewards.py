@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from softprompt.errors import InputError
+from softprompt.model.pipeline import Pipeline, load_frozen
 from softprompt.objectives.rewards import REWARDS, Reward, clip_similarity
-from softprompt.pipeline import Pipeline, load_frozen
 from softprompt.places import no_folder
 from train.objectives.functions import call, load_function
 

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from softprompt.attention import AttentionMaps, attention_sides, watch_attention
 from softprompt.errors import InputError
+from softprompt.model.attention import AttentionMaps, attention_sides, watch_attention
+from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.separate import absence, overlap
-from softprompt.path import point_on_path
-from softprompt.pipeline import Pipeline
-from softprompt.prompt import SoftPrompt
-from softprompt.tokens import view_and_other_words
-from train.objective_options import SeparateConfig
+from softprompt.prompt.path import point_on_path
+from softprompt.prompt.soft_prompt import SoftPrompt
+from softprompt.prompt.tokens import view_and_other_words
 from train.objectives.held_out import measure_on_held_out
 from train.objectives.terms import Scene, Term
+from train.options.objectives import SeparateConfig
 
 if TYPE_CHECKING:
-    from train.evaluate import Preview
+    from train.evaluation.evaluate import Preview
     from train.setup import Job
 
 

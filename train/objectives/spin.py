@@ -8,14 +8,14 @@ import torch
 
 from softprompt.files import remove_folder
 from softprompt.objectives.rewards import REWARDS
-from train.config import Config
 from train.objectives.own_samples import OwnSamples, Snapshot, predict_as
 from train.objectives.preferences import Contest, HeldOut, Predict, PreferenceTerm, sampled
 from train.objectives.terms import Scene
-from train.preference_options import SpinConfig
+from train.options.config import Config
+from train.options.preferences import SpinConfig
 
 if TYPE_CHECKING:
-    from softprompt.conditioning import EncodedViews
+    from softprompt.model.conditioning import EncodedViews
     from train.setup import Job
 
 

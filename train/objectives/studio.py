@@ -9,15 +9,15 @@ from einops import rearrange
 from torch import Tensor
 
 from softprompt.errors import InputError
+from softprompt.model.pipeline import Pipeline
+from softprompt.model.sampling import decode_with_gradient
 from softprompt.objectives.domain_studio import detail_loss, high_frequency, pair_loss
-from softprompt.pipeline import Pipeline
-from softprompt.sampling import decode_with_gradient
-from train.objective_options import StudioConfig
 from train.objectives.held_out import measure_on_held_out
 from train.objectives.terms import Scene, Term
+from train.options.objectives import StudioConfig
 
 if TYPE_CHECKING:
-    from train.evaluate import Preview
+    from train.evaluation.evaluate import Preview
     from train.setup import Job
 
 

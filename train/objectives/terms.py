@@ -1,6 +1,6 @@
 """What an objective is to the trainer: a term of the loss, given the scene of a step.
 
-To add one: a group of options with a `weight` in train.objective_options (its name in OBJECTIVES) and in train.config, pure
+To add one: a group of options with a `weight` in train.options.objectives (its name in OBJECTIVES) and train.options.config, pure
 functions in softprompt.objectives, a subclass of `Term` in train.objectives, and a line in train.objectives.make. The contract:
 
 - A term's gradient is that of weight * the sum of what `losses` yields, divided by the batches of a step; it is called for each
@@ -9,7 +9,7 @@ functions in softprompt.objectives, a subclass of `Term` in train.objectives, an
   one. True: it runs the model itself (`scene.job.adapted`, never `scene.job.model`). It has its turn before the plain loss, and
   each scalar it yields goes back at once, so that one part of a large loss is in memory at a time. What must be in place for
   that, such as the encoders on the device, is held by a `with` around the `yield`.
-- All randomness comes from `softprompt.batch.seeded(seed, NAME, step, place, ...)`, places being those of the objects in the
+- All randomness comes from `seeded(seed, NAME, step, place, ...)` of softprompt.data.batch, places being those of the objects in the
   global batch (`scene.places`), so that a resumed step, or one shared out otherwise, is the same.
 - What it needs of its own it looks at in `open`, once the run is prepared. What it needs of the model as it is before a step it
   makes in `begin`, in the run's folder: called before the step is evaluated and taken, while `begins` says so.
@@ -30,13 +30,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from softprompt.batch import Batch
-from softprompt.model import noisy_and_target
+from softprompt.data.batch import Batch
+from softprompt.model.adapted import noisy_and_target
 from softprompt.objectives.convert import clean_latents
 from train.batches import Wanted
 
 if TYPE_CHECKING:
-    from train.evaluate import Preview
+    from train.evaluation.evaluate import Preview
     from train.setup import Job
 
 

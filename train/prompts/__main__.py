@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from softprompt.errors import InputError
 from softprompt.places import FOREIGN_SUFFIXES, PROMPT_SUFFIXES
-from softprompt.templates import TEMPLATES, VIEWS
-from train.command_line import PlainParser
+from softprompt.prompt.templates import TEMPLATES, VIEWS
+from train.options.command_line import PlainParser
 
 if TYPE_CHECKING:
     from train.prompts.report import Phrases
@@ -98,7 +98,7 @@ def show_parser() -> CommandParser:
 
 def _phrases(given: argparse.Namespace) -> "Phrases":
     """Encoded by --model. Raises: InputError."""
-    from softprompt.embeddings import encode_texts
+    from softprompt.prompt.embeddings import encode_texts
     from train.prompts.report import Phrases
     from train.prompts.sources import open_encoder, read_phrases
 
@@ -138,7 +138,7 @@ def check_parser() -> CommandParser:
 def check(given: argparse.Namespace, command: str) -> int:
     """Compare a file with what a model takes. Raises: InputError with the cause when it would not work."""
     del command
-    from softprompt.embeddings import load_prompt
+    from softprompt.prompt.embeddings import load_prompt
     from train.prompts.sources import TOY, has_toy_encoder, model_folder, model_takes, open_file
 
     folder = model_folder(given.model)
@@ -157,7 +157,7 @@ def check(given: argparse.Namespace, command: str) -> int:
 
 def _whose_start(source: "Source", model: str) -> str:
     """Whether a prompt begins as all that a model's own text encoder makes do, in words."""
-    from softprompt.embeddings import encode_texts
+    from softprompt.prompt.embeddings import encode_texts
     from train.prompts.make import SAME
     from train.prompts.measure import start_distance
     from train.prompts.sources import open_encoder
@@ -281,7 +281,7 @@ def mix(given: argparse.Namespace, command: str) -> int:
     del command
     import torch
 
-    from softprompt.path import point_on_path
+    from softprompt.prompt.path import point_on_path
     from train.prompts.measure import ANOTHER_ENCODER, start_distance
     from train.prompts.writing import refuse_output, write
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from softprompt.errors import InputError
-from softprompt.templates import VIEWS
+from softprompt.prompt.templates import VIEWS
 from train.prompts.sources import TOY, Encoder, Source, fill_in
 
 SAME = 0.01

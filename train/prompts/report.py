@@ -12,8 +12,7 @@ from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.files import new_file
-from softprompt.tokens import words_before_padding
-from train.page import render
+from softprompt.prompt.tokens import words_before_padding
 from train.prompts.measure import (
     ANOTHER_ENCODER,
     Drift,
@@ -25,6 +24,7 @@ from train.prompts.measure import (
     start_distance,
 )
 from train.prompts.sources import TOY, Source
+from train.report.template import render
 
 MADE_BY = "softprompt train.prompts"
 """Marks a page as ours."""

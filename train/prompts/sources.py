@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.utils import logging
 
-from softprompt.embeddings import check_prompt, encode_texts, refuse_foreign, view_names
 from softprompt.errors import InputError
 from softprompt.files import read_json
 from softprompt.micro import MICRO_MODEL
-from softprompt.pipeline import load_text_encoder
+from softprompt.model.pipeline import load_text_encoder
 from softprompt.places import PROMPT_SUFFIXES, base_of
-from softprompt.prompt_files import read_prompt_file
-from softprompt.templates import TEMPLATES, VIEWS, Template
-from train.command_line import suggestion
+from softprompt.prompt.embeddings import check_prompt, encode_texts, refuse_foreign, view_names
+from softprompt.prompt.prompt_files import read_prompt_file
+from softprompt.prompt.templates import TEMPLATES, VIEWS, Template
+from train.options.command_line import suggestion
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from softprompt.embeddings import closest_pair, save_prompt
 from softprompt.errors import InputError
+from softprompt.prompt.embeddings import closest_pair, save_prompt
 from train.prompts.sources import SUFFIXES, described
 
 KINDS = {".pt": "float16, what FaceLift loads", ".safetensors": "float32"}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softprompt.errors import InputError
-from train.command_line import PlainParser, calm_environment
+from train.options.command_line import PlainParser, calm_environment
 
 EXIT_BAD_INPUT = 2
 

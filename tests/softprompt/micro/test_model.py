@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softprompt.embeddings import check_prompt, encode_texts
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.pretrain import fixed_noise_loss, given_picture, held_out
 from softprompt.micro.tokenizer import WORDS, learn_merges
-from softprompt.pipeline import Pipeline, load_pipeline, load_text_encoder
-from softprompt.sampling import sample_views
-from softprompt.templates import TEMPLATES, view_texts
-from train import micro, micro_trainer
+from softprompt.model.pipeline import Pipeline, load_pipeline, load_text_encoder
+from softprompt.model.sampling import sample_views
+from softprompt.prompt.embeddings import check_prompt, encode_texts
+from softprompt.prompt.templates import TEMPLATES, view_texts
+from train.micro import __main__ as micro
+from train.micro import trainer as micro_trainer
 
 MEGABYTE = 1_000_000
 HEADS_BOUND = 0.04

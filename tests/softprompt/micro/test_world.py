@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from softprompt.data.pictures import composite
 from softprompt.errors import InputError
 from softprompt.micro import world
 from softprompt.micro.shapes import SHAPES, Dice
 from softprompt.micro.world import DOMAINS, MicroWorld
-from softprompt.pictures import composite
 
 
 def on_white(rgba: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from softprompt.batch import seeded
+from softprompt.data.batch import seeded
+from softprompt.model.sampling import with_guidance
 from softprompt.objectives import draft
-from softprompt.sampling import with_guidance
 
 SCHEDULE = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
 T = torch.tensor([1, 501])

@@ -1,0 +1,258 @@
+"""View prompts: tensors [V, T, D] in and out of files, made from texts, checked and described.
+
+A *view prompt* is one text embedding per view. FaceLift's is `clr_embeds.pt`: a bare float16 tensor [6, 77, 1024].
+"""
+
+import difflib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from softprompt.errors import InputError, InputWarning
+from softprompt.files import new_file, write_json
+from softprompt.model.pipeline import load_text_encoder
+from softprompt.places import FOREIGN_SUFFIXES, PROMPT_SUFFIXES
+from softprompt.prompt.prompt_files import NUM_TOKENS, Content, convert_command, read_prompt_file
+from softprompt.prompt.templates import TEMPLATES, VIEWS, view_texts
+
+_MAKE = "python -m train.prompts make --text TEXT --model PIPECKPTS --output FILE.pt"
+
+_IN_FOLDERS = ("clr_embeds.safetensors", "clr_embeds.pt", "export/clr_embeds.safetensors", "export/clr_embeds.pt")
+"""Where the prompt is in an export, in FaceLift's fixed_prompt_embeds_6view, and in a run's folder."""
+_OTHER_CLIP = {
+    512: "CLIP ViT-B",
+    768: "CLIP ViT-L/14 (Stable Diffusion 1.x)",
+    1024: "OpenCLIP ViT-H (Stable Diffusion 2.x)",
+    1280: "OpenCLIP bigG (Stable Diffusion XL)",
+}
+
+
+def load_prompt(path: str | Path, *, num_views: int = 6, width: int | None = None) -> Tensor:
+    """Read a view prompt from a `.pt` (bare tensor) or `.safetensors` (one tensor) file.
+
+    num_views: V expected. width: D that the model takes; None leaves the width unchecked.
+    Returns: [V, T, D], float32, on the CPU, without gradient. Pickled code is never run.
+    Raises: InputError (a ValueError) with what was found and what was expected, and for a prompt as other programs write it the
+    command that converts it; a missing file is never replaced by zeros.
+    """
+    content = read_prompt_file(path)
+    prompt = check_prompt(content.tensor, num_views=num_views, width=width, origin=str(path))
+    refuse_foreign(path, content, num_views=num_views, width=width)
+    return prompt
+
+
+def refuse_foreign(path: str | Path, content: Content, *, num_views: int, width: int | None = None) -> None:
+    """Raises: InputError that ends in the command that converts a file, where what lies in it is no bare tensor."""
+    if not content.is_bare:
+        raise InputError(
+            f"{path}: holds {content.found}; expected one bare tensor [{num_views}, {NUM_TOKENS}, {width or 'D'}]; likely "
+            f"another program wrote it; convert it with: {convert_command(path)}"
+        )
+
+
+def check_prompt(prompt: Tensor, *, num_views: int = 6, width: int | None = None, origin: str = "prompt") -> Tensor:
+    """Refuse a tensor that cannot be a view prompt.
+
+    Returns: [V, T, D], float32.
+    Raises: InputError when its shape is another, a value is not finite, a view is all zero, or two views are identical.
+    """
+    expected = f"[{num_views}, {NUM_TOKENS}, {width or 'D'}]"
+    found = f"{list(prompt.shape)} {str(prompt.dtype).removeprefix('torch.')}"
+    if prompt.ndim != 3 or not prompt.is_floating_point():
+        cause = f"; likely one view's alone; make one a view with {_MAKE}" if prompt.ndim == 2 else ""
+        raise InputError(f"{origin}: holds a tensor {found}; expected floating-point {expected} (views, tokens, width){cause}")
+    if prompt.shape[0] != num_views:
+        raise InputError(f"{origin}: has {prompt.shape[0]} views ({found}); the model has {num_views}")
+    if prompt.shape[1] != NUM_TOKENS:
+        raise InputError(
+            f"{origin}: has {prompt.shape[1]} tokens a view ({found}); expected {NUM_TOKENS}: encode with "
+            f"padding='max_length', or with {_MAKE}"
+        )
+    if width is not None and prompt.shape[2] != width:
+        made_by = _OTHER_CLIP.get(prompt.shape[2])
+        cause = f"it was made with another text encoder, {made_by}" if made_by else "it was made with another text encoder"
+        raise InputError(
+            f"{origin}: is {prompt.shape[2]} wide ({found}); the UNet's cross-attention takes {width}. Likely {cause}; encode "
+            f"the texts with the pipeline's own: {_MAKE}"
+        )
+    prompt, names = prompt.float(), view_names(num_views)
+    broken = [names[v] for v in range(num_views) if not prompt[v].isfinite().all()]
+    if broken:
+        raise InputError(
+            f"{origin}: NaN or infinite values in view {', '.join(broken)}; the file comes from a run that diverged; an "
+            f"earlier checkpoint of it: python -m train.export RUN --step best --output FOLDER"
+        )
+    empty = [names[v] for v in range(num_views) if not prompt[v].any()]
+    if empty:
+        raise InputError(
+            f"{origin}: all zero in view {', '.join(empty)}; the file is a placeholder, not an encoded text; make one "
+            f"with {_MAKE}"
+        )
+    for a, b in combinations(range(num_views), 2):
+        if torch.equal(prompt[a], prompt[b]):
+            raise InputError(
+                f"{origin}: views {names[a]} and {names[b]} are identical, so the model could not "
+                f"tell them apart; likely the text had no view name in it"
+            )
+    return prompt
+
+
+def view_names(num_views: int) -> tuple[str, ...]:
+    """FaceLift's names for six views, numbers otherwise."""
+    return VIEWS if num_views == len(VIEWS) else tuple(f"view_{v}" for v in range(num_views))
+
+
+@torch.no_grad()
+def encode_texts(texts: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> Tensor:
+    """Texts to a view prompt, as FaceLift does it: padded to 77 tokens, the encoder's first output.
+
+    texts: one per view. Returns: [V, T, D], float32, on the CPU.
+    Warns when a text is longer than 77 tokens and is cut.
+    Source: FaceLift, mvdiffusion/data/generate_fixed_text_embeds.py.
+    """
+    for text, ids in zip(texts, tokenizer(list(texts)).input_ids, strict=True):
+        if len(ids) > NUM_TOKENS:
+            warnings.warn(f"text of {len(ids)} tokens is cut to {NUM_TOKENS}: {text!r}", InputWarning, stacklevel=2)
+    tokens = tokenizer(list(texts), padding="max_length", max_length=NUM_TOKENS, truncation=True, return_tensors="pt").input_ids
+    # Without an attention mask, as Stable Diffusion does: padding is encoded like any other token.
+    return text_encoder(tokens.to(text_encoder.device))[0].float().cpu()
+
+
+def save_prompt(prompt: Tensor, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write a view prompt, and a JSON of the same name beside it that says what it is.
+
+    prompt: [V, T, D].
+    path: `.pt` writes a bare float16 tensor, what FaceLift loads; `.safetensors` writes float32 under the key `prompt`.
+    metadata: added to the JSON (origin, waypoints, position, steps, model ...).
+    Returns: the path of the JSON.
+    Raises: InputError when the prompt is none (see `check_prompt`), before or after rounding, or the suffix is another.
+    """
+    path = Path(path)
+    if path.suffix not in PROMPT_SUFFIXES:
+        raise InputError(f"{path}: a prompt is saved as .pt (FaceLift's float16) or .safetensors (float32)")
+    prompt = check_prompt(prompt.detach().cpu(), num_views=len(prompt), origin=f"prompt to be saved as {path}")
+    stored = prompt.half() if path.suffix == ".pt" else prompt
+    check_prompt(stored, num_views=len(prompt), origin=f"prompt rounded to float16 for {path}")
+    described = {"file": path.name, **describe_prompt(prompt, stored), **(metadata or {})}
+    json.dumps(described)  # metadata that is no JSON fails here, before anything is written
+    with new_file(path) as partial:
+        if path.suffix == ".pt":
+            with partial.open("wb") as file:  # given a path, torch would write the temporary name into the file
+                torch.save(stored.contiguous().clone(), file)
+        else:
+            save_file({"prompt": stored.contiguous()}, partial)
+    sidecar = path.with_suffix(".json")
+    write_json(sidecar, described)
+    return sidecar
+
+
+def describe_prompt(prompt: Tensor, stored: Tensor | None = None) -> dict[str, Any]:
+    """What a person wants to know of a prompt, as JSON values.
+
+    prompt: [V, T, D]. stored: the same as a file holds it, for the rounding error.
+    """
+    num_views = len(prompt)
+    names = view_names(num_views)
+    norms = prompt.norm(dim=-1)  # V T
+    a, b, cosine = closest_pair(prompt, names)
+    described: dict[str, Any] = {
+        "shape": list(prompt.shape),
+        "views": list(names),
+        "token_norms": {"first": _round(norms[:, 0].mean()), "others": _round(norms[:, 1:].mean()), "max": _round(norms.max())},
+        "view_cosines": [[_round(c) for c in row] for row in prompt_cosines(prompt)],
+        "mean_view_cosine": _round(mean_pairwise_cosine(prompt)),
+        "closest_views": [a, b, _round(cosine)],
+    }
+    if stored is not None:
+        error = (stored.float() - prompt).abs()
+        described["dtype"] = str(stored.dtype).removeprefix("torch.")
+        described["rounding_error"] = {"max": float(error.max()), "mean": float(error.mean())}
+    return described
+
+
+def prompt_cosines(prompt: Tensor) -> Tensor:
+    """Cosine between the prompts of every two views, all tokens of a view taken as one vector.
+
+    prompt: [V, T, D]. Returns: float32 [V, V] in [-1, 1], without gradient.
+    """
+    unit = F.normalize(prompt.detach().double().flatten(1), dim=-1)
+    return (unit @ unit.T).clamp(-1, 1).float()
+
+
+def mean_pairwise_cosine(prompt: Tensor) -> float:
+    """Mean of `prompt_cosines` over every two different views; 1 when all views have one prompt. prompt: [V, T, D]."""
+    first, second = torch.triu_indices(len(prompt), len(prompt), offset=1)
+    return float(prompt_cosines(prompt)[first, second].mean())
+
+
+def closest_pair(prompt: Tensor, names: Sequence[str]) -> tuple[str, str, float]:
+    """The two views whose prompts are most alike, those a model confuses first, and their cosine.
+
+    prompt: [V, T, D]. names: one a view.
+    """
+    first, second = torch.triu_indices(len(prompt), len(prompt), offset=1)
+    cosines = prompt_cosines(prompt)[first, second]
+    best = int(cosines.argmax())
+    return names[int(first[best])], names[int(second[best])], float(cosines[best])
+
+
+def _round(value: Tensor | float) -> float:
+    return round(float(value), 6)
+
+
+def load_waypoints(
+    specs: Sequence[str],
+    *,
+    folder: str | Path,
+    subject: str,
+    angle: str,
+    num_views: int,
+    width: int,
+    option: str = "prompt.waypoints",
+) -> Tensor:
+    """The waypoints of a path, each a prompt file, a template's name, or a text with {view}.
+
+    folder: pipeline folder whose tokenizer and text encoder encode the texts; not touched when every waypoint is a file.
+    num_views, width: V and D that the model takes. option: that named them, for errors.
+    Returns: [S + 1, V, T, D], float32, on the CPU.
+    Raises: InputError for a name that is none of the three, and whatever `load_prompt` or `view_texts` refuse.
+    """
+    prompts, encoders = [], None
+    for spec in specs:
+        is_file = spec not in TEMPLATES and os.path.isfile(spec)  # a text may be longer than a name
+        if is_file or Path(spec).suffix in (*PROMPT_SUFFIXES, *FOREIGN_SUFFIXES):
+            prompts.append(load_prompt(spec, num_views=num_views, width=width))
+            continue
+        if spec not in TEMPLATES and "{" not in spec:
+            inside = next((Path(spec, name) for name in _IN_FOLDERS if os.path.isfile(Path(spec, name))), None)
+            if inside is not None:
+                raise InputError(f"{option}: {spec} is a folder; expected the prompt file in it: {inside}")
+            near = difflib.get_close_matches(spec, TEMPLATES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(
+                f"{option}: {spec!r} is no prompt file (.pt, .safetensors), no template ({', '.join(TEMPLATES)}) and "
+                f"no text with {{view}}{hint}"
+            )
+        texts = view_texts(spec, subject=subject, angle=angle)
+        if len(texts) != num_views:
+            raise InputError(
+                f"{option}: {spec!r} makes {len(texts)} views and the model has {num_views}; give a prompt file of "
+                f"{num_views} views"
+            )
+        encoders = encoders or load_text_encoder(folder)
+        prompts.append(
+            check_prompt(
+                encode_texts(texts, *encoders), num_views=num_views, width=width, origin=f"{spec!r} encoded by {folder}"
+            )
+        )
+    return torch.stack(prompts)

@@ -1,0 +1,55 @@
+"""Which tokens of a view prompt say which view it is, and which are words at all: found from the numbers, not assumed."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softprompt.prompt.embeddings import prompt_cosines
+
+CARRIES = 0.5
+"""Tokens whose difference is more than this share of the largest are those that differ."""
+ALIKE = 0.8
+"""Cosine between neighbours from which on the tokens at a view's end are taken for padding; words are below 0.5."""
+
+
+def telling_tokens(prompt: Tensor) -> Tensor:
+    """How far each token is from that of the view which a view is most like.
+
+    Compared with that one alone, and not with all: texts with longer names have all later words at other places, where every
+    token differs and none says which view it is.
+    prompt: [V, T, D]. Returns: [T], of the token's norm, mean over views.
+    Source: ours.
+    """
+    nearest = prompt_cosines(prompt).fill_diagonal_(-2).argmax(dim=1)
+    norms = prompt.norm(dim=-1)
+    return ((prompt - prompt[nearest]).norm(dim=-1) / norms.clamp(min=torch.finfo(norms.dtype).tiny)).mean(dim=0)
+
+
+def largest(values: Tensor) -> list[int]:
+    """Which of [T] values are more than CARRIES times the largest."""
+    return [t for t, value in enumerate(values.tolist()) if value > CARRIES * float(values.max())]
+
+
+def words_before_padding(prompt: Tensor) -> list[int] | None:
+    """How many tokens of each view come before the run of nearly equal ones at its end, as padding is.
+
+    prompt: [V, T, D]. Returns: one number a view; None where some view has no such run over half its tokens.
+    Source: ours. On FaceLift's prompts it finds what its tokenizer counts.
+    """
+    neighbours = F.cosine_similarity(prompt[:, :-1], prompt[:, 1:], dim=-1)  # V T-1
+    found = [max((t + 1 for t, cosine in enumerate(view.tolist()) if cosine < ALIKE), default=0) for view in neighbours]
+    return None if any(2 * count > prompt.shape[1] for count in found) else found
+
+
+def view_and_other_words(prompt: Tensor) -> tuple[list[int], list[int]]:
+    """The tokens that say which view it is, and the other words, which say what is seen and how.
+
+    The start token, which gathers the attention that nothing else wants, and the padding are in neither. Where the padding
+    cannot be told from words, all other tokens are taken for words.
+    prompt: [V, T, D]. Returns: two lists of tokens that have none in common; the second may be empty.
+    Source: ours.
+    """
+    view = [t for t in largest(telling_tokens(prompt)) if t > 0]
+    counted = words_before_padding(prompt)
+    words = prompt.shape[1] if counted is None else min(counted)
+    return view, [t for t in range(1, words) if t not in view]

@@ -1,0 +1,91 @@
+"""What the UNet is conditioned on: FaceLift's class labels, the input's latents, and which of them are dropped."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from softprompt.model.conditioning import class_labels, encode_views, image_embeddings, input_latents, keep_conditions
+from softprompt.model.pipeline import Pipeline
+
+
+def some_pictures(count: int = 6) -> torch.Tensor:
+    return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_class_labels_match_facelift_s(tiny_models: Pipeline, facelift: Path) -> None:
+    golden = load_file(facelift / "tiny" / "training_step.safetensors")
+    found = class_labels(tiny_models, golden["image_embeds"], golden["embed_noise"])
+    torch.testing.assert_close(found, golden["class_labels"], atol=1e-4, rtol=0)
+
+
+def test_class_labels_end_in_the_sinusoid_of_level_0(micro_models: Pipeline) -> None:
+    width = micro_models.image_encoder.config.projection_dim
+    labels = class_labels(micro_models, torch.randn(2, width), torch.randn(2, width))
+    assert labels.shape == (2, 2 * width)
+    assert torch.equal(labels[:, width : 3 * width // 2], torch.ones(2, width // 2)), "cosines of 0 come first"
+    assert not labels[:, 3 * width // 2 :].any()
+
+
+RATE = 0.05
+KEPT = [  # p, class labels kept, latents kept
+    (0.0, False, True),
+    (0.0499, False, True),
+    (0.05, False, False),  # r
+    (0.0501, False, False),
+    (0.0999, False, False),
+    (0.1, True, False),  # 2r
+    (0.1001, True, False),
+    (0.1499, True, False),
+    (0.1501, True, True),  # past 3r
+    (0.9999, True, True),
+]
+
+
+def test_conditions_are_dropped_as_facelift_does_it() -> None:
+    p = torch.tensor([row[0] for row in KEPT])
+    labels, latents = keep_conditions(p, RATE)
+    assert list(zip(p.tolist(), labels.tolist(), latents.tolist(), strict=True)) == [
+        (pytest.approx(p), label, latent) for p, label, latent in KEPT
+    ]
+
+
+def test_a_rate_of_zero_drops_nothing() -> None:
+    labels, latents = keep_conditions(torch.tensor([0.0, 0.3, 0.9999]), 0.0)
+    assert labels.all() and latents.all()
+
+
+def test_views_are_encoded_to_a_posterior_and_an_embedding_each(micro_models: Pipeline) -> None:
+    encoded = encode_views(micro_models, some_pictures())
+    assert encoded.mean.shape == encoded.std.shape == (6, 4, 16, 16)
+    assert encoded.embeds.shape == (6, micro_models.image_encoder.config.projection_dim)
+    assert {x.dtype for x in (encoded.mean, encoded.std, encoded.embeds)} == {torch.float32}
+    assert (encoded.std > 0).all()
+    assert not any(x.requires_grad for x in (encoded.mean, encoded.std, encoded.embeds))
+
+
+def test_pictures_reach_the_vae_between_minus_one_and_one(micro_models: Pipeline) -> None:
+    pictures = some_pictures(2)
+    with torch.no_grad():
+        posterior = micro_models.vae.encode(pictures * 2 - 1).latent_dist
+    encoded = encode_views(micro_models, pictures)
+    torch.testing.assert_close(encoded.mean, posterior.mean)
+    torch.testing.assert_close(encoded.std, posterior.std)
+
+
+def test_latents_of_a_given_picture_are_the_scaled_mean(micro_models: Pipeline) -> None:
+    pictures = some_pictures(3)
+    expected = encode_views(micro_models, pictures).mean * micro_models.vae.config.scaling_factor
+    torch.testing.assert_close(input_latents(micro_models, pictures), expected)
+
+
+def test_embeddings_are_those_of_the_png(micro_models: Pipeline) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    features = micro_models.feature_extractor(images=[Image.fromarray(p) for p in pixels], return_tensors="pt")
+    with torch.no_grad():
+        expected = micro_models.image_encoder(features.pixel_values).image_embeds
+    torch.testing.assert_close(image_embeddings(micro_models, pictures), expected)

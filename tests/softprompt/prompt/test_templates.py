@@ -1,0 +1,70 @@
+"""The texts of every template, word for word, and templates that cannot be filled in."""
+
+import pytest
+
+from softprompt.errors import InputError
+from softprompt.prompt.templates import TEMPLATES, VIEWS, Template, view_texts
+
+SPELLED = ("front", "front right", "right", "back", "left", "front left")
+EXPECTED = {
+    "facelift": [f"a rendering image of 3D models, {v} view, color map." for v in VIEWS],
+    "elevated": [f"a rendering image of 3D models, {v} view, color map, from above at an angle." for v in VIEWS],
+    "realistic": [f"a photograph of a mouse, {v} view, from above at an angle." for v in SPELLED],
+    "hybrid": [f"a multi-view image of a mouse, {v} view, elevated camera angle." for v in SPELLED],
+    "simple": [f"a mouse, {v} view." for v in SPELLED],
+}
+
+
+def test_views_are_facelift_s_in_its_order() -> None:
+    assert VIEWS == ("front", "front_right", "right", "back", "left", "front_left")
+
+
+def test_every_template_is_tested() -> None:
+    assert TEMPLATES.keys() == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_texts_are_these_word_for_word(name: str) -> None:
+    assert view_texts(name) == EXPECTED[name]
+
+
+def test_subject_and_angle_are_filled_in() -> None:
+    texts = view_texts("realistic", subject="white rat", angle="seen from 20 degrees above")
+    assert texts[1] == "a photograph of a white rat, front right view, seen from 20 degrees above."
+    assert view_texts("elevated", angle="high up")[5] == "a rendering image of 3D models, front_left view, color map, high up."
+
+
+def test_a_text_of_one_s_own_works_the_same() -> None:
+    texts = view_texts("{subject} from the {view}, {angle}", subject="cat", angle="high")
+    assert texts == [f"cat from the {view}, high" for view in SPELLED]
+    assert view_texts("the {view}") == [f"the {view}" for view in SPELLED]
+
+
+def test_a_template_spells_its_views_one_way_or_the_other() -> None:
+    for spelling, expected in [("underscores", "x front_right"), ("spaces", "x front right")]:
+        assert Template("x {view}", spelling).texts(subject="", angle="")[1] == expected
+
+
+def test_other_views_can_be_named() -> None:
+    assert Template("{view}!").texts(subject="", angle="", views=("top_left", "top")) == ["top left!", "top!"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a mouse from above", r"template 'a mouse from above': has no \{view\}, so all views would get the same prompt"),
+        ("a {veiw} view", r"has no \{view\}"),
+        (
+            "{view}, {colour}",
+            r"'\{view\}, \{colour\}': cannot be filled in \(KeyError: 'colour'\); its fields may be \{view\}, \{subject\}",
+        ),
+        ("{view} {}", r"cannot be filled in"),
+        ("{view} {", r"cannot be filled in"),
+        ("{view} }", r"cannot be filled in"),
+        pytest.param("{view} {subject.name}", r"cannot be filled in"),
+        pytest.param("{view} {subject[name]}", r"cannot be filled in"),
+    ],
+)
+def test_a_text_that_cannot_be_filled_in_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        view_texts(text)
