@@ -13,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from softprompt.files import new_file
-from softprompt.prompt.embeddings import view_names
+from softprompt.prompt.templates import view_names
 from train.log.series import read_series
 from train.options.command_line import parse
-from train.state.checkpoint import list_checkpoints, read_state
+from train.state.checkpoint import read_state
+from train.state.folder import list_checkpoints
 
 VIEW = 2
 """right: a view whose prompt goes far."""

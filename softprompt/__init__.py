@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softprompt.errors import InputError as InputError
-    from softprompt.model.pipeline import load_pipeline as load_pipeline
+    from softprompt.model.loading import load_pipeline as load_pipeline
+    from softprompt.model.loading import load_unet as load_unet
     from softprompt.model.sampling import sample_views as sample_views
-    from softprompt.model.unet import load_unet as load_unet
     from softprompt.model.unet import save_unet as save_unet
     from softprompt.prompt.embeddings import load_prompt as load_prompt
     from softprompt.prompt.embeddings import save_prompt as save_prompt

@@ -1,5 +1,7 @@
 """What a user is told in one line: errors that end a run, and warnings."""
 
+from pathlib import Path
+
 
 class InputError(ValueError):
     """A file, folder or option that cannot be used.
@@ -18,3 +20,13 @@ class RunError(RuntimeError):
 
 class InputWarning(UserWarning):
     """Input that can be used, but not as it was likely meant. Commands print its one line and hide what libraries warn of."""
+
+
+def no_folder(path: str | Path) -> str:
+    """What an error that a folder lacks something ends with: where there is no such folder at all; else nothing."""
+    return "" if Path(path).is_dir() else f"; there is no such folder{base_of(path)}"
+
+
+def base_of(path: str | Path) -> str:
+    """What follows "no such file" in an error: of a relative path, the folder it was looked for in; else nothing."""
+    return "" if Path(path).is_absolute() else f" in the working directory {Path.cwd()}"

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import warnings
@@ -12,8 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from softprompt.errors import InputError
-from softprompt.places import base_of
+from softprompt.errors import InputError, base_of
 
 
 @contextmanager
@@ -134,3 +134,28 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, indented, under its own name only when it is whole."""
     with new_file(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+
+
+def expanded(path: str, *, option: str) -> str:
+    """A path with `~`, `~user`, `$NAME` and `${NAME}` filled in, as a shell does it.
+
+    option: that gives it, for the error. A name with a `~` or `$` that cannot be filled in stays as it is where it is there.
+    Raises: InputError naming a variable that is not set, or a user that there is not.
+    """
+    unset = [name for match in _VARIABLE.finditer(path) if (name := match[1] or match[2]) not in os.environ]
+    filled = os.path.expandvars(os.path.expanduser(path))
+    if not (unset or filled.startswith("~")) or os.path.lexists(path):
+        return path if unset else filled
+    if unset:
+        raise InputError(
+            f"{option}: is {path}; the environment variable {unset[0]} is not set; expected one that is, or the path written "
+            f"out; likely it was set without `export`, or in another shell"
+        )
+    user = filled.partition(os.sep)[0]
+    raise InputError(
+        f"{option}: is {path}; this machine has no user {user[1:]!r} with a home folder; expected ~ for your own, ./{user} for "
+        f"a folder of that name, or the path written out"
+    )

@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import torch
 
-from softprompt.data.batch import Batch, draw, make_batch, seeded
+from softprompt.data.batch import Batch, draw, seeded
 from softprompt.data.cache import EncodedObjects
+from softprompt.model.conditioning import make_batch
 from softprompt.model.pipeline import Pipeline
 from train.options.config import Config
 

@@ -26,7 +26,8 @@ from train.log.logger import Monitor
 from train.options.config import Config, option_values, to_yaml
 from train.setup import Job
 from train.state import artifacts as keep
-from train.state.checkpoint import list_checkpoints, restore, set_aside_newer
+from train.state.checkpoint import restore, set_aside_newer
+from train.state.folder import list_checkpoints
 from train.state.incidents import write_incident
 from train.state.pacing import Pace, after_step
 from train.state.run import Run

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import InputError
-from train.options.command_line import PlainParser, calm_environment
+from train.device import calm_environment
+from train.options.command_line import PlainParser
 
 if TYPE_CHECKING:
     from train.options.config import Config

@@ -11,16 +11,12 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from softprompt.errors import InputError
-from softprompt.places import base_of
+from softprompt.errors import InputError, base_of
 from train.log.series import FILE, is_evaluation, read_series
 from train.options.command_line import PlainParser
+from train.state.folder import ERROR, LOCK
 
 EXIT_BAD_INPUT = 2
-LOCK = ".lock"
-"""File in a run's folder that its process holds locked: the lock ends with the process, however that ends."""
-ERROR = "error.txt"
-"""File in a run's folder with the error that ended it, until it is resumed."""
 
 
 @dataclass(frozen=True)

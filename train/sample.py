@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 from jsonargparse import set_parsing_settings
 
-from softprompt.errors import InputError
+from softprompt.errors import InputError, base_of
 from softprompt.files import new_folder, read_json, refuse_taken
-from softprompt.places import base_of
-from train.options.command_line import Parser, calm_environment
+from train.device import calm_environment
+from train.options.command_line import Parser
 from train.options.groups import MICRO
 
 if TYPE_CHECKING:
@@ -182,9 +182,9 @@ def _sample(options: Options) -> int:
 
     from softprompt.data.pictures import BACKGROUNDS, composite, load_picture
     from softprompt.micro import MICRO_MODEL
-    from softprompt.model.pipeline import load_pipeline
+    from softprompt.model.loading import load_pipeline
+    from train.device import DTYPES, choose_precision, quiet_libraries
     from train.export.read import open_lora
-    from train.setup import DTYPES, choose_precision, quiet_libraries
 
     quiet_libraries(True)
     files = find_pictures(options.pictures)
@@ -286,7 +286,8 @@ def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:
     import torch
 
     from softprompt.model.sampling import RISES, Annealed
-    from softprompt.prompt.embeddings import load_prompt, load_waypoints
+    from softprompt.prompt.embeddings import load_prompt
+    from softprompt.prompt.encoding import load_waypoints
     from train.export.read import exported_prompt
 
     views, width = pipeline.num_views, pipeline.prompt_width
@@ -379,7 +380,7 @@ def _write(folder: Path, name: str, given: "Tensor", cases: Sequence[Case], rows
     from PIL import Image
 
     from softprompt.data.samples import picture_name
-    from softprompt.prompt.embeddings import view_names
+    from softprompt.prompt.templates import view_names
     from train.log.logger import preview_grid
 
     views = next(row for case, row in zip(cases, rows, strict=True) if case.shown)

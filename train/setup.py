@@ -1,31 +1,29 @@
 """From a configuration to everything a run needs, loaded and checked."""
 
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from softprompt.data.cache import EncodedObjects, PictureCache
 from softprompt.data.samples import Source, Subset, open_source, what_moved
 from softprompt.data.shards import key_of
-from softprompt.errors import InputError, InputWarning
+from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
 from softprompt.model.adapted import AdaptedModel, add_lora, compile_blocks
-from softprompt.model.pipeline import Pipeline, load_pipeline
+from softprompt.model.loading import load_pipeline
+from softprompt.model.pipeline import Pipeline
 from softprompt.model.weights import noted
 from softprompt.prompt.curriculum import timestep_edges
-from softprompt.prompt.embeddings import load_waypoints
+from softprompt.prompt.encoding import load_waypoints
 from softprompt.prompt.path import match_tokens
 from softprompt.prompt.soft_prompt import SoftPrompt
 from train.batches import Batches
+from train.device import DTYPES, choose_precision, quiet_libraries
 from train.export.read import start_from
 from train.objectives.make import make_objectives
 from train.objectives.terms import Objectives
@@ -42,7 +40,6 @@ ORIGINAL_HELD_OUT_OBJECTS = 12
 """Of the pretrained model's own domain, at most, to measure what is forgotten on."""
 HEAVY = 30
 """Times the denoising loss's pull from which on that of a preference is pointed out."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -243,27 +240,6 @@ def make_optimizer(config: Config, adapted: AdaptedModel, *, scaled: bool = Fals
     return torch.optim.AdamW(groups, fused=next(adapted.parameters()).is_cuda and not scaled)
 
 
-def choose_precision(wanted: str, asked: str, *, group: str = "train.") -> tuple[str, str]:
-    """What a device (auto, cpu, cuda) and a precision (auto, fp32, bf16, fp16) come to here, and what to say of it.
-
-    group: of the two options, for errors. Raises: InputError for what this machine has not.
-    """
-    precision, cuda = asked, torch.cuda.is_available()
-    if wanted == "cuda" and not cuda:
-        raise InputError(
-            f"{group}device: is cuda; this machine has no CUDA device that torch {torch.__version__} can use. Likely a CPU "
-            f"build of torch, or no driver; use --{group}device cpu or auto"
-        )
-    on_cuda = cuda and wanted != "cpu"
-    if precision == "fp16" and not on_cuda:
-        raise InputError(f"{group}precision: is fp16, which needs a CUDA device; expected fp32 or bf16 on a CPU")
-    if precision == "auto":
-        precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if on_cuda else "fp32"
-    device = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
-    chosen = "chosen from the machine" if "auto" in (wanted, asked) else "as asked for"
-    return precision, f"device     {device}; {precision} ({chosen})"
-
-
 def _check_together(config: Config, pipeline: Pipeline) -> None:
     """What only shows when the model is there. Raises: InputError."""
     config.data.references(pipeline.num_views)
@@ -413,20 +389,3 @@ def _open_source(pipeline: Pipeline, path: str, domain: str, first: int, count: 
 def _identities(source: Source) -> Sequence[str]:
     """What tells samples apart: where they are on the disk, or their name in the embedded world."""
     return source.locations or source.names
-
-
-def quiet_libraries(is_main: bool) -> None:
-    """Keep the libraries' progress bars and advice out of the output; each warning of this project is one line."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    warnings.showwarning = _show_ours
-    if not is_main:
-        warnings.filterwarnings("ignore")
-
-
-def _show_ours(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """In place of `warnings.showwarning`."""
-    if issubclass(category, InputWarning):
-        print(f"WARNING    {message}", file=sys.stderr)

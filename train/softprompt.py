@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import InputError, RunError
+from train.device import calm_environment
 from train.log.series import OUTCOMES, read_series
-from train.options.command_line import Request, calm_environment, parse
+from train.options.command_line import Request, parse
 from train.options.config import to_yaml
-from train.runs import ERROR, LOCK
+from train.state.folder import ERROR, LOCK
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,7 +52,8 @@ def _run(request: Request) -> int:
     from train.export.write import check_free_space
     from train.loop import train
     from train.setup import make_accelerator, prepare
-    from train.state.checkpoint import list_checkpoints, load_checkpoint
+    from train.state.checkpoint import load_checkpoint
+    from train.state.folder import list_checkpoints
     from train.state.stop import StopSignal
 
     config = request.config
@@ -154,7 +156,7 @@ def _refuse_lost_checkpoints(folder: Path, checkpoint_every: int) -> None:
 
 
 def _kept(folder: Path) -> str:
-    from train.state.checkpoint import list_checkpoints
+    from train.state.folder import list_checkpoints
 
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
@@ -243,7 +245,7 @@ def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
 
 def _summary(job: "Job", folder: Path, state: "Mapping[str, Any] | None", request: Request) -> str:
     """What is about to happen, in a few lines."""
-    from softprompt.prompt.embeddings import mean_pairwise_cosine
+    from softprompt.prompt.similarity import mean_pairwise_cosine
 
     config, prompt = job.config, job.adapted.prompt
     counts = {name: sum(p.numel() for p in group.values()) for name, group in job.adapted.trainable().items()}
@@ -357,7 +359,7 @@ def _outcome(run: "Run", signal_number: int | None) -> str:
 
 def _improvement(run: "Run") -> list[str]:
     """Before and after, of what was evaluated at both ends."""
-    from softprompt.prompt.embeddings import mean_pairwise_cosine
+    from softprompt.prompt.similarity import mean_pairwise_cosine
     from train.evaluation.evaluate import averaged
     from train.state.pacing import unfinished
 

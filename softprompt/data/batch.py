@@ -5,12 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from einops import repeat
 from torch import Tensor
 
-from softprompt.data.samples import view_order
-from softprompt.model.conditioning import EncodedViews, class_labels, keep_conditions
-from softprompt.model.pipeline import Pipeline
+
+@dataclass(frozen=True)
+class EncodedViews:
+    """One object's pictures after the frozen encoders, on the CPU, float32."""
+
+    mean: Tensor
+    """[V, C, H, W] mean of the VAE's posterior, unscaled."""
+    std: Tensor
+    """[V, C, H, W] standard deviation of the VAE's posterior, unscaled."""
+    embeds: Tensor
+    """[V, E] CLIP image embeddings."""
 
 
 @dataclass(frozen=True)
@@ -100,31 +107,23 @@ def draw(
     )
 
 
-@torch.no_grad()
-def make_batch(pipeline: Pipeline, objects: Sequence[EncodedViews], draws: Sequence[Draw]) -> Batch:
-    """Put objects and their draws together, on the pipeline's device.
+def keep_conditions(p: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """Condition dropout, per object: which conditions stay.
 
-    With a reference other than view 0 the views, and their prompts with them, are rotated so that it comes first: FaceLift's
-    attention takes view 0 as the reference.
+    p: [B] uniform in [0, 1). rate: r in [0, 1/3].
+    Returns: (keep_labels, keep_latents), [B] booleans: class labels are dropped where p < 2r, the input's latents where
+    r <= p < 3r. The prompt is never dropped.
+    Source: FaceLift, train_diffusion.py (`drop_as_a_whole`, r = 0.05).
     """
-    device = pipeline.device
-    scale = pipeline.vae.config.scaling_factor
-    num_views = len(objects[0].mean)
-    orders = [view_order(d.reference, num_views) for d in draws]
-    latents = [(o.mean + o.std * d.target_noise)[order] for o, d, order in zip(objects, draws, orders, strict=True)]
-    given = [o.mean[d.reference] * d.keep_latents for o, d in zip(objects, draws, strict=True)]
-    embeds = torch.stack([o.embeds[d.reference] for o, d in zip(objects, draws, strict=True)]).to(device)
-    labels = class_labels(
-        pipeline,
-        repeat(embeds, "b e -> (b v) e", v=num_views),
-        torch.cat([d.label_noise for d in draws]).to(device),
-    ).unflatten(0, (len(objects), num_views))
-    keep_label = torch.tensor([d.keep_label for d in draws], device=device)
-    return Batch(
-        latents=torch.stack(latents).to(device) * scale,
-        noise=torch.stack([d.noise for d in draws]).to(device),
-        given=repeat(torch.stack(given).to(device) * scale, "b c h w -> b v c h w", v=num_views),
-        labels=labels * keep_label[:, None, None],
-        timesteps=torch.tensor([d.timestep for d in draws], device=device),
-        order=torch.stack(orders).to(device),
-    )
+    return ~(p < 2 * rate), ~((p >= rate) & (p < 3 * rate))
+
+
+def view_order(reference: int, num_views: int) -> Tensor:
+    """The views in order from a reference on, wrapping around: int64 [V] with r, r + 1, ..., V - 1, 0, ..., r - 1."""
+    assert 0 <= reference < num_views, f"reference view {reference} of {num_views} views"
+    return (torch.arange(num_views) + reference) % num_views
+
+
+def rotate_views(x: Tensor, reference: int) -> Tensor:
+    """Roll the view axis so that the reference view comes first: [V, ...] => [V, ...]."""
+    return x[view_order(reference, len(x)).to(x.device)]

@@ -9,8 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from softprompt.data.decode import WANTED, decode
-from softprompt.errors import InputError
-from softprompt.places import base_of
+from softprompt.errors import InputError, base_of
 
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5)}
 

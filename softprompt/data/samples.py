@@ -22,9 +22,8 @@ from torch import Tensor
 
 from softprompt.data.decode import SUFFIXES, WANTED
 from softprompt.data.pictures import load_picture
-from softprompt.errors import InputError
+from softprompt.errors import InputError, base_of
 from softprompt.files import new_folder
-from softprompt.places import base_of
 
 LIST_NAME = "samples.txt"
 _OTHER_SUFFIXES = (".bmp", ".gif", ".heic", ".avif", ".jp2", ".jxl", ".exr", ".tga")
@@ -192,17 +191,6 @@ def views_in(names: Collection[str]) -> dict[int, set[str]]:
 
 
 # ------------------------------------------------------------------------------------------------------ order of views
-
-
-def view_order(reference: int, num_views: int) -> Tensor:
-    """The views in order from a reference on, wrapping around: int64 [V] with r, r + 1, ..., V - 1, 0, ..., r - 1."""
-    assert 0 <= reference < num_views, f"reference view {reference} of {num_views} views"
-    return (torch.arange(num_views) + reference) % num_views
-
-
-def rotate_views(x: Tensor, reference: int) -> Tensor:
-    """Roll the view axis so that the reference view comes first: [V, ...] => [V, ...]."""
-    return x[view_order(reference, len(x)).to(x.device)]
 
 
 # ------------------------------------------------------------------------------------------------- folders of samples

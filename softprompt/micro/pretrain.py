@@ -12,13 +12,12 @@ from diffusers import AutoencoderKL
 from einops import rearrange, repeat
 from torch import Tensor
 
-from softprompt.data.batch import Draw, draw, make_batch, seeded
+from softprompt.data.batch import Draw, EncodedViews, draw, seeded
 from softprompt.data.pictures import BACKGROUNDS, composite, pick_background
 from softprompt.data.samples import Source
 from softprompt.micro.parts import MicroParts
 from softprompt.micro.world import MicroWorld
-from softprompt.model.adapted import noisy_and_target
-from softprompt.model.conditioning import EncodedViews, encode_views
+from softprompt.model.conditioning import encode_views, make_batch, noisy_and_target
 from softprompt.model.pipeline import Pipeline
 from softprompt.prompt.templates import view_texts
 

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from einops import rearrange, repeat
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from softprompt.data.batch import Batch
 from softprompt.errors import InputError
 from softprompt.prompt.soft_prompt import SoftPrompt
 
@@ -80,14 +79,6 @@ def predict(
         cross_attention_kwargs={"prompt_of": order.flatten()},
     ).sample
     return rearrange(out, "(b v) c h w -> b v c h w", v=num_views)
-
-
-def noisy_and_target(scheduler: DDIMScheduler, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The noised latents z_t, and what the model is to predict from them (v or epsilon), both [B, V, C, H, W]."""
-    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-    if scheduler.config["prediction_type"] == "epsilon":
-        return noisy, batch.noise
-    return noisy, scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
 
 
 def add_lora(

@@ -1,26 +1,17 @@
 """Pictures to what the UNet is conditioned on and trained toward: latents, class labels, condition dropout."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
+from diffusers import DDIMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_timestep_embedding
+from einops import repeat
 from PIL import Image
 from torch import Tensor
 
+from softprompt.data.batch import Batch, Draw, EncodedViews, view_order
 from softprompt.model.pipeline import Pipeline
-
-
-@dataclass(frozen=True)
-class EncodedViews:
-    """One object's pictures after the frozen encoders, on the CPU, float32."""
-
-    mean: Tensor
-    """[V, C, H, W] mean of the VAE's posterior, unscaled."""
-    std: Tensor
-    """[V, C, H, W] standard deviation of the VAE's posterior, unscaled."""
-    embeds: Tensor
-    """[V, E] CLIP image embeddings."""
 
 
 @torch.no_grad()
@@ -73,12 +64,39 @@ def class_labels(pipeline: Pipeline, embeds: Tensor, noise: Tensor) -> Tensor:
     return torch.cat([normalizer.unscale(noised), sinusoid], dim=-1)
 
 
-def keep_conditions(p: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """Condition dropout, per object: which conditions stay.
+@torch.no_grad()
+def make_batch(pipeline: Pipeline, objects: Sequence[EncodedViews], draws: Sequence[Draw]) -> Batch:
+    """Put objects and their draws together, on the pipeline's device.
 
-    p: [B] uniform in [0, 1). rate: r in [0, 1/3].
-    Returns: (keep_labels, keep_latents), [B] booleans: class labels are dropped where p < 2r, the input's latents where
-    r <= p < 3r. The prompt is never dropped.
-    Source: FaceLift, train_diffusion.py (`drop_as_a_whole`, r = 0.05).
+    With a reference other than view 0 the views, and their prompts with them, are rotated so that it comes first: FaceLift's
+    attention takes view 0 as the reference.
     """
-    return ~(p < 2 * rate), ~((p >= rate) & (p < 3 * rate))
+    device = pipeline.device
+    scale = pipeline.vae.config.scaling_factor
+    num_views = len(objects[0].mean)
+    orders = [view_order(d.reference, num_views) for d in draws]
+    latents = [(o.mean + o.std * d.target_noise)[order] for o, d, order in zip(objects, draws, orders, strict=True)]
+    given = [o.mean[d.reference] * d.keep_latents for o, d in zip(objects, draws, strict=True)]
+    embeds = torch.stack([o.embeds[d.reference] for o, d in zip(objects, draws, strict=True)]).to(device)
+    labels = class_labels(
+        pipeline,
+        repeat(embeds, "b e -> (b v) e", v=num_views),
+        torch.cat([d.label_noise for d in draws]).to(device),
+    ).unflatten(0, (len(objects), num_views))
+    keep_label = torch.tensor([d.keep_label for d in draws], device=device)
+    return Batch(
+        latents=torch.stack(latents).to(device) * scale,
+        noise=torch.stack([d.noise for d in draws]).to(device),
+        given=repeat(torch.stack(given).to(device) * scale, "b c h w -> b v c h w", v=num_views),
+        labels=labels * keep_label[:, None, None],
+        timesteps=torch.tensor([d.timestep for d in draws], device=device),
+        order=torch.stack(orders).to(device),
+    )
+
+
+def noisy_and_target(scheduler: DDIMScheduler, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The noised latents z_t, and what the model is to predict from them (v or epsilon), both [B, V, C, H, W]."""
+    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    if scheduler.config["prediction_type"] == "epsilon":
+        return noisy, batch.noise
+    return noisy, scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)

@@ -11,7 +11,7 @@ Its code reshapes half of a batch into heads, as though there were guidance in t
 A_1 + A_2 with nothing added. Its published scores are not verified.
 
 The paper's parts are two objects of one text ("a cat and a dog"). A view prompt has one object; its parts here are the tokens
-that say which view it is and the other words (`view_and_other_words` of softprompt.prompt.tokens), each with the sum of its tokens'
+that say which view it is and the other words (`view_and_other_words`), each with the sum of its tokens'
 attention. Its single-concept term is left out: the KL to the untouched model is for that. It trains the keys of
 cross-attention alone (lora.targets [attn2.to_k]).
 """

@@ -3,32 +3,30 @@
 A *view prompt* is one text embedding per view. FaceLift's is `clr_embeds.pt`: a bare float16 tensor [6, 77, 1024].
 """
 
-import difflib
 import json
-import os
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from softprompt.errors import InputError, InputWarning
+from softprompt.errors import InputError
 from softprompt.files import new_file, write_json
-from softprompt.model.pipeline import load_text_encoder
-from softprompt.places import FOREIGN_SUFFIXES, PROMPT_SUFFIXES
-from softprompt.prompt.prompt_files import NUM_TOKENS, Content, convert_command, read_prompt_file
-from softprompt.prompt.templates import TEMPLATES, VIEWS, view_texts
+from softprompt.prompt.prompt_files import (
+    NUM_TOKENS,
+    PROMPT_SUFFIXES,
+    Content,
+    convert_command,
+    read_prompt_file,
+)
+from softprompt.prompt.similarity import closest_pair, mean_pairwise_cosine, prompt_cosines
+from softprompt.prompt.templates import view_names
 
 _MAKE = "python -m train.prompts make --text TEXT --model PIPECKPTS --output FILE.pt"
 
-_IN_FOLDERS = ("clr_embeds.safetensors", "clr_embeds.pt", "export/clr_embeds.safetensors", "export/clr_embeds.pt")
-"""Where the prompt is in an export, in FaceLift's fixed_prompt_embeds_6view, and in a run's folder."""
 _OTHER_CLIP = {
     512: "CLIP ViT-B",
     768: "CLIP ViT-L/14 (Stable Diffusion 1.x)",
@@ -107,27 +105,6 @@ def check_prompt(prompt: Tensor, *, num_views: int = 6, width: int | None = None
     return prompt
 
 
-def view_names(num_views: int) -> tuple[str, ...]:
-    """FaceLift's names for six views, numbers otherwise."""
-    return VIEWS if num_views == len(VIEWS) else tuple(f"view_{v}" for v in range(num_views))
-
-
-@torch.no_grad()
-def encode_texts(texts: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> Tensor:
-    """Texts to a view prompt, as FaceLift does it: padded to 77 tokens, the encoder's first output.
-
-    texts: one per view. Returns: [V, T, D], float32, on the CPU.
-    Warns when a text is longer than 77 tokens and is cut.
-    Source: FaceLift, mvdiffusion/data/generate_fixed_text_embeds.py.
-    """
-    for text, ids in zip(texts, tokenizer(list(texts)).input_ids, strict=True):
-        if len(ids) > NUM_TOKENS:
-            warnings.warn(f"text of {len(ids)} tokens is cut to {NUM_TOKENS}: {text!r}", InputWarning, stacklevel=2)
-    tokens = tokenizer(list(texts), padding="max_length", max_length=NUM_TOKENS, truncation=True, return_tensors="pt").input_ids
-    # Without an attention mask, as Stable Diffusion does: padding is encoded like any other token.
-    return text_encoder(tokens.to(text_encoder.device))[0].float().cpu()
-
-
 def save_prompt(prompt: Tensor, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write a view prompt, and a JSON of the same name beside it that says what it is.
 
@@ -180,79 +157,5 @@ def describe_prompt(prompt: Tensor, stored: Tensor | None = None) -> dict[str, A
     return described
 
 
-def prompt_cosines(prompt: Tensor) -> Tensor:
-    """Cosine between the prompts of every two views, all tokens of a view taken as one vector.
-
-    prompt: [V, T, D]. Returns: float32 [V, V] in [-1, 1], without gradient.
-    """
-    unit = F.normalize(prompt.detach().double().flatten(1), dim=-1)
-    return (unit @ unit.T).clamp(-1, 1).float()
-
-
-def mean_pairwise_cosine(prompt: Tensor) -> float:
-    """Mean of `prompt_cosines` over every two different views; 1 when all views have one prompt. prompt: [V, T, D]."""
-    first, second = torch.triu_indices(len(prompt), len(prompt), offset=1)
-    return float(prompt_cosines(prompt)[first, second].mean())
-
-
-def closest_pair(prompt: Tensor, names: Sequence[str]) -> tuple[str, str, float]:
-    """The two views whose prompts are most alike, those a model confuses first, and their cosine.
-
-    prompt: [V, T, D]. names: one a view.
-    """
-    first, second = torch.triu_indices(len(prompt), len(prompt), offset=1)
-    cosines = prompt_cosines(prompt)[first, second]
-    best = int(cosines.argmax())
-    return names[int(first[best])], names[int(second[best])], float(cosines[best])
-
-
 def _round(value: Tensor | float) -> float:
     return round(float(value), 6)
-
-
-def load_waypoints(
-    specs: Sequence[str],
-    *,
-    folder: str | Path,
-    subject: str,
-    angle: str,
-    num_views: int,
-    width: int,
-    option: str = "prompt.waypoints",
-) -> Tensor:
-    """The waypoints of a path, each a prompt file, a template's name, or a text with {view}.
-
-    folder: pipeline folder whose tokenizer and text encoder encode the texts; not touched when every waypoint is a file.
-    num_views, width: V and D that the model takes. option: that named them, for errors.
-    Returns: [S + 1, V, T, D], float32, on the CPU.
-    Raises: InputError for a name that is none of the three, and whatever `load_prompt` or `view_texts` refuse.
-    """
-    prompts, encoders = [], None
-    for spec in specs:
-        is_file = spec not in TEMPLATES and os.path.isfile(spec)  # a text may be longer than a name
-        if is_file or Path(spec).suffix in (*PROMPT_SUFFIXES, *FOREIGN_SUFFIXES):
-            prompts.append(load_prompt(spec, num_views=num_views, width=width))
-            continue
-        if spec not in TEMPLATES and "{" not in spec:
-            inside = next((Path(spec, name) for name in _IN_FOLDERS if os.path.isfile(Path(spec, name))), None)
-            if inside is not None:
-                raise InputError(f"{option}: {spec} is a folder; expected the prompt file in it: {inside}")
-            near = difflib.get_close_matches(spec, TEMPLATES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(
-                f"{option}: {spec!r} is no prompt file (.pt, .safetensors), no template ({', '.join(TEMPLATES)}) and "
-                f"no text with {{view}}{hint}"
-            )
-        texts = view_texts(spec, subject=subject, angle=angle)
-        if len(texts) != num_views:
-            raise InputError(
-                f"{option}: {spec!r} makes {len(texts)} views and the model has {num_views}; give a prompt file of "
-                f"{num_views} views"
-            )
-        encoders = encoders or load_text_encoder(folder)
-        prompts.append(
-            check_prompt(
-                encode_texts(texts, *encoders), num_views=num_views, width=width, origin=f"{spec!r} encoded by {folder}"
-            )
-        )
-    return torch.stack(prompts)

@@ -50,3 +50,8 @@ def view_texts(template: str, *, subject: str = "mouse", angle: str = "from abov
     Returns: one text per view, in the order of VIEWS.
     """
     return TEMPLATES.get(template, Template(template)).texts(subject=subject, angle=angle)
+
+
+def view_names(num_views: int) -> tuple[str, ...]:
+    """FaceLift's names for six views, numbers otherwise."""
+    return VIEWS if num_views == len(VIEWS) else tuple(f"view_{v}" for v in range(num_views))

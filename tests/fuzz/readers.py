@@ -24,7 +24,7 @@ from softprompt.data.shards import ShardStore, key_of
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.adapted import AdaptedModel, add_lora
-from softprompt.model.pipeline import load_pipeline, load_text_encoder
+from softprompt.model.loading import load_pipeline, load_text_encoder
 from softprompt.model.weights import read_weights
 from softprompt.prompt.embeddings import check_prompt, load_prompt, save_prompt
 from softprompt.prompt.soft_prompt import SoftPrompt
@@ -55,11 +55,11 @@ from train.state.checkpoint import (
     Parts,
     _digest,
     _write_manifest,
-    checkpoint_folder,
     load_checkpoint,
     verify,
     write_state,
 )
+from train.state.folder import checkpoint_folder
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -28,8 +28,7 @@ from softprompt.data.shards import ShardStore, key_of
 from softprompt.errors import InputError
 from softprompt.files import read_json, remove_folder, remove_partial
 from softprompt.micro import MICRO_MODEL
-from softprompt.model.pipeline import load_pipeline, load_text_encoder
-from softprompt.model.unet import load_unet
+from softprompt.model.loading import load_pipeline, load_text_encoder, load_unet
 from softprompt.prompt.embeddings import load_prompt
 from tests.fuzz.mutations import png_chunk, time_limit
 from tests.fuzz.readers import PROGRESS, loras, make_checkpoint, make_samples, prompt, saved

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from softprompt.micro import MICRO_MODEL
-from softprompt.model.pipeline import Pipeline, load_pipeline
-from softprompt.model.unet import load_unet
+from softprompt.model.loading import load_pipeline, load_unet
+from softprompt.model.pipeline import Pipeline
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.errors import InputError
-from softprompt.places import base_of, expanded, is_prompt_file, no_folder
+from softprompt.errors import InputError, base_of, no_folder
+from softprompt.files import expanded
+from softprompt.prompt.prompt_files import is_prompt_file
 
 
 @pytest.fixture(autouse=True)

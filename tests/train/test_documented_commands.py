@@ -24,7 +24,8 @@ from accelerate.state import AcceleratorState
 from softprompt.data.samples import write_source
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
-from softprompt.prompt.embeddings import load_waypoints, save_prompt
+from softprompt.prompt.embeddings import save_prompt
+from softprompt.prompt.encoding import load_waypoints
 from train.compare.__main__ import read_request
 from train.options.command_line import option_kinds, parse
 from train.prompts.__main__ import COMMANDS as PROMPTS

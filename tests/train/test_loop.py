@@ -29,7 +29,7 @@ from train.options.command_line import parse
 from train.options.config import Config
 from train.setup import Job, prepare
 from train.state import artifacts as keep
-from train.state.checkpoint import list_checkpoints
+from train.state.folder import list_checkpoints
 from train.state.pacing import Pace, position_of
 from train.state.stop import StopSignal
 from train.step import training_step

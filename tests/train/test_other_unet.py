@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
-from softprompt.model.pipeline import load_pipeline
-from softprompt.model.unet import load_unet
+from softprompt.model.loading import load_pipeline, load_unet
 from train.export.__main__ import main as export
 from train.export.read import refuse_another_unet
 from train.loop import train

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
-from softprompt.model.pipeline import load_pipeline
+from softprompt.model.loading import load_pipeline
 from softprompt.model.sampling import RISES
 from softprompt.prompt.embeddings import load_prompt
 from tests.pictures import ONE_LEVEL, levels_apart, pixels

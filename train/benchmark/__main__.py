@@ -16,7 +16,8 @@ from jsonargparse import set_parsing_settings
 
 from softprompt.errors import InputError
 from softprompt.files import new_file
-from train.options.command_line import Parser, calm_environment
+from train.device import calm_environment
+from train.options.command_line import Parser
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _write(options: Options) -> int:
     from softprompt.files import refuse_taken
     from train.benchmark.models import write_pipeline
-    from train.setup import quiet_libraries
+    from train.device import quiet_libraries
 
     quiet_libraries(True)
     folder = Path(options.write_pipeline or "")
@@ -150,7 +151,7 @@ def _start(options: Options) -> tuple["Setting", "Accelerator", str]:
     from accelerate import Accelerator
 
     from train.benchmark.steps import Setting
-    from train.setup import choose_precision, quiet_libraries
+    from train.device import choose_precision, quiet_libraries
 
     precision, said = choose_precision(options.device, options.precision, group="")
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))

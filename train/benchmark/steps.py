@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from softprompt.data.batch import draw, make_batch, seeded
+from softprompt.data.batch import EncodedViews, draw, seeded
 from softprompt.data.cache import EncodedObjects
 from softprompt.data.pictures import composite
 from softprompt.errors import InputError
-from softprompt.model.adapted import AdaptedModel, add_lora, compile_blocks, noisy_and_target, predict
+from softprompt.model.adapted import AdaptedModel, add_lora, compile_blocks, predict
 from softprompt.model.attention import attention_sides
-from softprompt.model.conditioning import EncodedViews, image_embeddings
+from softprompt.model.conditioning import image_embeddings, make_batch, noisy_and_target
 from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.losses import denoising_loss, snr, snr_weights
 from softprompt.objectives.rewards import REWARDS

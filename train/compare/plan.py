@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from softprompt.errors import InputError
-from softprompt.places import base_of
+from softprompt.errors import InputError, base_of
 from softprompt.prompt.templates import TEMPLATES, view_texts
 from train.options.command_line import option_kinds, parse, read_yaml, suggestion
 from train.options.config import Config, option_values

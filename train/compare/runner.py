@@ -117,7 +117,7 @@ def has_checkpoint(run: PlannedRun) -> bool:
     """Whether a run can be gone on with."""
     if not (run.folder / "checkpoints").is_dir():
         return False
-    from train.state.checkpoint import list_checkpoints
+    from train.state.folder import list_checkpoints
 
     return bool(list_checkpoints(run.folder))
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from softprompt.data.samples import view_order
+from softprompt.data.batch import view_order
 from softprompt.metrics import psnr_per_view, ssim_per_view
 from softprompt.model.adapted import adapters_off
 from train.evaluation.evaluate import Preview, sample_held_out

@@ -8,14 +8,14 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from softprompt.data.batch import draw, make_batch, seeded, spread_timesteps
+from softprompt.data.batch import draw, rotate_views, seeded, spread_timesteps, view_order
 from softprompt.data.cache import EncodedObjects
-from softprompt.data.samples import rotate_views, view_order
 from softprompt.metrics import copy_score, psnr_per_view, separation_ratio, ssim_per_view
-from softprompt.model.adapted import adapters_off, noisy_and_target, predict
+from softprompt.model.adapted import adapters_off, predict
+from softprompt.model.conditioning import make_batch, noisy_and_target
 from softprompt.model.sampling import sample_views
-from softprompt.prompt.embeddings import view_names
 from softprompt.prompt.path import point_on_path
+from softprompt.prompt.templates import view_names
 from train.setup import Job
 
 

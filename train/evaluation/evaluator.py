@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from softprompt.errors import RunError
-from softprompt.prompt.embeddings import view_names
+from softprompt.prompt.templates import view_names
 from train.evaluation.diagnostics import (
     OF_PREVIEWS,
     SIGNS,

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from softprompt.errors import InputError, RunError
+from softprompt.errors import InputError, RunError, base_of
 from softprompt.files import refuse_taken
-from softprompt.places import base_of
-from train.options.command_line import PlainParser, calm_environment
+from train.device import calm_environment
+from train.options.command_line import PlainParser
 
 if TYPE_CHECKING:
     from train.export.source import Source
@@ -157,8 +157,8 @@ def _open(given: argparse.Namespace) -> "Source":
     """Raises: InputError."""
     import torch
 
+    from train.device import choose_precision, quiet_libraries
     from train.export.source import is_run, open_export, open_run
-    from train.setup import choose_precision, quiet_libraries
 
     quiet_libraries(True)
     choose_precision(given.device, "fp32", group="")  # refuses a device that is not there

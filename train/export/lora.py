@@ -14,8 +14,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softprompt.model.pipeline import Pipeline
-from softprompt.model.unet import load_unet, place
+from softprompt.model.loading import load_unet
+from softprompt.model.pipeline import Pipeline, place
 from train.export.write import difference, views_of, within
 
 ADAPTER = "default"

@@ -12,12 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from softprompt.errors import InputError
+from softprompt.errors import InputError, no_folder
 from softprompt.model.adapted import AdaptedModel
-from softprompt.model.pipeline import Pipeline
-from softprompt.model.unet import load_unet, place
+from softprompt.model.loading import load_unet
+from softprompt.model.pipeline import Pipeline, place
 from softprompt.model.weights import how_they_fit, noted, unwrapped
-from softprompt.places import no_folder
 from softprompt.prompt.embeddings import load_prompt
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"

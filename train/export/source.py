@@ -14,7 +14,8 @@ from softprompt.errors import InputError
 from softprompt.files import read_json
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.adapted import AdaptedModel, add_lora
-from softprompt.model.pipeline import Pipeline, load_pipeline
+from softprompt.model.loading import load_pipeline
+from softprompt.model.pipeline import Pipeline
 from softprompt.prompt.embeddings import load_prompt
 from softprompt.prompt.soft_prompt import SoftPrompt
 from train.export.read import exported_prompt, open_lora, refuse_another_unet, start_from
@@ -22,7 +23,8 @@ from train.export.write import describe
 from train.options.command_line import parse
 from train.options.config import Config
 from train.options.groups import MICRO, ExportConfig
-from train.state.checkpoint import DamagedError, checkpoint_folder, list_checkpoints, read_state, restore_trained, verify
+from train.state.checkpoint import DamagedError, read_state, restore_trained, verify
+from train.state.folder import checkpoint_folder, list_checkpoints
 from train.state.pacing import Pace, position_of
 
 _DESCRIBED: dict[str, type | tuple[type, ...]] = {

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from softprompt.errors import InputError, RunError
 from softprompt.files import new_folder
-from softprompt.model.pipeline import Pipeline, save_pipeline
+from softprompt.model.loading import load_unet, save_pipeline
+from softprompt.model.pipeline import Pipeline, place
 from softprompt.model.sampling import sample_views
-from softprompt.model.unet import load_unet, place
 from softprompt.prompt.embeddings import load_prompt, save_prompt
 from softprompt.prompt.templates import view_texts
 from train.export.read import with_lora_of

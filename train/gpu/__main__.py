@@ -14,7 +14,8 @@ from typing import Any
 
 from softprompt.errors import InputError
 from softprompt.files import refuse_taken
-from train.options.command_line import PlainParser, calm_environment, suggestion
+from train.device import calm_environment
+from train.options.command_line import PlainParser, suggestion
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 

@@ -18,9 +18,10 @@ from torch.utils.tensorboard.summary import hparams
 
 from softprompt.files import new_file
 from softprompt.objectives.losses import separation_ratios
-from softprompt.prompt.embeddings import closest_pair, mean_pairwise_cosine, prompt_cosines, view_names
 from softprompt.prompt.path import point_on_path
+from softprompt.prompt.similarity import closest_pair, mean_pairwise_cosine, prompt_cosines
 from softprompt.prompt.soft_prompt import SoftPrompt
+from softprompt.prompt.templates import view_names
 from train.log.series import FILE, is_evaluation, read_series
 
 GROUPS = (

@@ -153,8 +153,8 @@ def build(settings: Settings) -> None:
 def report(settings: Settings) -> None:
     """Read the folder back, and print and draw what it can do."""
     from softprompt.micro.pretrain import fixed_noise_loss, held_out
-    from softprompt.model.pipeline import load_pipeline, load_text_encoder
-    from softprompt.prompt.embeddings import encode_texts
+    from softprompt.model.loading import load_pipeline, load_text_encoder
+    from softprompt.prompt.encoding import encode_texts
     from softprompt.prompt.templates import view_texts
 
     pipeline, encoders = load_pipeline(settings.output), load_text_encoder(settings.output)

@@ -36,7 +36,7 @@ from softprompt.micro.pretrain import (
     with_embeds,
 )
 from softprompt.micro.world import MicroWorld
-from softprompt.prompt.embeddings import encode_texts
+from softprompt.prompt.encoding import encode_texts
 
 if TYPE_CHECKING:
     from train.micro.__main__ import Settings

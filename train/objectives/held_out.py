@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from softprompt.data.batch import draw, make_batch, seeded, spread_timesteps
+from softprompt.data.batch import draw, seeded, spread_timesteps
+from softprompt.model.conditioning import make_batch
 from train.objectives.terms import Scene, Term
 
 if TYPE_CHECKING:

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from softprompt.data.batch import seed_of, seeded
+from softprompt.data.batch import EncodedViews, rotate_views, seed_of, seeded, view_order
 from softprompt.data.cache import EncodedObjects
-from softprompt.data.samples import rotate_views, view_order
 from softprompt.data.shards import ShardStore, key_of
 from softprompt.errors import InputError, RunError
 from softprompt.model.adapted import AdaptedModel, predict
-from softprompt.model.conditioning import EncodedViews
 from softprompt.model.sampling import decode_latents, sample_latents
 from softprompt.objectives.rewards import Reward
 

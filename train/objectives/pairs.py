@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.data.samples import FolderSource, beside_list
-from softprompt.errors import InputError
-from softprompt.places import base_of
+from softprompt.errors import InputError, base_of
 
 COLUMNS = ("input", "winner", "loser", "gap")
 BEYOND = "beyond the last name"

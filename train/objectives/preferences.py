@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from softprompt.data.batch import Batch, Draw, draw, make_batch, seeded, spread_timesteps
-from softprompt.data.samples import view_order
+from softprompt.data.batch import Batch, Draw, EncodedViews, draw, seeded, spread_timesteps, view_order
 from softprompt.errors import RunError
-from softprompt.model.adapted import noisy_and_target
-from softprompt.model.conditioning import EncodedViews
+from softprompt.model.conditioning import make_batch, noisy_and_target
 from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.preference import dpo_loss, item_errors, preference, prefers_winner, share_won
 from softprompt.objectives.rewards import Reward

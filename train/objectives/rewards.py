@@ -5,10 +5,10 @@ from pathlib import Path
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from softprompt.errors import InputError
-from softprompt.model.pipeline import Pipeline, load_frozen
+from softprompt.errors import InputError, no_folder
+from softprompt.model.loading import load_frozen
+from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.rewards import REWARDS, Reward, clip_similarity
-from softprompt.places import no_folder
 from train.objectives.functions import call, load_function
 
 

@@ -12,8 +12,8 @@ from softprompt.model.attention import AttentionMaps, attention_sides, watch_att
 from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.separate import absence, overlap
 from softprompt.prompt.path import point_on_path
+from softprompt.prompt.similarity import view_and_other_words
 from softprompt.prompt.soft_prompt import SoftPrompt
-from softprompt.prompt.tokens import view_and_other_words
 from train.objectives.held_out import measure_on_held_out
 from train.objectives.terms import Scene, Term
 from train.options.objectives import SeparateConfig

@@ -15,7 +15,7 @@ from train.options.config import Config
 from train.options.preferences import SpinConfig
 
 if TYPE_CHECKING:
-    from softprompt.model.conditioning import EncodedViews
+    from softprompt.data.batch import EncodedViews
     from train.setup import Job
 
 

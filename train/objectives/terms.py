@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from softprompt.data.batch import Batch
-from softprompt.model.adapted import noisy_and_target
+from softprompt.model.conditioning import noisy_and_target
 from softprompt.objectives.convert import clean_latents
 from train.batches import Wanted
 

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from softprompt.errors import InputError
-from softprompt.places import base_of, no_folder
+from softprompt.errors import InputError, base_of, no_folder
 from train.options.config import Config
 from train.options.groups import MICRO
 from train.options.paths import expand_given, expand_values
@@ -54,14 +52,6 @@ OF_A_BATCH = ("train.batch_size", "train.accumulation")
 
 _MOST_VALUES, _DEEPEST, _LONGEST = 10_000, 20, 3500
 """Values in a YAML file, inside each other, and characters of one; the largest comparison has a few hundred, 4 deep."""
-
-
-def calm_environment() -> None:
-    """Before the large libraries are imported: what they would otherwise say and do."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it gives advice while it is imported
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait by spinning make a step ten times as long where another process uses the same cores.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from softprompt.places import expanded, is_prompt_file
+from softprompt.files import expanded
+from softprompt.prompt.prompt_files import is_prompt_file
 
 PATHS = frozenset(
     {

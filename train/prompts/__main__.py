@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softprompt.errors import InputError
-from softprompt.places import FOREIGN_SUFFIXES, PROMPT_SUFFIXES
+from softprompt.prompt.prompt_files import FOREIGN_SUFFIXES, PROMPT_SUFFIXES
 from softprompt.prompt.templates import TEMPLATES, VIEWS
 from train.options.command_line import PlainParser
 
@@ -98,7 +98,7 @@ def show_parser() -> CommandParser:
 
 def _phrases(given: argparse.Namespace) -> "Phrases":
     """Encoded by --model. Raises: InputError."""
-    from softprompt.prompt.embeddings import encode_texts
+    from softprompt.prompt.encoding import encode_texts
     from train.prompts.report import Phrases
     from train.prompts.sources import open_encoder, read_phrases
 
@@ -157,7 +157,7 @@ def check(given: argparse.Namespace, command: str) -> int:
 
 def _whose_start(source: "Source", model: str) -> str:
     """Whether a prompt begins as all that a model's own text encoder makes do, in words."""
-    from softprompt.prompt.embeddings import encode_texts
+    from softprompt.prompt.encoding import encode_texts
     from train.prompts.make import SAME
     from train.prompts.measure import start_distance
     from train.prompts.sources import open_encoder

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softprompt.prompt.embeddings import closest_pair, prompt_cosines
-from softprompt.prompt.tokens import largest, telling_tokens
+from softprompt.prompt.similarity import closest_pair, largest, prompt_cosines, telling_tokens
 
 ANOTHER_ENCODER = 0.5
 """Distance between two prompts' start tokens, of their norm, from which on they are likely of two text encoders."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.files import new_file
-from softprompt.prompt.tokens import words_before_padding
+from softprompt.prompt.similarity import words_before_padding
 from train.prompts.measure import (
     ANOTHER_ENCODER,
     Drift,

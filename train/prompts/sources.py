@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.utils import logging
 
-from softprompt.errors import InputError
+from softprompt.errors import InputError, base_of
 from softprompt.files import read_json
 from softprompt.micro import MICRO_MODEL
-from softprompt.model.pipeline import load_text_encoder
-from softprompt.places import PROMPT_SUFFIXES, base_of
-from softprompt.prompt.embeddings import check_prompt, encode_texts, refuse_foreign, view_names
-from softprompt.prompt.prompt_files import read_prompt_file
-from softprompt.prompt.templates import TEMPLATES, VIEWS, Template
+from softprompt.model.loading import load_text_encoder
+from softprompt.prompt.embeddings import check_prompt, refuse_foreign
+from softprompt.prompt.encoding import encode_texts
+from softprompt.prompt.prompt_files import PROMPT_SUFFIXES, read_prompt_file
+from softprompt.prompt.templates import TEMPLATES, VIEWS, Template, view_names
 from train.options.command_line import suggestion
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from softprompt.errors import InputError
-from softprompt.prompt.embeddings import closest_pair, save_prompt
+from softprompt.prompt.embeddings import save_prompt
+from softprompt.prompt.similarity import closest_pair
 from train.prompts.sources import SUFFIXES, described
 
 KINDS = {".pt": "float16, what FaceLift loads", ".safetensors": "float32"}

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softprompt.errors import InputError
-from train.options.command_line import PlainParser, calm_environment
+from train.device import calm_environment
+from train.options.command_line import PlainParser
 
 EXIT_BAD_INPUT = 2
 

@@ -18,6 +18,7 @@ from softprompt.errors import InputError, RunError
 from softprompt.files import load_pickle, new_folder, remove_folder, write_json
 from softprompt.model.adapted import AdaptedModel
 from train.objectives.terms import Objectives
+from train.state.folder import _step_of, checkpoint_folder, list_checkpoints
 
 STATE = "state.pt"
 MANIFEST = "manifest.json"
@@ -55,21 +56,6 @@ class Parts:
 
 class DamagedError(Exception):
     """A checkpoint is not what was written."""
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    """RUN/checkpoints/step-N."""
-    return run / "checkpoints" / f"step-{step:06d}"
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, oldest first. One being written, or removed, has another name."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdecimal() and p.is_dir()]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name[5:])
 
 
 def save_checkpoint(run: Path, parts: Parts, *, progress: Mapping[str, Any], keep: int) -> Path:

@@ -11,16 +11,11 @@ from softprompt.errors import InputError, RunError
 from softprompt.files import remove_folder
 from train.batches import Wanted
 from train.state.checkpoint import DamagedError, verify, write_state
+from train.state.folder import list_incidents
 from train.state.run import Run
 
 KEPT = 5
 """Newest incidents of a run."""
-
-
-def list_incidents(run: Path) -> list[Path]:
-    """A run's incidents, oldest first."""
-    found = [p for p in (run / "incidents").glob("step-*") if p.name[5:].isdecimal()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def write_incident(run: Run, step: int, what: str) -> Path:

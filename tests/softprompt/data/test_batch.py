@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt.data.batch import Draw, draw, make_batch, seeded
-from softprompt.model.conditioning import EncodedViews, class_labels
+from softprompt.data.batch import Draw, EncodedViews, draw, seeded
+from softprompt.model.conditioning import class_labels, make_batch
 from softprompt.model.pipeline import Pipeline
 
 

@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from softprompt.data import cache, fingerprints, shards
+from softprompt.data.batch import EncodedViews
 from softprompt.data.cache import EncodedObjects, PictureCache
 from softprompt.data.pictures import BACKGROUNDS, composite
 from softprompt.data.samples import FolderSource, Source, open_source
 from softprompt.errors import InputError
-from softprompt.model.conditioning import EncodedViews
 from softprompt.model.pipeline import Pipeline
 
 

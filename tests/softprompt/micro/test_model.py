@@ -12,9 +12,11 @@ from torch import Tensor
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.pretrain import fixed_noise_loss, given_picture, held_out
 from softprompt.micro.tokenizer import WORDS, learn_merges
-from softprompt.model.pipeline import Pipeline, load_pipeline, load_text_encoder
+from softprompt.model.loading import load_pipeline, load_text_encoder
+from softprompt.model.pipeline import Pipeline
 from softprompt.model.sampling import sample_views
-from softprompt.prompt.embeddings import check_prompt, encode_texts
+from softprompt.prompt.embeddings import check_prompt
+from softprompt.prompt.encoding import encode_texts
 from softprompt.prompt.templates import TEMPLATES, view_texts
 from train.micro import __main__ as micro
 from train.micro import trainer as micro_trainer

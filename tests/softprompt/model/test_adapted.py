@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.adapted import AdaptedModel, adapters_off, add_lora, predict
+from softprompt.model.loading import load_unet
 from softprompt.model.pipeline import Pipeline
-from softprompt.model.unet import load_unet
 from softprompt.objectives.losses import denoising_loss, kl_to_reference, kl_weights
 from softprompt.prompt.soft_prompt import SoftPrompt
 

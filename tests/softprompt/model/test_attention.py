@@ -8,9 +8,9 @@ from torch import Tensor
 
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.adapted import predict
-from softprompt.model.attention import AttentionMaps, attention_sides, watch_attention
+from softprompt.model.attention import AttentionMaps, SharedPromptAttnProcessor, attention_sides, watch_attention
+from softprompt.model.loading import load_unet
 from softprompt.model.pipeline import Pipeline
-from softprompt.model.unet import SharedPromptAttnProcessor, load_unet
 
 GROUPS = torch.tensor([[0.0, 1, 1, 0, 0], [0, 0, 0, 1, 0]])
 

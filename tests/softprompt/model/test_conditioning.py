@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from softprompt.model.conditioning import class_labels, encode_views, image_embeddings, input_latents, keep_conditions
+from softprompt.data.batch import keep_conditions
+from softprompt.model.conditioning import class_labels, encode_views, image_embeddings, input_latents
 from softprompt.model.pipeline import Pipeline
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.adapted import add_lora
-from softprompt.model.pipeline import Pipeline, load_pipeline, load_text_encoder, save_pipeline
-from softprompt.model.unet import load_unet
+from softprompt.model.loading import load_pipeline, load_text_encoder, load_unet, save_pipeline
+from softprompt.model.pipeline import Pipeline
 
 Copy = Callable[[Path], Path]
 MODELS = ("unet", "vae", "image_encoder", "image_normalizer")

@@ -14,9 +14,9 @@ from torch import Tensor
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.adapted import adapters_off, add_lora
 from softprompt.model.conditioning import class_labels, image_embeddings, input_latents
+from softprompt.model.loading import load_unet
 from softprompt.model.pipeline import Pipeline
 from softprompt.model.sampling import RISES, Annealed, Rise, decode_latents, sample_latents, sample_views
-from softprompt.model.unet import load_unet
 
 FAST = {"steps": 2, "guidance_scale": 2.0, "eta": 0.0}
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.adapted import add_lora
+from softprompt.model.attention import MultiViewAttnProcessor
+from softprompt.model.loading import load_unet
 from softprompt.model.pipeline import Pipeline
-from softprompt.model.unet import MultiViewAttnProcessor, load_unet, save_unet
+from softprompt.model.unet import save_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -16,8 +16,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
-from softprompt.model.pipeline import load_pipeline, load_text_encoder
-from softprompt.model.unet import load_unet
+from softprompt.model.loading import load_pipeline, load_text_encoder, load_unet
 from softprompt.model.weights import find_weights, read_weights
 
 PARTS = {

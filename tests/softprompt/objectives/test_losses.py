@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt.data.batch import Batch
-from softprompt.model.adapted import noisy_and_target, predict
+from softprompt.model.adapted import predict
+from softprompt.model.conditioning import noisy_and_target
 from softprompt.model.pipeline import Pipeline
 from softprompt.objectives import losses
 

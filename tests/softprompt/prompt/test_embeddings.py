@@ -17,18 +17,10 @@ from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
-from softprompt.model.pipeline import load_text_encoder
-from softprompt.prompt.embeddings import (
-    check_prompt,
-    closest_pair,
-    describe_prompt,
-    encode_texts,
-    load_prompt,
-    load_waypoints,
-    mean_pairwise_cosine,
-    prompt_cosines,
-    save_prompt,
-)
+from softprompt.model.loading import load_text_encoder
+from softprompt.prompt.embeddings import check_prompt, describe_prompt, load_prompt, save_prompt
+from softprompt.prompt.encoding import encode_texts, load_waypoints
+from softprompt.prompt.similarity import closest_pair, mean_pairwise_cosine, prompt_cosines
 from softprompt.prompt.templates import view_texts
 
 

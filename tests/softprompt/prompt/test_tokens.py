@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from softprompt.prompt.embeddings import load_prompt
-from softprompt.prompt.tokens import largest, telling_tokens, view_and_other_words
+from softprompt.prompt.similarity import largest, telling_tokens, view_and_other_words
 
 
 def made(alike: float = 0.0) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from softprompt.data.batch import seeded
 from softprompt.metrics import ssim_per_view
 from softprompt.micro import MICRO_MODEL
-from softprompt.model.pipeline import load_pipeline
+from softprompt.model.loading import load_pipeline
 from softprompt.model.sampling import sample_views
 from softprompt.prompt.templates import VIEWS
 from train.evaluation.evaluate import Preview, averaged, preview, preview_series, validation_losses, validation_series

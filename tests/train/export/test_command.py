@@ -21,9 +21,9 @@ from torch import Tensor
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
-from softprompt.model.pipeline import Pipeline, load_pipeline
+from softprompt.model.loading import load_pipeline, load_unet
+from softprompt.model.pipeline import Pipeline
 from softprompt.model.sampling import sample_views
-from softprompt.model.unet import load_unet
 from softprompt.prompt.embeddings import load_prompt
 from tests.pictures import ONE_LEVEL, levels_apart, pixels
 from train import sample
@@ -33,7 +33,8 @@ from train.export.source import find_checkpoint, open_run
 from train.loop import train
 from train.options.config import Config
 from train.setup import prepare
-from train.state.checkpoint import checkpoint_folder, save_progress, verify
+from train.state.checkpoint import save_progress, verify
+from train.state.folder import checkpoint_folder
 from train.state.stop import StopSignal
 
 RANK, ALPHA = 2, 5.0

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from softprompt.errors import InputError
-from softprompt.model.pipeline import load_pipeline
+from softprompt.model.loading import load_pipeline
 from train.export.read import LORA_WEIGHTS, open_lora
 from train.loop import train
 from train.options.config import Config

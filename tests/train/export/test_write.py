@@ -19,10 +19,11 @@ from softprompt.errors import RunError
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
 from softprompt.model.adapted import add_lora
-from softprompt.model.pipeline import Pipeline, load_pipeline, save_pipeline
+from softprompt.model.loading import load_pipeline, load_unet, save_pipeline
+from softprompt.model.pipeline import Pipeline
 from softprompt.model.sampling import sample_views
-from softprompt.model.unet import load_unet
-from softprompt.prompt.embeddings import load_prompt, load_waypoints
+from softprompt.prompt.embeddings import load_prompt
+from softprompt.prompt.encoding import load_waypoints
 from softprompt.prompt.templates import VIEWS
 from train.export import read as read_module
 from train.export import write as write_module

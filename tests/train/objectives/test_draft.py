@@ -28,7 +28,7 @@ from train.objectives.terms import Scene
 from train.options.config import Config
 from train.options.objectives import DraftConfig
 from train.setup import Job, prepare
-from train.state.checkpoint import list_checkpoints
+from train.state.folder import list_checkpoints
 from train.state.stop import StopSignal
 from train.step import training_step
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt.data.batch import draw, seeded
-from softprompt.data.samples import view_order
+from softprompt.data.batch import draw, seeded, view_order
 from softprompt.errors import InputError, RunError
 from softprompt.objectives.preference import dpo_loss, preference
 from softprompt.objectives.rewards import REWARDS
@@ -33,7 +32,7 @@ from train.options.config import Config
 from train.options.preferences import DpoConfig, SpinConfig
 from train.setup import Job, make_accelerator, prepare
 from train.state import artifacts as keep
-from train.state.checkpoint import list_checkpoints
+from train.state.folder import list_checkpoints
 from train.state.stop import StopSignal
 from train.step import training_step
 

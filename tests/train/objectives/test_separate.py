@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from softprompt.errors import InputError
-from softprompt.model.attention import AttentionMaps, watch_attention
-from softprompt.model.unet import SharedPromptAttnProcessor
+from softprompt.model.attention import AttentionMaps, SharedPromptAttnProcessor, watch_attention
 from softprompt.objectives.separate import absence, overlap
 from softprompt.prompt.embeddings import save_prompt
 from train.batches import Wanted

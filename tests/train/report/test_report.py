@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from softprompt.prompt.embeddings import load_prompt, prompt_cosines
+from softprompt.prompt.embeddings import load_prompt
+from softprompt.prompt.similarity import prompt_cosines
 from softprompt.prompt.templates import VIEWS
 from train.evaluation.ablation import ablation, ablation_series, views_follow
 from train.evaluation.evaluate import preview

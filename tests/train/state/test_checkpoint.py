@@ -21,16 +21,8 @@ from train.loop import training_step
 from train.options.config import Config
 from train.setup import Job, prepare
 from train.state import checkpoint
-from train.state.checkpoint import (
-    Parts,
-    checkpoint_folder,
-    list_checkpoints,
-    load_checkpoint,
-    restore,
-    save_checkpoint,
-    save_progress,
-    set_aside_newer,
-)
+from train.state.checkpoint import Parts, load_checkpoint, restore, save_checkpoint, save_progress, set_aside_newer
+from train.state.folder import checkpoint_folder, list_checkpoints
 
 Small = Callable[..., Config]
 PROGRESS = {

@@ -16,7 +16,8 @@ from train.replay import main
 from train.setup import Job, prepare
 from train.state import incidents
 from train.state.checkpoint import load_checkpoint
-from train.state.incidents import list_incidents, read_incident
+from train.state.folder import list_incidents
+from train.state.incidents import read_incident
 from train.state.run import Run
 from train.state.stop import StopSignal
 

@@ -1,13 +1,42 @@
-"""Which tokens of a view prompt say which view it is, and which are words at all: found from the numbers, not assumed."""
+"""How alike a prompt's views are, which tokens say which view it is, and which are words at all: from the numbers alone."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softprompt.prompt.embeddings import prompt_cosines
+
+def prompt_cosines(prompt: Tensor) -> Tensor:
+    """Cosine between the prompts of every two views, all tokens of a view taken as one vector.
+
+    prompt: [V, T, D]. Returns: float32 [V, V] in [-1, 1], without gradient.
+    """
+    unit = F.normalize(prompt.detach().double().flatten(1), dim=-1)
+    return (unit @ unit.T).clamp(-1, 1).float()
+
+
+def mean_pairwise_cosine(prompt: Tensor) -> float:
+    """Mean of `prompt_cosines` over every two different views; 1 when all views have one prompt. prompt: [V, T, D]."""
+    first, second = torch.triu_indices(len(prompt), len(prompt), offset=1)
+    return float(prompt_cosines(prompt)[first, second].mean())
+
+
+def closest_pair(prompt: Tensor, names: Sequence[str]) -> tuple[str, str, float]:
+    """The two views whose prompts are most alike, those a model confuses first, and their cosine.
+
+    prompt: [V, T, D]. names: one a view.
+    """
+    first, second = torch.triu_indices(len(prompt), len(prompt), offset=1)
+    cosines = prompt_cosines(prompt)[first, second]
+    best = int(cosines.argmax())
+    return names[int(first[best])], names[int(second[best])], float(cosines[best])
+
 
 CARRIES = 0.5
 """Tokens whose difference is more than this share of the largest are those that differ."""
+
+
 ALIKE = 0.8
 """Cosine between neighbours from which on the tokens at a view's end are taken for padding; words are below 0.5."""
 

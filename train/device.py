@@ -1,0 +1,59 @@
+"""Device, precision, and what the libraries may print."""
+
+import os
+import sys
+import warnings
+
+import diffusers
+import torch
+import transformers
+
+from softprompt.errors import InputError, InputWarning
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(wanted: str, asked: str, *, group: str = "train.") -> tuple[str, str]:
+    """What a device (auto, cpu, cuda) and a precision (auto, fp32, bf16, fp16) come to here, and what to say of it.
+
+    group: of the two options, for errors. Raises: InputError for what this machine has not.
+    """
+    precision, cuda = asked, torch.cuda.is_available()
+    if wanted == "cuda" and not cuda:
+        raise InputError(
+            f"{group}device: is cuda; this machine has no CUDA device that torch {torch.__version__} can use. Likely a CPU "
+            f"build of torch, or no driver; use --{group}device cpu or auto"
+        )
+    on_cuda = cuda and wanted != "cpu"
+    if precision == "fp16" and not on_cuda:
+        raise InputError(f"{group}precision: is fp16, which needs a CUDA device; expected fp32 or bf16 on a CPU")
+    if precision == "auto":
+        precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if on_cuda else "fp32"
+    device = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
+    chosen = "chosen from the machine" if "auto" in (wanted, asked) else "as asked for"
+    return precision, f"device     {device}; {precision} ({chosen})"
+
+
+def quiet_libraries(is_main: bool) -> None:
+    """Keep the libraries' progress bars and advice out of the output; each warning of this project is one line."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    warnings.showwarning = _show_ours
+    if not is_main:
+        warnings.filterwarnings("ignore")
+
+
+def _show_ours(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """In place of `warnings.showwarning`."""
+    if issubclass(category, InputWarning):
+        print(f"WARNING    {message}", file=sys.stderr)
+
+
+def calm_environment() -> None:
+    """Before the large libraries are imported: what they would otherwise say and do."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it gives advice while it is imported
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait by spinning make a step ten times as long where another process uses the same cores.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
