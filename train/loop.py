@@ -20,41 +20,33 @@ from tqdm import tqdm
 from softprompt.errors import RunError
 from softprompt.files import new_file, remove_partial
 from softprompt.prompt.curriculum import learning_rate_factor
-from train.evaluation import evaluator as observe
+from train import callbacks
 from train.evaluation.diagnostics import is_spike
-from train.log.logger import Monitor
+from train.log.logger import Logger
 from train.options.config import Config, option_values, to_yaml
-from train.setup import Job
-from train.state import artifacts as keep
 from train.state.checkpoint import restore, set_aside_newer
 from train.state.folder import list_checkpoints
 from train.state.incidents import write_incident
-from train.state.pacing import Pace, after_step
-from train.state.run import Run
+from train.state.run import Job, Run
 from train.state.stop import StopSignal
 from train.step import StepResult, training_step
 
 SMOOTHING = 0.98
-"""Share of the training loss's running mean that a step leaves in place."""
+"""Share of the training loss's running mean that a step keeps."""
 
 
 def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: StopSignal) -> Run:
-    """Train until `train.steps` or until `stop` is set, whichever comes first; then export.
+    """Train until `train.steps` or until `stop` is set, whichever comes first; then save and export.
 
-    state: a checkpoint to go on from, or None.
+    state: a checkpoint to resume from, or None.
     Returns: the run; `run.step` says how far it came.
-    Raises: RunError when numbers are not finite for `train.max_skipped` steps in a row, when weights that are frozen have
-    moved, or when an export is not what is in memory.
+    Raises: RunError when numbers are not finite for `train.max_skipped` steps in a row, when frozen weights have changed, or
+    when an export does not read back.
     """
     config, main = job.config, job.accelerator.is_main_process
     run = start(job, folder, state)
-    if main and job.skipped:
-        with new_file(folder / "skipped_samples.txt") as partial:
-            partial.write_text("".join(f"{one}\n" for one in job.skipped), encoding="utf-8")
-    if state is None:
-        run.monitor.text("config", f"```\n{to_yaml(config)}\n```")
     _begin_objectives(run, stop)
-    observe.evaluate_if_due(run)
+    callbacks.evaluate_if_due(run)
 
     with tqdm(
         total=config.train.steps,
@@ -62,34 +54,33 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
         unit="step",
         disable=not main,
         dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants a line now and then
+        mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file needs a line now and then
     ) as bar:
         _train(run, stop, bar)
-    keep.checkpoint(run)
-    keep.export(run, folder / "export")
+
+    callbacks.checkpoint(run)
+    callbacks.export(run, folder / "export")
     if config.export.pipeline and run.step >= config.train.steps:
-        keep.export_pipeline(run, folder / "export")
-    run.monitor.hparams(option_values(config), run.last or {})
-    if main:
-        keep.report(run)
-    run.monitor.close()
+        callbacks.export_pipeline(run, folder / "export")
+    callbacks.log_summary(run, option_values(config))
+    run.logger.close()
     job.accelerator.wait_for_everyone()
     return run
 
 
 def _train(run: Run, stop: StopSignal, bar: tqdm) -> None:
-    """Steps, and what is due after each."""
-    job, config = run.job, run.job.config
+    """The steps, and what is due after each."""
+    job, monitor = run.job, run.job.config.monitor
     since = time.monotonic()
-    while run.step < config.train.steps and not stop.agreed(job.accelerator):
+    while run.step < job.config.train.steps and not stop.agreed(job.accelerator):
         try:
-            result = training_step(job, run.step, run.pace)
+            result = training_step(job.trainer, run.step, run.curricula)
         except torch.OutOfMemoryError:
-            if not _save_memory(job):
+            if not _enable_checkpointing(job):
                 raise
             tqdm.write(
-                f"step {run.step}: out of GPU memory; done again with gradient checkpointing, which stays on: a step takes a "
-                f"third longer. train.gradient_checkpointing always begins with it",
+                f"step {run.step}: out of GPU memory; repeated with gradient checkpointing, which stays on: a step takes a "
+                f"third longer. train.gradient_checkpointing always starts with it",
                 file=sys.stderr,
             )
             continue
@@ -102,59 +93,56 @@ def _train(run: Run, stop: StopSignal, bar: tqdm) -> None:
         run.window.append(_taken(run, result))
         bar.update()
 
-        if observe.due(run, config.monitor.log_every):
-            bar.set_postfix_str(_postfix(observe.log(run, since)))
+        if run.is_due(monitor.log_every):
+            bar.set_postfix_str(_postfix(callbacks.log(run, since)))
             run.window, since = [], time.monotonic()
-        if stop.save_agreed(job.accelerator) or observe.due(run, config.monitor.checkpoint_every):
-            keep.checkpoint(run)
-        if stop.agreed(job.accelerator) and run.step < config.train.steps:
-            break  # whoever stops it does not wait for an evaluation
+        if stop.save_agreed(job.accelerator) or run.is_due(monitor.checkpoint_every):
+            callbacks.checkpoint(run)
+        if stop.agreed(job.accelerator) and run.step < job.config.train.steps:
+            break  # nobody who stops a run wants to wait for an evaluation
         began = time.monotonic()
         _begin_objectives(run, stop)
-        observe.evaluate_if_due(run)
+        callbacks.evaluate_if_due(run)
         since += time.monotonic() - began
 
 
-def _begin_objectives(run: Run, stop: StopSignal) -> None:
-    """Let objectives make what they need of the model as it is now."""
-    job = run.job
-    if job.objectives.begins(run.step):
-        keep.checkpoint(run)  # what follows may take long; a killed run then goes on from here
-        job.objectives.begin(job, run.folder, run.step, run.position, stopped=lambda: stop.number is not None)
-
-
 def start(job: Job, folder: Path, state: Mapping[str, Any] | None) -> Run:
-    """A run at step 0, or where a checkpoint (`state`) left it; its folder and log are opened."""
-    config, decay = job.config, job.config.train.ema_decay
+    """A run at step 0, or at a checkpoint (`state`); its folder and log are opened."""
+    config, decay, main = job.config, job.config.train.ema_decay, job.accelerator.is_main_process
     run = Run(
         job=job,
         folder=folder,
-        schedule=make_schedule(config, job.optimizer),
-        pace=Pace.start(config),
+        schedule=make_schedule(config, job.trainer.optimizer),
+        curricula=job.trainer.curriculum.start(),
         ema=None if decay is None else EMAModel(job.adapted.all_trainable().values(), decay=decay),
-        monitor=Monitor(folder, active=job.accelerator.is_main_process),
+        logger=Logger(folder, active=main),
     )
     if state is not None:
         restore(state, run.parts)
-        run.go_on_from(state)
+        run.load_progress(state)
         if config.kl.target is None:
-            run.pace = replace(run.pace, kl_weight=config.kl.weight)  # which --resume-override may have changed
-        if job.accelerator.is_main_process:
+            run.curricula = replace(run.curricula, kl_weight=config.kl.weight)  # --resume-override may have changed it
+        if main:
             set_aside_newer(folder, run.step)
-    if job.accelerator.is_main_process:
+    if main:
         remove_partial(folder)
         if state is None:
-            keep.remove_results(folder)
+            callbacks.remove_results(folder)
         with new_file(folder / "config.yaml") as partial:
             partial.write_text(to_yaml(config), encoding="utf-8")
+        if job.skipped:
+            with new_file(folder / "skipped_samples.txt") as partial:
+                partial.write_text("".join(f"{one}\n" for one in job.skipped), encoding="utf-8")
     run.frozen = job.adapted.frozen_sums()
     run.remember_weights()
-    run.monitor.open(resumed_step=None if state is None else run.step, evaluated=observe.evaluated(run))
+    run.logger.open(resumed_step=None if state is None else run.step, evaluated=run.is_evaluated)
+    if state is None:
+        run.logger.text("config", f"```\n{to_yaml(config)}\n```")
     return run
 
 
 def make_schedule(config: Config, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """Each group's learning rate: warm-up and decay within the steps in which it trains."""
+    """Learning rate of each group: warm-up and decay within the steps in which it trains."""
 
     def factor(group: str) -> Callable[[int], float]:
         first, end = config.window(group)
@@ -165,19 +153,28 @@ def make_schedule(config: Config, optimizer: torch.optim.Optimizer) -> LambdaLR:
     return LambdaLR(optimizer, [factor(group["name"]) for group in optimizer.param_groups])
 
 
-def _save_memory(job: Job) -> bool:
-    """Switch gradient checkpointing on where it is left to need. Returns: whether that is a change."""
-    unet, by_need = job.pipeline.unet, job.config.train.gradient_checkpointing == "auto"
-    if not by_need or unet.is_gradient_checkpointing or job.accelerator.num_processes > 1:  # the others would not know
+def _begin_objectives(run: Run, stop: StopSignal) -> None:
+    """Let objectives prepare what depends on the model as it is now."""
+    trainer = run.job.trainer
+    if terms := trainer.objectives.begins(run.step):
+        callbacks.checkpoint(run)  # the preparation may take long; a killed run resumes from here
+        for term in terms:
+            term.begin(trainer.context, run.folder, run.step, run.position, stopped=lambda: stop.number is not None)
+
+
+def _enable_checkpointing(job: Job) -> bool:
+    """Enable gradient checkpointing if it is set to `auto`. Returns: whether that changes anything."""
+    unet, automatic = job.pipeline.unet, job.config.train.gradient_checkpointing == "auto"
+    if not automatic or unet.is_gradient_checkpointing or job.accelerator.num_processes > 1:  # the others would not know
         return False
-    job.optimizer.zero_grad(set_to_none=True)
+    job.trainer.optimizer.zero_grad(set_to_none=True)
     unet.enable_gradient_checkpointing()
     torch.cuda.empty_cache()
     return True
 
 
 def _taken(run: Run, result: StepResult) -> StepResult:
-    """Take in what a step gave. Returns: it, marked where its loss was a spike."""
+    """Update the run's state by a step's numbers. Returns: the result, marked where its loss was a spike."""
     if result.not_finite is not None:
         return result
     spike = False
@@ -187,36 +184,35 @@ def _taken(run: Run, result: StepResult) -> StepResult:
         run.running_loss = SMOOTHING * before + (1 - SMOOTHING) * result.denoising
     if not result.skipped:
         run.skipped_in_a_row = 0
-    observe.move_on(run, after_step(run.job.config, run.pace, run.step, denoising=result.denoising, kl=result.kl))
+    curriculum = run.job.trainer.curriculum
+    callbacks.advance(run, curriculum.after_step(run.curricula, run.step, denoising=result.denoising, kl=result.kl))
     return replace(result, spike=spike)
 
 
 def _skipped(run: Run, result: StepResult) -> None:
-    """Say and write down what stopped a step; stop where too many did. An overflow now and then is how fp16 finds its scale.
+    """Print and record why a step was skipped; end the run after too many. An overflow now and then is how fp16 finds its scale.
 
     Raises: RunError.
     """
     run.skipped_in_a_row += 1
-    most, main = run.job.config.train.max_skipped, run.job.accelerator.is_main_process
-    given_up = run.skipped_in_a_row >= most
+    given_up = run.skipped_in_a_row >= run.job.config.train.max_skipped
     what = result.not_finite or "gradients overflowed in fp16"
     incident = None
     if (result.not_finite and run.skipped_in_a_row == 1) or given_up:
         incident = write_incident(run, run.step, what)
-    if result.not_finite and main:
+    if result.not_finite and run.job.accelerator.is_main_process:
         tqdm.write(f"WARNING step {run.step}: not finite: {what}; the step is skipped, the weights stay", file=sys.stderr)
     if given_up:
         checkpoints = list_checkpoints(run.folder)
         sound = f"{checkpoints[-1]} is sound" if checkpoints else "there is no checkpoint yet"
-        fit = [value for value in (result.denoising, result.kl) if value is not None]
+        losses = [value for value in (result.denoising, result.kl) if value is not None]
         guilty = [name for name, value in result.objectives.items() if not math.isfinite(value)]
         likely = "a learning rate is too high, or fp16 overflows (try train.precision bf16)"
-        if guilty and all(map(math.isfinite, fit)):
-            likely = f"it is {guilty[0]} itself that gives no number, since the denoising loss and the KL do"
+        if guilty and all(map(math.isfinite, losses)):
+            likely = f"{guilty[0]} itself is not finite, since the denoising loss and the KL are"
         raise RunError(
             f"step {run.step}: not finite in {run.skipped_in_a_row} steps in a row (train.max_skipped), nothing trained in "
-            f"them: {what}. {sound}. Likely {likely}; see "
-            f"which sample and layer it comes from: python -m train.replay {incident}"
+            f"them: {what}. {sound}. Likely {likely}; to find the sample and the layer: python -m train.replay {incident}"
         )
 
 

@@ -4,7 +4,6 @@ Each of its samples by itself, with the weights, noise and timestep that it had,
 dropout and the separation are left out.
 """
 
-import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -83,23 +82,24 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
     import torch
     from diffusers.training_utils import EMAModel
 
-    from train.batches import Batches, Wanted, kl_domains
+    from train.batches import Batches, Wanted
     from train.loop import make_schedule
-    from train.objectives.terms import Scene
     from train.setup import make_accelerator, prepare
     from train.state.checkpoint import DamagedError, Parts, read_state, restore
-    from train.step import losses, other_objectives
+    from train.step import denoising_and_kl, objectives_alone, step_batch
 
+    step, position = incident["step"], incident["position"]
     job = prepare(config, make_accelerator(config), resumed=True)
-    ema = None if config.train.ema_decay is None else EMAModel(job.adapted.all_trainable().values())
+    trainer, adapted = job.trainer, job.adapted
+    ema = None if config.train.ema_decay is None else EMAModel(adapted.all_trainable().values())
     try:
         state = read_state(folder)
     except DamagedError as error:
         raise InputError(f"{folder}: {error}") from error
-    schedule = make_schedule(config, job.optimizer)
-    restore(state, Parts(job.adapted, job.optimizer, schedule, ema, scaler=None, objectives=job.objectives))
-    if job.objectives.begins(incident["step"]):  # what they made for that step is in the run's folder
-        job.objectives.begin(job, folder.parents[1], incident["step"], incident["position"], stopped=lambda: False)
+    schedule = make_schedule(config, trainer.optimizer)
+    restore(state, Parts(adapted, trainer.optimizer, schedule, ema, scaler=None, objectives=trainer.objectives))
+    for term in trainer.objectives.begins(step):  # what they prepared for that step is in the run's folder
+        term.begin(trainer.context, folder.parents[1], step, position, stopped=lambda: False)
     found = _Found()
 
     def watch(name: str) -> Any:
@@ -111,33 +111,37 @@ def _do_again(config: "Config", folder: Path, incident: dict[str, Any]) -> _Foun
 
         return look
 
-    for name, module in job.adapted.named_modules():
+    for name, module in adapted.named_modules():
         if not list(module.children()):
             module.register_forward_hook(watch(name))
-    replay = None if job.original is None else job.original.replay
-    # Shared out as it was: the run may have been resumed with another batch size since.
-    split = {name: incident[name] for name in ("batch_size", "accumulation")}
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **split))
-    domains = kl_domains(config, incident["step"])
+    domains = trainer.kl_domains(step)
     kl_share = incident["kl_weight"] * config.kl.every / max(1, len(domains))
-    for batch in incident["batches"]:
-        job.batches = batches = Batches(
-            config, job.pipeline, job.train, replay, process=batch["process"], processes=incident["processes"]
+    for one in incident["batches"]:
+        trainer.batches = Batches(
+            job.pipeline,
+            job.train,
+            job.replay,
+            seed=config.train.seed,
+            batch_size=incident["batch_size"],  # the run may have been resumed with another one since
+            accumulation=incident["accumulation"],
+            references=trainer.context.references,
+            drop_rate=trainer.context.drop_rate,
+            process=one["process"],
+            processes=incident["processes"],
         )
-        wanted = Wanted(incident["step"], batch["part"], incident["lowest_timestep"], batch["domain"] == "original")
-        if batches.names(wanted) != batch["samples"]:
+        wanted = Wanted(step, one["part"], incident["lowest_timestep"], one["domain"] == "original")
+        if trainer.batches.names(wanted) != one["samples"]:
             raise InputError(f"{folder}: its samples are not those of data.train any more; give the data as it was")
-        made = batches.make(wanted)
+        made = trainer.batches.make(wanted)
         for index in range(len(made.timesteps)):
-            scene = Scene(job, wanted, made.only(index), incident["step"], incident["position"])
-            fit, kl = losses(scene, with_kl=batch["domain"] in domains)
-            total = kl_share * kl.mean() + (config.loss.weight * fit if batch["domain"] == "new" else 0)
+            batch = step_batch(trainer, wanted, made.only(index), step, position)
+            denoising, kl = denoising_and_kl(trainer, batch, with_kl=one["domain"] in domains)
+            total = kl_share * kl.mean() + (config.loss.weight * denoising if one["domain"] == "new" else 0)
             found.losses.append(float(total.detach()))
             total.backward()  # without fp16's scaler, so that the norms are the gradients' own
-        if batch["domain"] == "new":
-            scene = Scene(job, wanted, made, incident["step"], incident["position"])
-            found.objectives += other_objectives(scene).items()
-    for group, parameters in job.adapted.trainable().items():
+        if one["domain"] == "new":
+            found.objectives += objectives_alone(trainer, step_batch(trainer, wanted, made, step, position)).items()
+    for group, parameters in adapted.trainable().items():
         gradients = [p.grad.norm() for p in parameters.values() if p.grad is not None]
         found.norms[group] = float(torch.stack(gradients).norm()) if gradients else 0.0
     return found

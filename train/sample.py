@@ -324,7 +324,7 @@ def _rows(options: Options, start: "Tensor", learned: "Tensor") -> list[Case]:
     import torch
 
     from softprompt.model.sampling import RISES, Annealed
-    from softprompt.prompt.path import point_on_path
+    from softprompt.prompt.soft_prompt import point_on_path
 
     path = torch.stack([start, learned])
     given = learned if options.prompt_strength == 1 else start + options.prompt_strength * (learned - start)

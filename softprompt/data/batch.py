@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,30 @@ class EncodedViews:
     """[V, C, H, W] standard deviation of the VAE's posterior, unscaled."""
     embeds: Tensor
     """[V, E] CLIP image embeddings."""
+
+
+class Objects(Protocol):
+    """A set of objects, their views encoded; see softprompt.data.cache.EncodedObjects."""
+
+    background: str
+
+    def __len__(self) -> int: ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the samples."""
+
+    def get(self, index: int, generator: torch.Generator) -> EncodedViews:
+        """Encoded views of an object, on a background drawn from `generator`."""
+
+    def views(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Pictures [V, 3, S, S] and masks [V, 1, S, S] of an object, on such a background."""
+
+    def pictures(self, index: int, generator: torch.Generator) -> Tensor:
+        """The pictures alone."""
+
+    def masks(self, index: int) -> Tensor:
+        """The masks alone."""
 
 
 @dataclass(frozen=True)

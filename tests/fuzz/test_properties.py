@@ -20,8 +20,7 @@ from softprompt.data.shards import ShardStore, key_of
 from softprompt.errors import InputError
 from softprompt.prompt.curriculum import learning_rate_factor, position_at
 from softprompt.prompt.embeddings import load_prompt, save_prompt
-from softprompt.prompt.path import point_on_path
-from softprompt.prompt.soft_prompt import SoftPrompt
+from softprompt.prompt.soft_prompt import SoftPrompt, point_on_path
 from tests.fuzz.mutations import YAML_WORDS, time_limit
 from tests.fuzz.readers import prompt
 from train.batches import object_at

@@ -11,13 +11,14 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
+from train.state.pacing import Pace, position_of
 
 from softprompt.data.batch import seeded
 from softprompt.data.samples import write_source
 from softprompt.errors import InputError, RunError
 from softprompt.micro.world import MicroWorld
 from softprompt.model.adapted import AdaptedModel
-from softprompt.prompt.path import point_on_path
+from softprompt.prompt.soft_prompt import point_on_path
 from tests.models import PICTURE
 from tests.runs import run_to_end, series
 from train import loop
@@ -30,7 +31,6 @@ from train.options.config import Config
 from train.setup import Job, prepare
 from train.state import artifacts as keep
 from train.state.folder import list_checkpoints
-from train.state.pacing import Pace, position_of
 from train.state.stop import StopSignal
 from train.step import training_step
 

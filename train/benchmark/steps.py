@@ -18,8 +18,8 @@ from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.losses import denoising_loss, snr, snr_weights
 from softprompt.objectives.rewards import REWARDS
 from softprompt.prompt.soft_prompt import SoftPrompt
-from train.batches import Batches
 from train.benchmark.models import NoisePictures, random_pipeline
+from train.build import build_trainer
 from train.objectives.dpo import OwnDpo
 from train.objectives.draft import Draft
 from train.objectives.separate import Separate
@@ -29,7 +29,6 @@ from train.options.config import Config
 from train.options.groups import KLConfig
 from train.options.objectives import DraftConfig, SeparateConfig, StudioConfig
 from train.options.preferences import DpoConfig
-from train.setup import Job, OriginalDomain, make_optimizer
 from train.step import training_step
 
 FACELIFT = "FaceLift: every weight, encoding live, checkpointing"
@@ -118,20 +117,26 @@ def adapting_ways(
     ) -> Way:
         settings = replace(config, kl=kl, prompt=replace(config.prompt, learn=learn))
         adapted = AdaptedModel(pipeline.unet, SoftPrompt(prompt).requires_grad_(learn)).to(setting.device).train()
-        optimizer = accelerator.prepare(make_optimizer(settings, adapted, scaled=setting.dtype == torch.float16))
-        batches = Batches(settings, pipeline, objects, objects, process=0, processes=1)
-        original = OriginalDomain(objects, objects)
-        parts = settings, accelerator, pipeline, adapted, adapted, optimizer
-        job = Job(*parts, objects, objects, original, batches, [], [], Objectives(terms))
-        job.objectives.rehearse(job)
+        trainer = build_trainer(
+            settings,
+            accelerator,
+            pipeline,
+            adapted,
+            train=objects,
+            held_out=objects,
+            replay=objects,
+            objectives=Objectives(terms),
+        )
+        for term in terms:
+            term.rehearse(trainer.context)
         phases = {
-            "batch": (batches, "take"),
+            "batch": (trainer.batches, "take"),
             "forward": (adapted, "forward"),
             "reference": (adapted, "reference"),
             "backward": (accelerator, "backward"),
-            "optimizer": (optimizer, "step"),
+            "optimizer": (trainer.optimizer, "step"),
         }
-        return Way(name, lambda number: void(training_step(job, number)), phases)
+        return Way(name, lambda number: void(training_step(trainer, number)), phases)
 
     none = KLConfig(weight=0)
     drafts = [DraftConfig(weight=1.0, guard=None, backward_steps=k) for k in (1, 2)]
@@ -139,7 +144,7 @@ def adapting_ways(
         *(Draft(one, REWARDS["psnr"]) for one in drafts),
         OwnDpo(replace(config, dpo=DpoConfig(weight=1.0)), ("psnr", REWARDS["psnr"])),
         *(Studio(StudioConfig(weight=1.0, over="views", space=space)) for space in ("latents", "pictures")),
-        Separate(SeparateConfig(weight=1.0), attention_sides(pipeline.unet)[-1]),
+        Separate(SeparateConfig(weight=1.0), config.prompt.waypoints, attention_sides(pipeline.unet)[-1]),
     ]
     names = [f"with DRaFT+, {one.steps} steps, K = {one.backward_steps}" for one in drafts]
     names += [

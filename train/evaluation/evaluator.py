@@ -1,178 +1,220 @@
-"""What is looked at while a run trains: points of its log, evaluations, signs that it goes wrong."""
+"""Held-out objects: a loss that is the same at every evaluation, and sampled views beside the true ones."""
 
-import sys
-import time
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor
 
-from softprompt.errors import RunError
+from softprompt.data.batch import Objects, draw, rotate_views, seeded, view_order
+from softprompt.metrics import copy_score, psnr_per_view, separation_ratio, ssim_per_view
+from softprompt.model.adapted import AdaptedModel, adapters_off, predict
+from softprompt.model.conditioning import make_batch, noisy_and_target
+from softprompt.model.pipeline import Pipeline
+from softprompt.model.sampling import sample_views
+from softprompt.prompt.soft_prompt import point_on_path
 from softprompt.prompt.templates import view_names
-from train.evaluation.diagnostics import (
-    OF_PREVIEWS,
-    SIGNS,
-    collapse_signs,
-    moved_weights,
-    prompt_signs,
-    standing_still,
-    worse_sign,
-)
-from train.evaluation.evaluate import (
-    averaged,
-    learned_effect,
-    pretrained_original_loss,
-    preview,
-    preview_series,
-    validation_series,
-)
-from train.log.logger import preview_grid, preview_tiles, prompt_series
-from train.state import artifacts as keep
-from train.state.checkpoint import save_progress
-from train.state.pacing import Pace, after_validation
-from train.state.run import Run
-from train.step import KL_TIMESTEP_GROUPS, StepResult
+from train.log.series import HANDED_ON
+from train.objectives.terms import Shown
 
 
-def log(run: Run, since: float) -> dict[str, float]:
-    """Means over the steps since the last log, over all processes; the prompt as it is now."""
-    job, config = run.job, run.job.config
-    limit = config.train.max_grad_norm
-    window = [result for result in run.window if result.not_finite is None]
-    series = {"gradient/skipped_share": sum(r.skipped for r in run.window) / len(run.window)}
-    if losses := [r.denoising for r in window if r.denoising is not None]:
-        series |= {"loss/train": sum(losses) / len(losses), "loss/train_highest": max(losses)}
-    series["loss/spikes_share"] = sum(r.spike for r in run.window) / len(run.window)
-    series |= _kl_series(run, window)
-    for name in dict.fromkeys(name for r in window for name in r.objectives):
-        values = [r.objectives[name] for r in window if name in r.objectives]
-        series[f"objective/{name}"] = sum(values) / len(values)
-    for group in job.optimizer.param_groups:
-        name = group["name"]
-        series[f"learning_rate/{name}"] = group["lr"]
-        if norms := [r.grad_norms[name] for r in window if not r.skipped]:
-            series[f"gradient/norm_{name}"] = sum(norms) / len(norms)
-            series[f"gradient/clipped_share_{name}"] = sum(n > limit for n in norms) / len(norms)
-    series["curriculum/position"] = run.position
-    series["curriculum/lowest_timestep"] = run.lowest_timestep
-    series["speed/steps_per_second"] = len(run.window) / max(1e-9, time.monotonic() - since)
-    with averaged(job, run.ema), torch.no_grad():
-        series |= prompt_series(job.adapted.prompt, run.position)
-    run.monitor.scalars(run.step, series)
-    return series
+@contextmanager
+def averaged(adapted: AdaptedModel, ema: EMAModel | None) -> Iterator[None]:
+    """Inside the block prompt and LoRA are their moving average, where one is kept; the model is in evaluation mode."""
+    parameters = list(adapted.all_trainable().values())
+    if ema is not None:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    adapted.eval()
+    try:
+        yield
+    finally:
+        adapted.train()
+        if ema is not None:
+            ema.restore(parameters)
 
 
-def _kl_series(run: Run, window: list[StepResult]) -> dict[str, float]:
-    """The KL to the pretrained model, and its weight: over all, by view, by range of timesteps; what was not measured is left
-    out."""
-    job = run.job
-    measured = [r.kl for r in window if r.kl is not None]
-    if not measured:
-        return {}
-    series = {"loss/kl_to_pretrained": sum(measured) / len(measured), "kl/weight": run.pace.kl_weight}
-    if on_original := [r.kl_on_original for r in window if r.kl_on_original is not None]:
-        series["kl/on_original"] = sum(on_original) / len(on_original)
-    totals, counts = torch.tensor([r.kl_sums for r in window]).sum(dim=0).tolist()
-    length = len(job.pipeline.scheduler.alphas_cumprod)
-    bounds = [i * length // KL_TIMESTEP_GROUPS for i in range(KL_TIMESTEP_GROUPS + 1)]
-    names = [f"kl_view/{name}" for name in view_names(job.pipeline.num_views)]
-    names += [f"kl_timestep/{low:04d}_{high - 1:04d}" for low, high in pairwise(bounds)]
-    return series | {name: total / n for name, total, n in zip(names, totals, counts, strict=True) if n}
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates the adapted model on held-out objects."""
+
+    accelerator: Accelerator
+    pipeline: Pipeline
+    adapted: AdaptedModel
+    held_out: Objects
+    original: Objects | None
+    """Held-out objects of the original domain."""
+    reference: int
+    """The view that is the input picture."""
+    timesteps: Sequence[int]
+    """Timesteps of the validation loss."""
+    batch_size: int
+    preview_objects: int
+    preview_steps: int
+    """DDIM steps of previews."""
+    guidance_scale: float
+    eta: float
+    seed: int
+    """Seed of the previews' noise."""
+
+    # ------------------------------------------------------------------------------------------------------- validation
+
+    @torch.no_grad()
+    def losses(self, position: float, objects: Objects, *, reference: int) -> Tensor:
+        """Mean squared error of the prediction of each view, at fixed noise and timesteps, unweighted.
+
+        No condition is dropped and every view counts: whatever the training was, the losses of two runs on the same objects are
+        comparable. Each process takes its share of the objects; all get the mean.
+        reference: the view that is the input picture.
+        Returns: [V], float64, on the CPU.
+        """
+        accelerator, pipeline = self.accelerator, self.pipeline
+        schedule_length = len(pipeline.scheduler.alphas_cumprod)
+        total = torch.zeros(pipeline.num_views, dtype=torch.float64, device=accelerator.device)
+        items = [(index, timestep) for index in range(len(objects)) for timestep in self.timesteps]
+        mine = items[accelerator.process_index :: accelerator.num_processes]
+        for start in range(0, len(mine), self.batch_size):
+            encoded, draws = [], []
+            for index, timestep in mine[start : start + self.batch_size]:
+                generator = seeded("validation", index, timestep)
+                encoded.append(objects.get(index, generator))
+                draws.append(
+                    draw(
+                        generator,
+                        encoded=encoded[-1],
+                        num_timesteps=schedule_length,
+                        references=[reference],
+                        timestep=timestep,
+                    )
+                )
+            batch = make_batch(pipeline, encoded, draws)
+            noisy, target = noisy_and_target(pipeline.scheduler, batch)
+            with accelerator.autocast():
+                prediction = self.adapted(noisy, batch.given, batch.timesteps, batch.labels, batch.order, position)
+            errors = (prediction.float() - target.float()).square().mean(dim=(2, 3, 4)).double()  # B V, by slot
+            total.index_add_(0, batch.order.flatten(), errors.flatten())
+        return accelerator.reduce(total, reduction="sum").cpu() / len(items)
+
+    def validation(self, position: float, *, with_original: bool) -> dict[str, float]:
+        """Series of a validation: the loss on held-out objects, in all and by view; if asked for, on the original domain too."""
+        losses = self.losses(position, self.held_out, reference=self.reference)
+        series = {"loss/validation": float(losses.mean())}
+        if with_original and self.original is not None:
+            series["loss/original"] = self.original_loss(position)
+        names = view_names(self.pipeline.num_views)
+        return series | {f"loss_view/{name}": float(loss) for name, loss in zip(names, losses, strict=True)}
+
+    def original_loss(self, position: float) -> float:
+        """Loss on the original domain under E(position); view 0 is the input picture, as in the pretraining."""
+        assert self.original is not None, "data.original is needed"
+        return float(self.losses(position, self.original, reference=0).mean())
+
+    @torch.no_grad()
+    def pretrained_original_loss(self) -> float:
+        """Loss of the pretrained model on the original domain, whatever this model has learned or started from."""
+        prompt = self.adapted.prompt
+        learned = prompt.learned.detach().clone()
+        prompt.learned.copy_(prompt.start)
+        try:
+            with adapters_off(self.pipeline.unet):
+                return self.original_loss(0.0)
+        finally:
+            prompt.learned.copy_(learned)
+
+    @torch.no_grad()
+    def learned_effect(self, position: float) -> float | None:
+        """Effect of the learned offset on the prediction: its root mean square difference to that under the path alone, as a
+        share of its root mean square; on one held-out object at the middle timestep. None where E(position) has no part of it.
+        """
+        prompt, pipeline = self.adapted.prompt, self.pipeline
+        if prompt.share(position) == 0:
+            return None
+        generator = seeded("effect")
+        encoded, length = self.held_out.get(0, generator), len(pipeline.scheduler.alphas_cumprod)
+        batch = make_batch(pipeline, [encoded], [draw(generator, encoded=encoded, num_timesteps=length, timestep=length // 2)])
+        noisy, _ = noisy_and_target(pipeline.scheduler, batch)
+        path = point_on_path(prompt.waypoints, position, prompt.interpolation)
+        with self.accelerator.autocast():
+            ours, plain = (
+                predict(self.adapted.unet, one, noisy, batch.given, batch.timesteps, batch.labels, batch.order).float()
+                for one in (prompt(position), path)
+            )
+        return float((ours - plain).square().mean().sqrt() / ours.square().mean().sqrt())
+
+    # --------------------------------------------------------------------------------------------------------- previews
+
+    @torch.no_grad()
+    def preview(self, prompt: Tensor, pretrained: Tensor | None) -> Shown:
+        """Sample the first held-out objects at a fixed seed.
+
+        prompt: E [V, T, D]. pretrained: views by the pretrained model from an earlier preview; they never change.
+        """
+        count, reference, device = min(self.preview_objects, len(self.held_out)), self.reference, self.pipeline.device
+        views = [rotate_views(self.held_out.pictures(i, seeded("preview", i)), reference) for i in range(count)]
+        truth = torch.stack(views).to(device)
+        order = view_order(reference, self.pipeline.num_views)
+        with self.pipeline.encoders_on_device():  # moved once for all of them
+            if pretrained is None:
+                with adapters_off(self.pipeline.unet):
+                    pretrained = self.sample(self.adapted.prompt.start[order.to(prompt.device)], truth[:, 0])
+            now = self.sample(prompt[order.to(prompt.device)], truth[:, 0])
+        masks = torch.stack([rotate_views(self.held_out.masks(i), reference) for i in range(count)]).to(truth)
+        names = view_names(self.pipeline.num_views)
+        return Shown(truth[:, 0], truth, masks, pretrained, now, tuple(names[int(i)] for i in order))
+
+    def sample(self, prompt: Tensor, pictures: Tensor) -> Tensor:
+        """Views of each picture, sampled as the previews are.
+
+        prompt: [V, T, D], in slot order. pictures: [B, 3, S, S]. Returns: [B, V, 3, S, S].
+        """
+        views = [
+            sample_views(
+                self.pipeline,
+                prompt,
+                picture,
+                steps=self.preview_steps,
+                guidance_scale=self.guidance_scale,
+                eta=self.eta,
+                seed=self.seed,
+            )
+            for picture in pictures  # one at a time, to need no more memory than training does
+        ]
+        return torch.cat(views)
+
+    @torch.no_grad()
+    def ablation(self, prompt: Tensor, shown: Shown) -> dict[str, Tensor]:
+        """Views of the previewed objects with prompt and LoRA each alone, and with the prompts shifted by one view.
+
+        prompt: E [V, T, D]. shown: its previews.
+        Returns: row => [B, V, 3, S, S]; see train.evaluation.ablation. Without a LoRA there is no `prompt_alone` or `lora_alone`.
+        """
+        order = view_order(self.reference, self.pipeline.num_views).to(prompt.device)
+        own, start = prompt[order], self.adapted.prompt.start[order]
+        has_lora = "lora" in self.adapted.trainable()
+        rows = {"pretrained": shown.pretrained}
+        with self.pipeline.encoders_on_device():
+            if has_lora:
+                with adapters_off(self.pipeline.unet):
+                    rows["prompt_alone"] = self.sample(own, shown.pictures)
+                rows["lora_alone"] = self.sample(start, shown.pictures)
+            rows["both" if has_lora else "prompt"] = shown.now
+            rows[HANDED_ON] = self.sample(own.roll(-1, dims=0), shown.pictures)
+        return rows
 
 
-def evaluate_if_due(run: Run) -> None:
-    """Validation loss, the previews if due, and the export of the best so far; at each step once, resumed or not."""
-    job, monitor = run.job, run.job.config.monitor
-    with_preview = due(run, monitor.preview_every)
-    if evaluated(run) or not (with_preview or due(run, monitor.validate_every)):
-        return
-    with averaged(job, run.ema):
-        series = validation_series(job, run.position, with_original=with_preview)
-        if run.step == 0 and "loss/original" in series:
-            untouched = run.position == 0 and job.config.init_from is None
-            series["loss/original_pretrained"] = series["loss/original"] if untouched else pretrained_original_loss(job)
-        if with_preview and job.accelerator.is_main_process:
-            with torch.no_grad():
-                shown = preview(job, job.adapted.prompt(run.position), run.pretrained_views)
-            run.pretrained_views, run.shown = shown.pretrained, shown
-            rows = [("truth", shown.truth), ("pretrained", shown.pretrained), ("now", shown.now)]
-            run.monitor.picture(run.step, "held_out", preview_grid(rows, shown.pictures, shown.names))
-            run.monitor.tiles(run.step, "tiles", preview_tiles([views for _, views in rows], shown.pictures))
-            series |= preview_series(shown) | job.objectives.measure(job, run.position, shown)
-        if job.accelerator.is_main_process:
-            series |= _watch(run, series, with_preview=with_preview)
-    _refuse_moved_weights(run)
-    job.accelerator.wait_for_everyone()
-    run.monitor.scalars(run.step, series)
-    move_on(run, after_validation(job.config, run.pace, run.step, series["loss/validation"]))
-    run.last = {**series, "step": run.step}
-    run.first = run.first or run.last
-    improved = run.best is None or series["loss/validation"] < run.best["loss"]
-    if improved and keep.best(run):
-        run.best = {"step": run.step, "loss": series["loss/validation"]}
-    if job.accelerator.is_main_process:
-        save_progress(run.folder, run.progress())  # last: a run that is killed before evaluates and exports again
-
-
-def _watch(run: Run, series: dict[str, float], *, with_preview: bool) -> dict[str, float]:
-    """Say once when a sign that the run goes wrong appears, and when it is gone. series: of this evaluation.
-
-    At step 0 nothing is said: the pretrained model does not know the new subject yet.
-    Returns: series of the signs, 1 where there is one, and of what was measured for them.
-    """
-    job, prompt, found = run.job, run.job.adapted.prompt, {}
-    if with_preview and _trained_in(run, "prompt", 0) and (effect := learned_effect(job, run.position)) is not None:
-        found["prompt_effect/of_learned"] = effect
-    seen = {**series, **prompt_series(prompt, run.position), **found}
-    start = run.first or series
-    run.worse = run.worse + 1 if series["loss/validation"] > start["loss/validation"] else 0
-    moved = run.moved()
-    signs = {
-        **collapse_signs(seen, run.first or {}),
-        **prompt_signs(seen, rounding=torch.finfo(job.pipeline.unet.dtype).eps),
-        **worse_sign(run.worse, series["loss/validation"], start["loss/validation"]),
-        **standing_still(moved, {name: _trained_in(run, name, run.evaluated_step) for name in moved}),
+def preview_series(shown: Shown) -> dict[str, float]:
+    """Quality of the previewed views, in all and by view, and whether they copy the input picture or collapse."""
+    psnr, ssim = psnr_per_view(shown.now, shown.truth), ssim_per_view(shown.now, shown.truth)
+    series = {f"views_psnr/{name}": float(p) for name, p in zip(shown.names, psnr, strict=True)}
+    series |= {f"views_ssim/{name}": float(s) for name, s in zip(shown.names, ssim, strict=True)}
+    return series | {
+        "views/psnr": float(psnr.mean()),
+        "views/ssim": float(ssim.mean()),
+        "views/psnr_foreground": float(psnr_per_view(shown.now, shown.truth, shown.masks).mean()),
+        "views/ssim_foreground": float(ssim_per_view(shown.now, shown.truth, shown.masks).mean()),
+        "views/copy_score": copy_score(shown.now, shown.truth, shown.pictures),
+        "views/separation_ratio": separation_ratio(shown.now, shown.truth),
     }
-    run.remember_weights()
-    if not with_preview:  # what only pictures show is as it was
-        signs |= {name: said for name, said in run.warned.items() if name in OF_PREVIEWS}
-    if run.step > 0:
-        for name in signs.keys() - run.warned.keys():
-            tqdm.write(f"WARNING step {run.step}: {name}: {signs[name]}", file=sys.stderr)
-        for name in run.warned.keys() - signs.keys():
-            tqdm.write(f"step {run.step}: {name}: no longer so", file=sys.stderr)
-        run.warned = signs
-    return found | {f"watch/{name}": float(name in signs) for name in SIGNS if with_preview or name not in OF_PREVIEWS}
-
-
-def _trained_in(run: Run, group: str, since: int) -> bool:
-    """Whether a group had its turn in any step from `since` on."""
-    first, end = run.job.config.window(group)
-    return group in run.job.adapted.trainable() and max(first, since) < min(end, run.step)
-
-
-def _refuse_moved_weights(run: Run) -> None:
-    """Raises: RunError where what is frozen has moved: the model that the KL compares with would be another."""
-    if moved := moved_weights(run.frozen, run.job.adapted.frozen_sums()):
-        raise RunError(
-            f"step {run.step}: {len(moved)} frozen tensors are not what they were at the start, e.g. {moved[0]}; this is no "
-            f"setting of yours but a fault of the program or of the memory; the checkpoints hold only what trains"
-        )
-
-
-def evaluated(run: Run) -> bool:
-    """Whether this step has been evaluated already."""
-    return run.last is not None and run.last["step"] == run.step
-
-
-def due(run: Run, every: int) -> bool:
-    """Whether something that is done every so many steps, and at the end, has its turn."""
-    return run.step % every == 0 or run.step == run.job.config.train.steps
-
-
-def move_on(run: Run, pace: Pace) -> None:
-    """Take over what the curricula have come to; say when one of them has entered a new stage."""
-    for name, before, now in (("path", run.pace.stage, pace.stage), ("timesteps", run.pace.timesteps, pace.timesteps)):
-        if now.number != before.number and run.job.accelerator.is_main_process:
-            tqdm.write(f"step {run.step}: {name}: stage {now.number + 1} begins", file=sys.stderr)
-    run.pace = pace

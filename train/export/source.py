@@ -13,11 +13,11 @@ from torch import Tensor
 from softprompt.errors import InputError
 from softprompt.files import read_json
 from softprompt.micro import MICRO_MODEL
-from softprompt.model.adapted import AdaptedModel, add_lora
 from softprompt.model.loading import load_pipeline
 from softprompt.model.pipeline import Pipeline
 from softprompt.prompt.embeddings import load_prompt
-from softprompt.prompt.soft_prompt import SoftPrompt
+from softprompt.prompt.pacing import CurriculumState
+from train.build import build_adapted, make_curriculum
 from train.export.read import exported_prompt, open_lora, refuse_another_unet, start_from
 from train.export.write import describe
 from train.options.command_line import parse
@@ -25,7 +25,6 @@ from train.options.config import Config
 from train.options.groups import MICRO, ExportConfig
 from train.state.checkpoint import DamagedError, read_state, restore_trained, verify
 from train.state.folder import checkpoint_folder, list_checkpoints
-from train.state.pacing import Pace, position_of
 
 _DESCRIBED: dict[str, type | tuple[type, ...]] = {
     "origin": str,
@@ -100,26 +99,24 @@ def open_run(run: Path, which: str, *, model: str | None, unet: str | None = Non
             f"{pipeline.folder}: takes prompts of {pipeline.num_views} views, {pipeline.prompt_width} wide; the run's have "
             f"{views} and are {width} wide. Likely another model than the run's: give that with --model"
         )
-    prompt = SoftPrompt(waypoints, carry=config.prompt.carry, interpolation=config.prompt.interpolation)
-    prompt.requires_grad_(config.prompt.learn)
-    lora = config.lora
-    if lora.rank:
-        add_lora(pipeline.unet, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
-    adapted = AdaptedModel(pipeline.unet, prompt).to(device).eval()
+    adapted, curriculum = (
+        build_adapted(pipeline, waypoints, config.prompt, config.lora).eval(),
+        make_curriculum(config, pipeline),
+    )
     if config.init_from is not None and not config.prompt.learn:  # the prompt it began with never changed, and is not saved
-        start_from(Path(config.init_from), adapted, position_of(config, Pace.start(config), 0))
+        start_from(Path(config.init_from), adapted, curriculum.position(curriculum.start(), 0))
     ema = None if state["ema"] is None else EMAModel(adapted.all_trainable().values())
     restore_trained(state, adapted=adapted, ema=ema, option=str(folder))
     if ema is not None:
         ema.copy_to(adapted.all_trainable().values())
-    position = position_of(config, Pace.from_json(state["pace"]), state["step"])
+    position = curriculum.position(CurriculumState.from_json(state["pace"]), state["step"])
     return Source(
         folder=folder,
         run=run,
         config=config,
         metadata=describe(config, position=position, step=state["step"], last=state["last"]),
         pipeline=pipeline,
-        prompt=prompt(position).detach().cpu(),
+        prompt=adapted.prompt(position).detach().cpu(),
         averaged=ema is not None,
     )
 

@@ -17,7 +17,8 @@ from softprompt.micro.world import MicroWorld
 from train.benchmark import steps as benchmarked
 from train.benchmark.__main__ import main as benchmark
 from train.benchmark.models import write_pipeline
-from train.evaluation.evaluate import averaged, preview, validation_series
+from train.callbacks import checkpoint
+from train.evaluation.evaluator import averaged
 from train.gpu.results import Row, is_true, judged, skipped
 from train.gpu.setting import SMALL, Setting, compiler
 from train.log.series import read_series
@@ -26,7 +27,6 @@ from train.options.command_line import parse
 from train.options.config import Config
 from train.setup import prepare
 from train.softprompt import main as softprompt
-from train.state.artifacts import checkpoint
 from train.step import training_step
 
 OURS = "KL at every 4th"
@@ -166,13 +166,13 @@ def long_run(setting: Setting) -> list[Row]:
         return time.monotonic() - began
 
     for step in range(2):
-        training_step(job, step)
+        training_step(job.trainer, step)
     cycle = config.kl.every if setting.size == "sd21" else 1
-    step_s = timed(lambda: [training_step(job, step) for step in range(2, 2 + cycle)]) / cycle
-    with averaged(job, run.ema), torch.no_grad():
-        validation_s = timed(lambda: validation_series(job, 0.0, with_original=False)) * HELD_OUT / len(job.held_out)
-        shown = preview(job, job.adapted.prompt(0.0), None)
-        preview_s = timed(lambda: preview(job, job.adapted.prompt(0.0), shown.pretrained))
+    step_s = timed(lambda: [training_step(job.trainer, step) for step in range(2, 2 + cycle)]) / cycle
+    with averaged(job.adapted, run.ema), torch.no_grad():
+        validation_s = timed(lambda: job.evaluator.validation(0.0, with_original=False)) * HELD_OUT / len(job.held_out)
+        shown = job.evaluator.preview(job.adapted.prompt(0.0), None)
+        preview_s = timed(lambda: job.evaluator.preview(job.adapted.prompt(0.0), shown.pretrained))
     checkpoint_s = timed(lambda: checkpoint(run))
     return [
         Row("steps a second, warm, of 8 objects" if setting.size == "sd21" else "steps a second, warm", f"{1 / step_s:.3g}"),

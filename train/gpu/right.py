@@ -16,7 +16,7 @@ from softprompt.data.batch import seeded
 from softprompt.errors import RunError
 from softprompt.model.sampling import sample_views
 from train import setup
-from train.evaluation.evaluate import averaged, validation_series
+from train.evaluation.evaluator import averaged
 from train.gpu.results import Row, is_true, judged, skipped
 from train.gpu.setting import SMALL, Setting, compiler
 from train.log.series import read_series
@@ -40,9 +40,9 @@ def job_for(setting: Setting, **options: object) -> Job:
 
 def _numbers(job: Job) -> dict[str, Any]:
     """Losses of some steps, a validation and a sampled set."""
-    results = [training_step(job, step) for step in range(STEPS)]
-    with averaged(job, None), torch.no_grad():
-        validation = validation_series(job, 0.0, with_original=False)["loss/validation"]
+    results = [training_step(job.trainer, step) for step in range(STEPS)]
+    with averaged(job.adapted, None), torch.no_grad():
+        validation = job.evaluator.validation(0.0, with_original=False)["loss/validation"]
         picture = job.held_out.pictures(0, seeded("preview", 0))[0]
         views = sample_views(job.pipeline, job.adapted.prompt(0.0), picture, steps=4, guidance_scale=2.0, eta=0.0)
     return {
@@ -91,9 +91,9 @@ def scaler(setting: Setting) -> list[Row]:
     assert scaler is not None
     scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**60})
     before = [parameter.detach().clone() for parameter in job.adapted.all_trainable().values()]
-    first = training_step(job, 0)
+    first = training_step(job.trainer, 0)
     kept = all(torch.equal(a, b) for a, b in zip(before, job.adapted.all_trainable().values(), strict=True))
-    taken = next((step for step in range(1, 80) if not training_step(job, step).skipped), None)
+    taken = next((step for step in range(1, 80) if not training_step(job.trainer, step).skipped), None)
     return [
         is_true("an overflowing step", first.skipped and kept, f"skipped {first.skipped}, weights kept {kept}", "both true"),
         is_true("a later step trains", taken is not None, f"step {taken}", "any"),
@@ -134,11 +134,11 @@ def killed(setting: Setting) -> list[Row]:
 def compiled(setting: Setting) -> list[Row]:
     """Compiled blocks against plain ones."""
     plain = job_for(setting)
-    losses = [training_step(plain, step).denoising for step in range(STEPS)]
+    losses = [training_step(plain.trainer, step).denoising for step in range(STEPS)]
     began = time.monotonic()
     with patch.object(setup, "compile_blocks", compiler(setting.device)):
         job = job_for(setting, **{"train.compile": "true"})
-    found = [training_step(job, step).denoising for step in range(STEPS)]
+    found = [training_step(job.trainer, step).denoising for step in range(STEPS)]
     worst = max(abs(a / b - 1) for a, b in zip(found, losses, strict=True) if a is not None and b)
     return [
         judged("losses, relative", worst, most=TOLERANCES["bf16" if setting.device == "cuda" else "fp32"][0]),
@@ -151,7 +151,7 @@ def encoders(setting: Setting) -> list[Row]:
     job = job_for(setting)
     pipeline, away = job.pipeline, job.pipeline.vae.device.type
     picture = job.held_out.pictures(0, seeded("preview", 0))[0]
-    with averaged(job, None), torch.no_grad():
+    with averaged(job.adapted, None), torch.no_grad():
         prompt = job.adapted.prompt(0.0)
         first, second = (sample_views(pipeline, prompt, picture, steps=2, guidance_scale=1.0, eta=0.0) for _ in range(2))
         with pipeline.encoders_on_device():
@@ -176,7 +176,7 @@ def memory(setting: Setting) -> list[Row]:
             unet.enable_gradient_checkpointing()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        training_step(job, 0)
+        training_step(job.trainer, 0)
         peaks.append(torch.cuda.max_memory_reserved())
     unet.disable_gradient_checkpointing()
     torch.cuda.empty_cache()

@@ -18,9 +18,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from softprompt.files import new_file
 from softprompt.objectives.losses import separation_ratios
-from softprompt.prompt.path import point_on_path
 from softprompt.prompt.similarity import closest_pair, mean_pairwise_cosine, prompt_cosines
-from softprompt.prompt.soft_prompt import SoftPrompt
+from softprompt.prompt.soft_prompt import SoftPrompt, point_on_path
 from softprompt.prompt.templates import view_names
 from train.log.series import FILE, is_evaluation, read_series
 
@@ -72,7 +71,7 @@ def tensorboard_name(name: str) -> str:
     return f"{GROUPS.index(group) + 1:02d}_{name}"
 
 
-class Monitor:
+class Logger:
     """Series and pictures of one run, on the main process; elsewhere it writes nothing."""
 
     def __init__(self, folder: Path, *, active: bool) -> None:

@@ -53,3 +53,8 @@ def is_evaluation(point: Mapping[str, float]) -> bool:
 def is_ablation(point: Mapping[str, float]) -> bool:
     """Whether a point is the ablation at a run's end."""
     return VIEWS_FOLLOW in point
+
+
+def in_words(name: str) -> str:
+    """A view, a row or a part as it is read: front_right => "front right", lora_alone => "LoRA alone"."""
+    return name.replace("_", " ").replace("lora", "LoRA")

@@ -1,7 +1,7 @@
 """An objective of one's own: `custom.function: module:function`."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,12 +9,8 @@ from torch import Tensor
 from softprompt.errors import InputError
 from softprompt.objectives.seen import Seen
 from train.objectives.functions import call
-from train.objectives.held_out import measure_on_held_out
-from train.objectives.terms import Scene, Term
-
-if TYPE_CHECKING:
-    from train.evaluation.evaluate import Preview
-    from train.setup import Job
+from train.objectives.held_out import evaluate_on_held_out
+from train.objectives.terms import Context, Shown, StepBatch, Term
 
 
 class Custom(Term):
@@ -27,9 +23,9 @@ class Custom(Term):
         self.function = function
         self.spec = spec
 
-    def losses(self, scene: Scene) -> Iterator[Tensor]:
+    def losses(self, batch: StepBatch) -> Iterator[Tensor]:
         """Raises: InputError where the function fails, or returns something else than a scalar with a gradient."""
-        value = call(self.function, seen_of(scene), spec=self.spec, option="custom.function")
+        value = call(self.function, seen_of(batch), spec=self.spec, option="custom.function")
         if not isinstance(value, Tensor) or value.dim() != 0:
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"custom.function: {self.spec} returned {found}; expected a scalar tensor, e.g. by .mean()")
@@ -40,29 +36,29 @@ class Custom(Term):
             )
         yield value.float()
 
-    def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
+    def evaluate(self, context: Context, position: float, shown: Shown) -> dict[str, float]:
         """The function's value on held-out objects."""
         del shown
-        return {"held_out_custom": measure_on_held_out(self, job, position)["custom"]}
+        return {"held_out_custom": evaluate_on_held_out(self, context, position)["custom"]}
 
 
-def seen_of(scene: Scene) -> Seen:
-    """A batch as a function of the user's sees it."""
-    assert scene.prediction is not None, "it has its turn after the plain loss's forward pass"
-    batch, prompt = scene.batch, scene.job.adapted.prompt
+def seen_of(batch: StepBatch) -> Seen:
+    """A batch as a user's function gets it."""
+    assert batch.prediction is not None, "objectives run after the denoising loss's forward pass"
+    prompt = batch.context.adapted.prompt
     return Seen(
-        prediction=scene.prediction,
-        target=scene.target,
-        clean=scene.clean(scene.prediction),
-        latents=batch.latents,
-        noisy=scene.noisy,
-        given=batch.given,
-        timesteps=batch.timesteps,
-        alphas_cumprod=scene.job.pipeline.scheduler.alphas_cumprod.to(batch.timesteps.device),
-        order=batch.order,
-        prompt=prompt(scene.position),
+        prediction=batch.prediction,
+        target=batch.target,
+        clean=batch.clean(batch.prediction),
+        latents=batch.batch.latents,
+        noisy=batch.noisy,
+        given=batch.batch.given,
+        timesteps=batch.batch.timesteps,
+        alphas_cumprod=batch.alphas_cumprod,
+        order=batch.batch.order,
+        prompt=prompt(batch.position),
         start=prompt.start,
-        step=scene.step,
-        prediction_type=scene.prediction_type,
-        untouched=lambda: scene.reference,
+        step=batch.step,
+        prediction_type=batch.prediction_type,
+        untouched=lambda: batch.reference,
     )

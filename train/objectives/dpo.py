@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,12 +19,9 @@ from train.objectives.own_samples import OwnSamples, Snapshot, rate
 from train.objectives.pairs import ListedPair, Told, doubtful, gaps_of, read_pairs
 from train.objectives.preferences import Contest, HeldOut, Predict, PreferenceTerm, sampled
 from train.objectives.rewards import load_reward
-from train.objectives.terms import Scene
+from train.objectives.terms import Context, StepBatch
 from train.options.config import Config
 from train.options.preferences import OWN, DpoConfig
-
-if TYPE_CHECKING:
-    from train.setup import Job
 
 
 class Dpo(PreferenceTerm):
@@ -34,7 +31,7 @@ class Dpo(PreferenceTerm):
     options: DpoConfig
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config, config.dpo, start=0.0)
+        super().__init__(config, config.dpo, start=0.0, guidance_scales=config.dpo.guidance_scales)
         equal_share = math.ceil(config.train.steps / self.options.chunks)
         self._stage_steps = self.options.chunk_steps or equal_share
         self._open: list[list[int]] = []
@@ -59,22 +56,22 @@ class Dpo(PreferenceTerm):
         self._open = [open_pairs(joins, max(stage, min(joins))) for stage in range(self.options.chunks)]
 
     @abstractmethod
-    def contest(self, job: "Job", pair: int, generator: torch.Generator) -> Contest:
+    def contest(self, context: Context, pair: int, generator: torch.Generator) -> Contest:
         """A pair, its winner first."""
 
-    def turn(self, scene: Scene, index: int, generator: torch.Generator) -> Contest:
+    def turn(self, batch: StepBatch, index: int, generator: torch.Generator) -> Contest:
         """Any of the pairs that are open, each as likely: `index`, whose turn it would be, may have none."""
         del index
-        opened = self._open[self.stage(scene.step)]
-        return self.contest(scene.job, opened[int(torch.randint(len(opened), (), generator=generator))], generator)
+        opened = self._open[self.stage(batch.step)]
+        return self.contest(batch.context, opened[int(torch.randint(len(opened), (), generator=generator))], generator)
 
-    def held_to(self, job: "Job") -> Predict:
+    def regularised_toward(self, context: Context) -> Predict:
         """The untouched model."""
-        return job.adapted.reference
+        return context.adapted.reference
 
-    def measured_against(self, job: "Job") -> Predict:
+    def measured_against(self, context: Context) -> Predict:
         """The same."""
-        return job.adapted.reference
+        return context.adapted.reference
 
 
 class OwnDpo(Dpo):
@@ -83,44 +80,43 @@ class OwnDpo(Dpo):
     def __init__(self, config: Config, reward: tuple[str, Reward]) -> None:
         super().__init__(config)
         self._reward = reward
+        self._starts_from_export = config.init_from is not None
         self._own: OwnSamples | None = None
         self._pairs: list[tuple[int, int, int]] = []
         """(object, winner, loser)."""
 
-    def open(self, job: "Job") -> list[str]:
+    def open(self, context: Context) -> list[str]:
         """Say what sampling will cost, and what the pairs would not fit. Raises: InputError for a reward that fails."""
         name, reward = self._reward
-        truth, masks = (x[None].to(job.accelerator.device) for x in job.train.views(0, torch.Generator()))
-        rate(reward, f"{name} of {job.train.names[0]}", 0.9 * truth, truth, masks)  # now, and not once all sets are made
-        said = [self.cost_of_samples(job, sets=self.options.samples, rounds=1), *self.unreached(job.config.train.steps)]
-        if job.config.init_from is not None and self.weight > 0:
+        truth, masks = (x[None].to(context.accelerator.device) for x in context.train.views(0, torch.Generator()))
+        rate(reward, f"{name} of {context.train.names[0]}", 0.9 * truth, truth, masks)  # now, and not once all sets are made
+        said = [self.cost_of_samples(context, sets=self.options.samples, rounds=1), *self.unreached(self.end)]
+        if self._starts_from_export and self.weight > 0:
             said.append(
                 "WARNING    dpo compares with the pretrained model, which did not make these samples: init_from did. Take the "
                 "pipeline that that run exported as model, and its prompt as first waypoint, to compare with itself"
             )
         return said
 
-    def guidance_scales(self, config: Config) -> tuple[float, ...]:
-        """As many as are asked for: sets that differ by more than their noise."""
-        return tuple(config.dpo.guidance_scales)
-
-    def kept_bytes(self, job: "Job") -> int:
+    def kept_bytes(self, context: Context) -> int:
         """The sets."""
-        return self.bytes_of_samples(job, sets=self.options.samples)
+        return self.bytes_of_samples(context, sets=self.options.samples)
 
     def begins(self, step: int) -> bool:
         """Until all sets are there."""
         return self.others is None or (self.weight > 0 and step < self.end and not self._open)
 
-    def begin(self, job: "Job", folder: Path, step: int, position: float, stopped: Callable[[], bool]) -> None:
+    def begin(self, context: Context, folder: Path, step: int, position: float, stopped: Callable[[], bool]) -> None:
         """Make the sets, and rank them. Raises: RunError where no object has a pair."""
-        started = self.take_start(job, step, position)
+        started = self.take_start(context, step, position)
         if self.others is None:
-            self.others = self.samples_of_held_out(job, folder, sets=self.options.samples, reward=self._reward)
+            self.others = self.samples_of_held_out(context, folder, sets=self.options.samples, reward=self._reward)
             held_out = [self._held_out_contest(self.others, index) for index in range(len(self.others))]
             self.held_out = [one for one in held_out if one.pairs]
         if self.weight > 0 and step < self.end:
-            self._own = self.samples_of_training(job, folder, "own", started, sets=self.options.samples, reward=self._reward)
+            self._own = self.samples_of_training(
+                context, folder, "own", started, sets=self.options.samples, reward=self._reward
+            )
             if self._own.fill(stopped=stopped, what="dpo: own samples"):
                 self._rank(self._own)
 
@@ -146,9 +142,9 @@ class OwnDpo(Dpo):
             joins = stages_by_reward([pair.reward for _, pair in ranked], self.options.chunks, self.options.chunk_by)
         self.share_out(joins)
 
-    def contest(self, job: "Job", pair: int, generator: torch.Generator) -> Contest:
+    def contest(self, context: Context, pair: int, generator: torch.Generator) -> Contest:
         """Two sets of one object, given the picture that they were made from."""
-        del job, generator
+        del context, generator
         assert self._own is not None, "the pairs were made of it"
         index, winner, loser = self._pairs[pair]
         encoded, reference = self._own.given(index)
@@ -159,7 +155,7 @@ class OwnDpo(Dpo):
         """The model that made the sets, so that one that is lost can be made again."""
         return {} if self.started_from is None else {"start": self.started_from.state()}
 
-    def go_on_from(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """What `state` gave."""
         self.started_from = Snapshot.from_state(state["start"])
 
@@ -212,13 +208,13 @@ class ListedDpo(Dpo):
             raise InputError(f"dpo.min_gap: is {self.options.min_gap:g}; no pair of {path} is further apart")
         return kept, EncodedObjects(listed.samples, pipeline, config.data.still_background, cache)
 
-    def open(self, job: "Job") -> list[str]:
+    def open(self, context: Context) -> list[str]:
         """Encode the samples. Raises: InputError naming a picture that cannot be used, or where nothing is left to do."""
         if self.weight == 0 and self._other_samples is None:
             raise InputError(
                 "monitor.objectives: has dpo, and dpo.pairs is a list; expected dpo.held_out_pairs, another one to measure on"
             )
-        accelerator = job.accelerator
+        accelerator = context.accelerator
         for option, samples in (("dpo.pairs", self._samples), ("dpo.held_out_pairs", self._other_samples)):
             if samples is None:
                 continue
@@ -231,19 +227,19 @@ class ListedDpo(Dpo):
             if samples.cache is not None:
                 samples.cache.refresh()
         if self._other_samples is not None:
-            given = job.config.data.first_reference
+            given = context.reference
             contests = [self._contest_of(self._other_samples, pair, given) for pair in self._others]
             self.held_out = [HeldOut(contest, ((0, 1),)) for contest in contests]
         counts = f"dpo        {len(self._pairs)} pairs to train on, {len(self.held_out)} to measure on"
         lists = [samples.source for samples in (self._samples, self._other_samples) if samples is not None]
         moved = [f"WARNING    {said}" for said in what_moved(*lists)]
-        return [counts, *moved, *self._doubtful(), *self.unreached(job.config.train.steps)]
+        return [counts, *moved, *self._doubtful(), *self.unreached(self.end)]
 
     def state(self) -> dict[str, Any]:
         """What stands for the list."""
         return {"pairs": self._key}
 
-    def go_on_from(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Raises: InputError where the list is another."""
         if state["pairs"] != self._key:
             raise InputError(
@@ -251,9 +247,9 @@ class ListedDpo(Dpo):
                 f"order. To train on others, begin a run with --init_from"
             )
 
-    def contest(self, job: "Job", pair: int, generator: torch.Generator) -> Contest:
+    def contest(self, context: Context, pair: int, generator: torch.Generator) -> Contest:
         """The two sets, given a view of the input."""
-        references = job.config.data.references(job.pipeline.num_views)
+        references = context.references
         reference = references[int(torch.randint(len(references), (), generator=generator))]
         return self._contest_of(self._samples, self._pairs[pair], reference)
 

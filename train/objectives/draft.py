@@ -1,8 +1,9 @@
 """DRaFT+: sample the batch's objects, judge the views, and send the reward's gradient back through the last sampling steps."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
@@ -15,13 +16,51 @@ from softprompt.model.sampling import decode_with_gradient, with_guidance
 from softprompt.objectives import draft as formulas
 from softprompt.objectives.rewards import NEED_BACKGROUND, REWARDS, Reward
 from softprompt.objectives.statistics import LEAST, has_background, statistics_of_truth
-from train.objectives.guard import Guard
-from train.objectives.terms import Scene, Term
+from train.objectives.terms import Context, Shown, StepBatch, Term
 from train.options.objectives import DraftConfig
 
-if TYPE_CHECKING:
-    from train.evaluation.evaluate import Preview
-    from train.setup import Job
+SMOOTHING = 0.8
+"""Share of its running mean that a draft's statistics leave in place."""
+_IN_WORDS = {"edges": "density of edges", "colours": "entropy of colours", "foreground": "share of the object in the picture"}
+
+
+@dataclass
+class Guard:
+    """Running means of the drafts' statistics, each as a share of the true views' (`statistics_of_truth`)."""
+
+    share: float
+    """A statistic has collapsed where it is below this share of what it was in the first draft, or of 1 where that was above
+    1; and where it is above the inverse."""
+    start: dict[str, float] = field(default_factory=dict)
+    """Of the first draft: the untouched model's, but for runs that begin with another."""
+    now: dict[str, float] = field(default_factory=dict)
+    """Running means."""
+
+    def inspect(self, found: Mapping[str, float]) -> str | None:
+        """Take in what a step drafted. Returns: what has collapsed, in words; None where nothing has."""
+        self.start = {**found, **self.start}
+        known = {n: min(value, 2 * self._allowed(n)[1]) for n, value in found.items()}  # one outlier is no trend
+        self.now = {n: SMOOTHING * self.now.get(n, value) + (1 - SMOOTHING) * value for n, value in known.items()}
+        return next(filter(None, map(self._collapsed, found)), None)
+
+    def _collapsed(self, name: str) -> str | None:
+        start, now = self.start[name], self.now[name]
+        low, high = self._allowed(name)
+        if low <= now <= high:
+            return None
+        first = f"{start:.0%} in the first draft"
+        return (
+            f"the {_IN_WORDS[name]} of the drafted views is {now:.0%} of that of the true ones ({first}; allowed {low:.0%} to "
+            f"{high:.0%})"
+        )
+
+    def _allowed(self, name: str) -> tuple[float, float]:
+        start = self.start[name]
+        return self.share * min(1.0, start), max(1.0, start) / self.share
+
+    def state(self) -> dict[str, Any]:
+        """As plain values, but for the share, which is the configuration's."""
+        return {"start": self.start, "now": self.now}
 
 
 class Draft(Term):
@@ -41,54 +80,54 @@ class Draft(Term):
         """On every n-th step."""
         return step % self.settings.every == 0
 
-    def losses(self, scene: Scene) -> Iterator[Tensor]:
+    def losses(self, step: StepBatch) -> Iterator[Tensor]:
         """Object by object: a draft needs no more memory for a larger batch."""
-        pictures, masks = scene.true_views
+        pictures, masks = step.true_views
         drafts, rewards, kls = [], [], []
-        with scene.job.pipeline.encoders_on_device():
-            for index, (place, _) in enumerate(scene.places):
+        with step.context.pipeline.encoders_on_device():
+            for index, (place, _) in enumerate(step.places):
                 one = slice(index, index + 1)
-                for views, kl in self._drafts(scene, scene.undropped.only(index), place):
+                for views, kl in self._drafts(step, step.undropped.only(index), place):
                     reward = self.judge(views, pictures[one], masks[one])
                     rewards.append(reward.detach().mean())
                     kls.append(kl.detach().mean())
-                    share = 1 / len(scene.places) / max(1, self.settings.renoise)
+                    share = 1 / len(step.places) / max(1, self.settings.renoise)
                     yield share * formulas.draft_loss(reward, kl, self.settings.kl)
                 drafts.append(views.detach())
-        scene.log("draft_reward", torch.stack(rewards).mean())
-        scene.log("draft_kl", torch.stack(kls).mean())
+        step.log("draft_reward", torch.stack(rewards).mean())
+        step.log("draft_kl", torch.stack(kls).mean())
         for name, value in statistics_of_truth(torch.cat(drafts), pictures, masks).items():
-            scene.log(f"draft_{name}", value)
+            step.log(f"draft_{name}", value)
 
-    def _drafts(self, scene: Scene, batch: Batch, place: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _drafts(self, step: StepBatch, batch: Batch, place: int) -> Iterator[tuple[Tensor, Tensor]]:
         """One object's drafted pictures, [1, V, 3, S, S], and KL, [K, 1], both with a gradient; several with DRaFT-LV."""
-        job, settings = scene.job, self.settings
-        scheduler = DDIMScheduler.from_config(job.pipeline.scheduler.config)
-        scheduler.set_timesteps(settings.steps, device=job.pipeline.device)
-        key = (job.config.train.seed, "draft", scene.step, place)
+        context, settings = step.context, self.settings
+        scheduler = DDIMScheduler.from_config(context.pipeline.scheduler.config)
+        scheduler.set_timesteps(settings.steps, device=context.pipeline.device)
+        key = (context.seed, "draft", step.step, place)
         z = torch.randn(batch.noise.shape, generator=seeded(*key)).to(batch.noise) * scheduler.init_noise_sigma
         drawn = seeded(*key, "steps") if settings.truncation == "random" else None
         count = 0 if settings.renoise else formulas.steps_with_gradient(settings.steps, settings.backward_steps, drawn)
         clean = z
         with torch.no_grad():
             for t in scheduler.timesteps[: settings.steps - count]:
-                z, clean, _ = self._step(scene, scheduler, batch, z, t)
+                z, clean, _ = self._ddim_step(step, scheduler, batch, z, t)
         kls: list[Tensor] = []
         for t in scheduler.timesteps[settings.steps - count :]:
-            z, clean, kl = self._step(scene, scheduler, batch, z, t, anew=count > 1)
+            z, clean, kl = self._ddim_step(step, scheduler, batch, z, t, anew=count > 1)
             kls.append(kl)
         if settings.renoise == 0:
-            yield decode_with_gradient(job.pipeline, clean), torch.stack(kls)
+            yield decode_with_gradient(context.pipeline, clean), torch.stack(kls)
             return
         last = scheduler.timesteps[-1]
         for number in range(settings.renoise):
             noise = torch.randn(z.shape, generator=seeded(*key, "renoise", number)).to(z)
             again = formulas.renoised(clean, noise, scheduler.alphas_cumprod.to(z)[last])
-            _, drafted, kl = self._step(scene, scheduler, batch, again, last)
-            yield decode_with_gradient(job.pipeline, drafted), kl[None]
+            _, drafted, kl = self._ddim_step(step, scheduler, batch, again, last)
+            yield decode_with_gradient(context.pipeline, drafted), kl[None]
 
-    def _step(
-        self, scene: Scene, scheduler: DDIMScheduler, batch: Batch, z: Tensor, t: Tensor, *, anew: bool = False
+    def _ddim_step(
+        self, step: StepBatch, scheduler: DDIMScheduler, batch: Batch, z: Tensor, t: Tensor, *, anew: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A DDIM step (eta 0) from timestep t. z: [1, V, C, H, W].
 
@@ -99,17 +138,17 @@ class Draft(Term):
         Without a gradient the KL is left out, and 0. anew: compute the pass again on the way back, and keep nothing of it:
         with several steps there would be too much.
         """
-        adapted, scale, timesteps = scene.job.adapted, self.settings.guidance_scale, t.expand(len(z))
+        adapted, scale, timesteps = step.context.adapted, self.settings.guidance_scale, t.expand(len(z))
 
         def ours(noisy: Tensor) -> Tensor:
-            model = partial(adapted, position=scene.position)
-            return _pass(scene, model, batch, scale, noisy, timesteps)
+            model = partial(adapted, position=step.position)
+            return _pass(step, model, batch, scale, noisy, timesteps)
 
         prediction = checkpoint(ours, z, use_reentrant=False) if anew else ours(z)
         kl = z.new_zeros(len(z))
         if torch.is_grad_enabled():
-            untouched = _pass(scene, adapted.reference, batch, scale, z.detach(), timesteps)
-            kl = formulas.trajectory_kl(z, prediction, untouched, scheduler.alphas_cumprod, timesteps, scene.prediction_type)
+            untouched = _pass(step, adapted.reference, batch, scale, z.detach(), timesteps)
+            kl = formulas.trajectory_kl(z, prediction, untouched, scheduler.alphas_cumprod, timesteps, step.prediction_type)
         done = scheduler.step(prediction, t, z)
         return done.prev_sample, done.pred_original_sample, kl
 
@@ -126,11 +165,11 @@ class Draft(Term):
             )
         return reward.float()
 
-    def look(self, step: int, values: Mapping[str, float]) -> None:
+    def inspect(self, step: int, values: Mapping[str, float]) -> None:
         """Raises: RunError where the drafted pictures have collapsed."""
         if self.guard is None:
             return
-        collapsed = self.guard.look({name: values[f"draft_{name}"] for name in LEAST})
+        collapsed = self.guard.inspect({name: values[f"draft_{name}"] for name in LEAST})
         if collapsed is not None:
             raise RunError(
                 f"step {step}: the reward is gamed: {collapsed}; draft.reward {self.settings.reward} is at "
@@ -139,9 +178,9 @@ class Draft(Term):
                 f"null to go on all the same (--resume RUN --resume-override)"
             )
 
-    def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
+    def evaluate(self, context: Context, position: float, shown: Shown) -> dict[str, float]:
         """The previews by its own reward and all others that these pictures allow, and what the guard looks at."""
-        del job, position
+        del context, position
         views, truth, masks = (p.float() for p in (shown.now, shown.truth, shown.masks))
         found = {f"held_out_reward_{self.reward_name}": self.judge(views, truth, masks).mean()}
         for name, reward in REWARDS.items():
@@ -160,20 +199,20 @@ class Draft(Term):
         """Of the guard."""
         return {} if self.guard is None else self.guard.state()
 
-    def go_on_from(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Of the guard."""
         if self.settings.guard is not None:
             self.guard = Guard(self.settings.guard, **state)
 
 
-def _pass(scene: Scene, model: Callable[..., Tensor], batch: Batch, scale: float, z: Tensor, timesteps: Tensor) -> Tensor:
+def _pass(step: StepBatch, model: Callable[..., Tensor], batch: Batch, scale: float, z: Tensor, timesteps: Tensor) -> Tensor:
     """A prediction with guidance, [B, V, C, H, W], float32, of z at timesteps [B]. model: takes what `AdaptedModel` does, but
     for the position."""
     noisy, given, times, labels, order = z, batch.given, timesteps, batch.labels, batch.order
     if scale != 1:  # the first half sees no picture; the prompt is the same in both
         noisy, times, order = (torch.cat([x, x]) for x in (noisy, times, order))
         given, labels = (torch.cat([torch.zeros_like(x), x]) for x in (given, labels))
-    with scene.job.accelerator.autocast():
+    with step.context.accelerator.autocast():
         prediction = model(noisy, given, times, labels, order).float()
     if scale == 1:
         return prediction

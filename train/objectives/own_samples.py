@@ -8,22 +8,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from softprompt.data.batch import EncodedViews, rotate_views, seed_of, seeded, view_order
-from softprompt.data.cache import EncodedObjects
+from softprompt.data.batch import EncodedViews, Objects, rotate_views, seed_of, seeded, view_order
 from softprompt.data.shards import ShardStore, key_of
 from softprompt.errors import InputError, RunError
 from softprompt.model.adapted import AdaptedModel, predict
 from softprompt.model.sampling import decode_latents, sample_latents
 from softprompt.objectives.rewards import Reward
-
-if TYPE_CHECKING:
-    from train.setup import Job
+from train.objectives.terms import Context
 
 
 @dataclass(frozen=True)
@@ -136,8 +133,8 @@ class OwnSamples:
 
     def __init__(
         self,
-        job: "Job",
-        objects: EncodedObjects,
+        context: Context,
+        objects: Objects,
         count: int,
         folder: Path,
         snapshot: Snapshot,
@@ -149,7 +146,7 @@ class OwnSamples:
     ) -> None:
         self.folder = folder
         self.snapshot = snapshot
-        self._job = job
+        self._context = context
         self._objects = objects
         self._count = min(count, len(objects))
         self._store = ShardStore(folder)
@@ -170,12 +167,12 @@ class OwnSamples:
         Returns: whether all is there, the same for every process.
         Raises: RunError where the disk is full; InputError for a picture that cannot be read any more.
         """
-        accelerator = self._job.accelerator
+        accelerator = self._context.accelerator
         self._store.refresh()
         share = range(accelerator.process_index, len(self), accelerator.num_processes)  # whatever the others have made by now
         mine = [index for index in share if not self._kept(index)]
         bar = tqdm(mine, desc=what, unit="object", disable=not accelerator.is_main_process, leave=False, delay=2)
-        with self._job.pipeline.encoders_on_device():  # once there and back for all of them
+        with self._context.pipeline.encoders_on_device():  # once there and back for all of them
             for index in bar:
                 if stopped():
                     break
@@ -208,7 +205,7 @@ class OwnSamples:
         """
         generator = self._generator(index)
         pictures, masks = self._objects.views(index, generator)
-        reference, pipeline = self._pick(generator), self._job.pipeline
+        reference, pipeline = self._pick(generator), self._context.pipeline
         truth, masks = rotate_views(pictures, reference), rotate_views(masks, reference)
         with pipeline.encoders_on_device():
             z = sample_latents(
@@ -248,7 +245,7 @@ class OwnSamples:
         return rows
 
     def _make(self, index: int) -> None:
-        adapted = self._job.adapted
+        adapted = self._context.adapted
         with as_it_was(adapted, self.snapshot):
             drawn = [self.draw(index, number, self.snapshot.prompt) for number in range(self._sets)]
         rows = {

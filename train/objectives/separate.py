@@ -1,8 +1,7 @@
 """Separate-and-Enhance: the view's own words and the others are looked for in different places, and both somewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,16 +10,11 @@ from softprompt.errors import InputError
 from softprompt.model.attention import AttentionMaps, attention_sides, watch_attention
 from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.separate import absence, overlap
-from softprompt.prompt.path import point_on_path
 from softprompt.prompt.similarity import view_and_other_words
-from softprompt.prompt.soft_prompt import SoftPrompt
-from train.objectives.held_out import measure_on_held_out
-from train.objectives.terms import Scene, Term
+from softprompt.prompt.soft_prompt import SoftPrompt, point_on_path
+from train.objectives.held_out import evaluate_on_held_out
+from train.objectives.terms import Context, Shown, StepBatch, Term
 from train.options.objectives import SeparateConfig
-
-if TYPE_CHECKING:
-    from train.evaluation.evaluate import Preview
-    from train.setup import Job
 
 
 class Separate(Term):
@@ -28,16 +22,17 @@ class Separate(Term):
 
     name = "separate"
 
-    def __init__(self, settings: SeparateConfig, side: int) -> None:
+    def __init__(self, settings: SeparateConfig, waypoints: Sequence[str], side: int) -> None:
         super().__init__(settings.weight)
         self.settings = settings
+        self.waypoints = waypoints
         self.side = side
         self._maps: AttentionMaps | None = None
 
-    def open(self, job: "Job") -> list[str]:
+    def open(self, context: Context) -> list[str]:
         """Raises: InputError where a waypoint's views have no words of their own, or no others."""
         lines = []
-        for spec, prompt in zip(job.config.prompt.waypoints, job.adapted.prompt.waypoints, strict=True):
+        for spec, prompt in zip(self.waypoints, context.adapted.prompt.waypoints, strict=True):
             view, others = view_and_other_words(prompt)
             if not (view and others):
                 raise InputError(
@@ -47,25 +42,25 @@ class Separate(Term):
             lines.append(f"separate   {spec}: tokens {', '.join(map(str, view))} say which view it is")
         return lines
 
-    def around(self, scene: Scene) -> AbstractContextManager[object]:
+    def around(self, batch: StepBatch) -> AbstractContextManager[object]:
         """The maps of the plain loss's pass."""
-        prompt = scene.job.adapted.prompt
-        self._maps = AttentionMaps(groups_of(prompt, scene.position), self.side)
-        return watch_attention(scene.job.pipeline.unet, self._maps)
+        context = batch.context
+        self._maps = AttentionMaps(groups_of(context.adapted.prompt, batch.position), self.side)
+        return watch_attention(context.pipeline.unet, self._maps)
 
-    def losses(self, scene: Scene) -> Iterator[Tensor]:
+    def losses(self, batch: StepBatch) -> Iterator[Tensor]:
         """One part."""
         assert self._maps is not None, "it has its turn in its own block"
         maps = self._maps.mean()
         apart, lacking = overlap(*maps).mean(), absence(maps).mean()
-        scene.log("separate_overlap", apart)
-        scene.log("separate_absence", lacking)
+        batch.log("separate_overlap", apart)
+        batch.log("separate_absence", lacking)
         yield apart + self.settings.presence * lacking
 
-    def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
+    def evaluate(self, context: Context, position: float, shown: Shown) -> dict[str, float]:
         """Overlap and absence on held-out objects."""
         del shown
-        found = measure_on_held_out(self, job, position)
+        found = evaluate_on_held_out(self, context, position)
         return {f"held_out_{name}": found[name] for name in ("separate_overlap", "separate_absence")}
 
 
@@ -81,10 +76,10 @@ def groups_of(prompt: SoftPrompt, position: float) -> Tensor:
     return groups
 
 
-def make_separate(settings: SeparateConfig, pipeline: Pipeline) -> Separate:
+def make_separate(settings: SeparateConfig, waypoints: Sequence[str], pipeline: Pipeline) -> Separate:
     """Raises: InputError for maps of a size that no layer has."""
     sides = attention_sides(pipeline.unet)
     if not sides or (settings.side is not None and settings.side not in sides):
         there = ", ".join(map(str, sides)) or "none"
         raise InputError(f"separate.side: is {settings.side}; the UNet's cross-attention has maps of side {there}")
-    return Separate(settings, sides[-1] if settings.side is None else settings.side)
+    return Separate(settings, waypoints, sides[-1] if settings.side is None else settings.side)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -12,14 +11,9 @@ from softprompt.errors import InputError
 from softprompt.model.pipeline import Pipeline
 from softprompt.model.sampling import decode_with_gradient
 from softprompt.objectives.domain_studio import detail_loss, high_frequency, pair_loss
-from train.objectives.held_out import measure_on_held_out
-from train.objectives.terms import Scene, Term
+from train.objectives.held_out import evaluate_on_held_out
+from train.objectives.terms import Context, Shown, StepBatch, Term
 from train.options.objectives import StudioConfig
-
-if TYPE_CHECKING:
-    from train.evaluation.evaluate import Preview
-    from train.setup import Job
-
 
 PARTS = ("pairs", "detail_pairs", "detail")
 """Of the loss, by the names of their weights."""
@@ -35,56 +29,57 @@ class Studio(Term):
         self.settings = settings
         self.decodes = settings.space == "pictures"
 
-    def open(self, job: "Job") -> list[str]:
+    def open(self, context: Context) -> list[str]:
         """Raises: InputError where there are too few objects to train on, or to measure on where it is measured alone."""
-        if self.weight > 0 and self.settings.over == "objects" and len(job.train) < 3:
+        if self.weight > 0 and self.settings.over == "objects" and len(context.train) < 3:
             raise InputError(
-                f"studio.over: is objects; there are {len(job.train)} to train on (data.train, data.limit), and pairwise "
+                f"studio.over: is objects; there are {len(context.train)} to train on (data.train, data.limit), and pairwise "
                 f"similarity needs 3 or more different ones. Give more, or use studio.over: views"
             )
-        if self._measurable(job):
+        if self._is_measurable(context):
             return []
-        few = f"there are {len(job.held_out)} held-out objects; studio.over: objects is measured on 3 or more"
+        few = f"there are {len(context.held_out)} held-out objects; studio.over: objects is measured on 3 or more"
         if self.weight == 0:
             raise InputError(f"monitor.objectives: has studio, and {few}. Give more (data.val), or studio.over: views")
         return [f"WARNING    no objective/held_out_studio_objects is logged: {few}"]
 
-    def _measurable(self, job: "Job") -> bool:
-        return self.settings.over == "views" or len(job.held_out) >= 3
+    def _is_measurable(self, context: Context) -> bool:
+        return self.settings.over == "views" or len(context.held_out) >= 3
 
-    def around(self, scene: Scene) -> AbstractContextManager[object]:
+    def around(self, batch: StepBatch) -> AbstractContextManager[object]:
         """The decoder stays where it is until the gradient is made."""
-        return scene.job.pipeline.encoders_on_device() if self.decodes else nullcontext()
+        return batch.context.pipeline.encoders_on_device() if self.decodes else nullcontext()
 
-    def losses(self, scene: Scene) -> Iterator[Tensor]:
+    def losses(self, batch: StepBatch) -> Iterator[Tensor]:
         """One part, weighted by the options of the group."""
-        assert scene.prediction is not None, "it has its turn after the plain loss's forward pass"
-        ours = self._seen(scene, scene.clean(scene.prediction))
+        assert batch.prediction is not None, "objectives run after the denoising loss's forward pass"
+        ours = self._items(batch, batch.clean(batch.prediction))
         with torch.no_grad():
-            source, target = self._seen(scene, scene.clean(scene.reference)), self._seen(scene, scene.batch.latents)
+            source = self._items(batch, batch.clean(batch.reference))
+            target = self._items(batch, batch.batch.latents)
         found = {
             "pairs": _mean_over_sets(ours, source),
             "detail_pairs": _mean_over_sets(high_frequency(ours), high_frequency(source)),
             "detail": detail_loss(ours, target),
         }
         for name, value in found.items():
-            scene.log(f"studio_{name}", value)
+            batch.log(f"studio_{name}", value)
         yield torch.stack([getattr(self.settings, name) * value for name, value in found.items()]).sum()
 
-    def _seen(self, scene: Scene, latents: Tensor) -> Tensor:
+    def _items(self, batch: StepBatch, latents: Tensor) -> Tensor:
         """[B, V, C, H, W] => [sets, N, C, H, W], latents or pictures: the items that are compared with each other in each
         set."""
-        items = latents if self.settings.space == "latents" else decode_with_gradient(scene.job.pipeline, latents)
+        items = latents if self.settings.space == "latents" else decode_with_gradient(batch.context.pipeline, latents)
         if self.settings.over == "views":
             return items
-        return rearrange(_by_view(items, scene.batch.order), "b v c h w -> v b c h w")
+        return rearrange(_by_view(items, batch.batch.order), "b v c h w -> v b c h w")
 
-    def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
+    def evaluate(self, context: Context, position: float, shown: Shown) -> dict[str, float]:
         """How far the pairs of held-out objects are from the untouched model's."""
         del shown
-        if not self._measurable(job):
+        if not self._is_measurable(context):
             return {}
-        found = measure_on_held_out(self, job, position)
+        found = evaluate_on_held_out(self, context, position)
         of = self.settings.over if self.settings.space == "latents" else f"{self.settings.over}_in_pictures"
         return {f"held_out_studio_{of}_{name}": found[f"studio_{name}"] for name in PARTS}
 

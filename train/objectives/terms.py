@@ -1,22 +1,23 @@
-"""What an objective is to the trainer: a term of the loss, given the scene of a step.
+"""The interface of an objective: a term of the loss, computed from a batch of a step.
 
-To add one: a group of options with a `weight` in train.options.objectives (its name in OBJECTIVES) and train.options.config, pure
-functions in softprompt.objectives, a subclass of `Term` in train.objectives, and a line in train.objectives.make. The contract:
+To add one: an option group with a `weight` in train.options.objectives (its name in OBJECTIVES) and train.options.config, its
+formulas as pure functions in softprompt.objectives, a subclass of `Term` in train.objectives, and a line in `make_objectives` of
+train.setup. The contract:
 
-- A term's gradient is that of weight * the sum of what `losses` yields, divided by the batches of a step; it is called for each
-  batch of training objects (never for those the KL is held on). It yields scalars with a gradient.
-- `own_passes` False: the term reads `scene.prediction`, that of the plain loss; its part of the loss goes back with the plain
-  one. True: it runs the model itself (`scene.job.adapted`, never `scene.job.model`). It has its turn before the plain loss, and
-  each scalar it yields goes back at once, so that one part of a large loss is in memory at a time. What must be in place for
-  that, such as the encoders on the device, is held by a `with` around the `yield`.
-- All randomness comes from `seeded(seed, NAME, step, place, ...)` of softprompt.data.batch, places being those of the objects in the
-  global batch (`scene.places`), so that a resumed step, or one shared out otherwise, is the same.
-- What it needs of its own it looks at in `open`, once the run is prepared. What it needs of the model as it is before a step it
-  makes in `begin`, in the run's folder: called before the step is evaluated and taken, while `begins` says so.
-- What it remembers from step to step is in `state`: tensors and plain values, as a checkpoint takes them. A step may be done
-  again after it ran out of memory: to be called twice for the same step must change nothing.
-- `scene.log(name, value)` writes the series objective/NAME: the mean over batches, processes and the steps of a point in the
-  log. On a given step all processes log the same names. The unweighted loss itself is objective/<the term's name>.
+- The gradient of a term is that of weight * the sum of the scalars that `losses` yields, divided by the number of batches of the
+  step. `losses` is called for each batch of training objects, never for one of the original domain.
+- `own_passes` False: the term reads `batch.prediction` and shares the backward pass of the denoising loss. True: it runs the
+  model itself (`context.adapted`), before the denoising loss; the backward pass of each scalar follows at once, so that only one
+  part of a large loss is in memory. Whatever must stay in place for that, such as the encoders on the device, is held by a
+  `with` around the `yield`.
+- All randomness comes from `seeded(seed, NAME, step, place, ...)`, where a place is that of an object in the global batch
+  (`batch.places`): a resumed step, or one that is shared out differently, is the same.
+- `open` checks what the term needs, once the run is prepared. `begin` prepares what depends on the model as it is before a step
+  (samples, say) in the run's folder; it is called while `begins` says so.
+- `state` holds what the term carries from step to step, as tensors and plain values, for the checkpoint. A step may be repeated
+  after it ran out of memory: a second call for the same step changes nothing.
+- `batch.log(name, value)` logs the series objective/NAME, averaged over batches, processes and the steps between two points of
+  the log; all processes log the same names in a step. The unweighted loss is logged as objective/<name of the term>.
 """
 
 from abc import ABC, abstractmethod
@@ -25,49 +26,105 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from softprompt.data.batch import Batch
+from softprompt.data.batch import Batch, Objects
+from softprompt.model.adapted import AdaptedModel
 from softprompt.model.conditioning import noisy_and_target
+from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.convert import clean_latents
-from train.batches import Wanted
-
-if TYPE_CHECKING:
-    from train.evaluation.evaluate import Preview
-    from train.setup import Job
 
 
-def view_weights(job: "Job", num_objects: int) -> Tensor | None:
-    """[B, V]: 0 for the reference's own view where `loss.own_view` is off; None where every view counts."""
-    if job.config.loss.own_view:
-        return None
-    weights = torch.ones(num_objects, job.pipeline.num_views, device=job.accelerator.device)
-    weights[:, 0] = 0
-    return weights
+@dataclass(frozen=True)
+class Context:
+    """The parts of a run that its objectives may use."""
+
+    accelerator: Accelerator
+    pipeline: Pipeline
+    adapted: AdaptedModel
+    train: Objects
+    held_out: Objects
+    seed: int
+    batch_size: int
+    drop_rate: float
+    """r of `keep_conditions`."""
+    own_view: bool
+    """Whether the view that shows the input picture counts in the loss."""
+    references: Sequence[int]
+    """Views that may be the input picture in training."""
+    reference: int
+    """The one that is in validation and previews."""
+    held_out_timesteps: Sequence[int]
+    """Timesteps at which held-out objects are evaluated."""
+
+    def view_weights(self, objects: int) -> Tensor | None:
+        """[B, V]: 0 for slot 0, the view of the input picture, unless `own_view`; None where every view counts."""
+        if self.own_view:
+            return None
+        weights = torch.ones(objects, self.pipeline.num_views, device=self.accelerator.device)
+        weights[:, 0] = 0
+        return weights
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Views of a few held-out objects; slot 0 of each is the input picture's view."""
+
+    pictures: Tensor
+    """[B, 3, S, S]: the input pictures."""
+    truth: Tensor
+    """[B, V, 3, S, S]: the true views."""
+    masks: Tensor
+    """[B, V, 1, S, S]: foreground of the true views."""
+    pretrained: Tensor
+    """[B, V, 3, S, S]: sampled by the pretrained model."""
+    now: Tensor
+    """[B, V, 3, S, S]: sampled by the adapted model."""
+    names: tuple[str, ...]
+    """Names of the views, in slot order."""
+
+
+class Turn(Protocol):
+    """A training batch's place in the training order."""
+
+    @property
+    def lowest(self) -> int:
+        """The least noisy timestep that is drawn."""
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """For each object: its place in the step's global batch, and its index among the training objects."""
+
+    def undropped(self) -> Batch:
+        """The same batch with no condition dropped."""
+
+    def true_views(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures [B, V, 3, S, S] in [0, 1] on the batch's backgrounds and masks [B, V, 1, S, S], in the order given."""
 
 
 @dataclass
-class Scene:
-    """What a step has of one batch: what costs something is computed when it is first asked for, and once."""
+class StepBatch:
+    """One batch of a step. Expensive parts are computed when they are first asked for, and once."""
 
-    job: "Job"
-    wanted: Wanted | None
-    """Which training batch it is; None for one of held-out objects."""
+    context: Context
     batch: Batch
     step: int
     position: float
-    """s of the prompt."""
+    """Position s of the prompt."""
+    turn: Turn | None = None
+    """None for a batch of held-out objects."""
     prediction: Tensor | None = None
-    """[B, V, C, H, W]: the adapted model's, from the plain loss; None before that."""
+    """[B, V, C, H, W]: the adapted model's prediction, set by the denoising loss's forward pass."""
     series: dict[str, Tensor] = field(default_factory=dict)
-    """What was logged of it."""
+    """Logged values."""
 
     @cached_property
     def _noisy_and_target(self) -> tuple[Tensor, Tensor]:
-        return noisy_and_target(self.job.pipeline.scheduler, self.batch)
+        return noisy_and_target(self.context.pipeline.scheduler, self.batch)
 
     @property
     def noisy(self) -> Tensor:
@@ -76,54 +133,60 @@ class Scene:
 
     @property
     def target(self) -> Tensor:
-        """What the model is to predict, v or epsilon, [B, V, C, H, W]."""
+        """The target of the prediction, v or epsilon, [B, V, C, H, W]."""
         return self._noisy_and_target[1]
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Of the model, but for the position."""
+        """Inputs of the model, but for the position."""
         batch = self.batch
         return self.noisy, batch.given, batch.timesteps, batch.labels, batch.order
 
     @cached_property
     def reference(self) -> Tensor:
-        """The untouched model's prediction on the same input (adapters off and prompt W_0), [B, V, C, H, W]; no gradient. The
+        """The pretrained model's prediction on the same input (adapters off and prompt W_0), [B, V, C, H, W]; no gradient. The
         KL term and all others share it."""
-        with self.job.accelerator.autocast():
-            return self.job.adapted.reference(*self.inputs)
+        with self.context.accelerator.autocast():
+            return self.context.adapted.reference(*self.inputs)
 
     @property
-    def prediction_type(self) -> str:
-        """`v_prediction` or `epsilon`."""
-        return str(self.job.pipeline.scheduler.config["prediction_type"])
+    def alphas_cumprod(self) -> Tensor:
+        """[num_timesteps], on the device."""
+        return self.context.pipeline.scheduler.alphas_cumprod.to(self.batch.timesteps.device)
+
+    @property
+    def prediction_type(self) -> Literal["v_prediction", "epsilon"]:
+        """Whether the model predicts v or epsilon."""
+        kind: Literal["v_prediction", "epsilon"] = self.context.pipeline.scheduler.config["prediction_type"]
+        return kind
 
     def clean(self, prediction: Tensor) -> Tensor:
-        """The clean latents that a prediction on this batch amounts to, [B, V, C, H, W], float32."""
-        schedule = self.job.pipeline.scheduler.alphas_cumprod
-        return clean_latents(self.noisy, prediction, schedule, self.batch.timesteps, self.prediction_type)
+        """The clean latents that a prediction on this batch implies, [B, V, C, H, W], float32."""
+        return clean_latents(self.noisy, prediction, self.alphas_cumprod, self.batch.timesteps, self.prediction_type)
+
+    @property
+    def in_training(self) -> Turn:
+        """Its turn. Only for a training batch."""
+        assert self.turn is not None, "a held-out batch has no place in the training order"
+        return self.turn
 
     @property
     def places(self) -> list[tuple[int, int]]:
-        """Of each object: its place in the step's global batch, and which of the training objects it is."""
-        return self.job.batches.places(self._training_batch)
+        """See `Turn.places`."""
+        return self.in_training.places
 
     @cached_property
     def undropped(self) -> Batch:
-        """The same batch with no condition dropped."""
-        return self.job.batches.make(self._training_batch, drop_rate=0.0)
+        """See `Turn.undropped`."""
+        return self.in_training.undropped()
 
     @cached_property
     def true_views(self) -> tuple[Tensor, Tensor]:
-        """The objects' pictures, [B, V, 3, S, S] in [0, 1] on the batch's background, and masks, [B, V, 1, S, S], by slot."""
-        return self.job.batches.true_views(self._training_batch, self.batch.order)
-
-    @property
-    def _training_batch(self) -> Wanted:
-        assert self.wanted is not None, "a held-out batch has no place in the training order"
-        return self.wanted
+        """See `Turn.true_views`; by slot."""
+        return self.in_training.true_views(self.batch.order)
 
     def log(self, name: str, value: Tensor) -> None:
-        """A scalar for the series objective/NAME."""
+        """Log a scalar as objective/NAME."""
         self.series[name] = value.detach().float()
 
 
@@ -131,45 +194,44 @@ class Term(ABC):
     """An objective; see this module's contract."""
 
     name: ClassVar[str]
-    """Of its group of options and of its series."""
+    """Name of its option group and of its series."""
     own_passes: ClassVar[bool] = False
     """Whether it runs the model itself."""
     decodes: bool = False
-    """Whether it needs the VAE at its steps: then the encoders stay on the device."""
-
+    """Whether its steps need the VAE: then the encoders stay on the device."""
     copies: ClassVar[int] = 0
-    """Of prompt and LoRA that its `state` keeps in each checkpoint, at most."""
+    """Copies of prompt and LoRA that its `state` keeps in each checkpoint, at most."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
-        """0 where it is only measured (monitor.objectives)."""
+        """0 where the objective is only evaluated (monitor.objectives)."""
 
-    def open(self, job: "Job") -> list[str]:
-        """Look at what it needs of its own, once the run is prepared. Returns: what is to be said of it. Raises: InputError."""
-        del job
+    def open(self, context: Context) -> list[str]:
+        """Check what it needs, once the run is prepared. Returns: notes for the user. Raises: InputError."""
+        del context
         return []
 
     def begins(self, step: int) -> bool:
-        """Whether something is to be made before this step, of the model as it is then; the same on every process."""
+        """Whether something is to be prepared before this step with the model as it is then; the same on every process."""
         del step
         return False
 
-    def begin(self, job: "Job", folder: Path, step: int, position: float, stopped: Callable[[], bool]) -> None:
-        """Make it, shared out over the processes. folder: of the run; what is kept there survives it.
+    def begin(self, context: Context, folder: Path, step: int, position: float, stopped: Callable[[], bool]) -> None:
+        """Prepare it, shared out over the processes. folder: the run's; files in it survive the run.
 
-        stopped: whether the run is to stop: what takes long is then cut short. It is called again where the run goes on.
+        stopped: whether the run is to stop: long work then ends early, and `begin` is called again when the run is resumed.
         """
-        del job, folder, step, position, stopped
+        del context, folder, step, position, stopped
 
-    def kept_bytes(self, job: "Job") -> int:
-        """What it keeps in the run's folder, at most."""
-        del job
+    def kept_bytes(self, context: Context) -> int:
+        """Bytes that it keeps in the run's folder, at most."""
+        del context
         return 0
 
-    def rehearse(self, job: "Job") -> bool:
-        """Be ready for steps of a dry run, with nothing made for them. Returns: whether its numbers mean nothing then, and its
-        time and memory alone are to be looked at."""
-        del job
+    def rehearse(self, context: Context) -> bool:
+        """Be ready for the steps of a dry run with nothing prepared. Returns: whether its values are meaningless there, so that
+        only its time and memory count."""
+        del context
         return False
 
     def due(self, step: int) -> bool:
@@ -177,99 +239,76 @@ class Term(ABC):
         del step
         return True
 
-    def around(self, scene: Scene) -> AbstractContextManager[object]:
-        """Entered around the plain loss, forward and backward, where the term reads its prediction."""
-        del scene
+    def around(self, batch: StepBatch) -> AbstractContextManager[object]:
+        """Entered around forward and backward pass of the denoising loss, for a term that reads its prediction."""
+        del batch
         return nullcontext()
 
     @abstractmethod
-    def losses(self, scene: Scene) -> Iterator[Tensor]:
-        """The parts of its loss on a batch."""
+    def losses(self, batch: StepBatch) -> Iterator[Tensor]:
+        """The summands of its loss on a batch, scalars with a gradient."""
 
-    def look(self, step: int, values: Mapping[str, float]) -> None:
-        """See what a step measured, after its gradients are made and before it moves the weights; the same on every process.
+    def inspect(self, step: int, values: Mapping[str, float]) -> None:
+        """Inspect a step's values, after its backward pass and before the update; the same on every process.
 
         values: its series by name, averaged over batches and processes. Raises: RunError to end the run.
         """
         del step, values
 
-    def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
-        """At an evaluation with previews, on the main process: what the objective is for, on held-out objects, whether it is
-        trained or not. The model is in evaluation mode and nothing has a gradient.
+    def evaluate(self, context: Context, position: float, shown: Shown) -> dict[str, float]:
+        """Evaluate the objective on held-out objects, at an evaluation with previews, on the main process, whether it is trained
+        or not. The model is in evaluation mode, without gradients.
 
-        shown: the previews. Returns: by NAME of the series objective/NAME.
+        Returns: values by NAME of the series objective/NAME.
         """
-        del job, position, shown
+        del context, position, shown
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What it remembers; {} for most."""
+        """State for the checkpoint; {} for most."""
         return {}
 
-    def go_on_from(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` gave."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state`."""
         del state
 
 
 class Objectives:
-    """The terms of a run: those that are trained, and those that are only measured."""
+    """The objectives of a run: those that are trained, and those that are only evaluated."""
 
     def __init__(self, terms: Sequence[Term] = ()) -> None:
         self.terms = tuple(terms)
 
-    def open(self, job: "Job") -> list[str]:
-        """See `Term.open`."""
-        return [line for term in self.terms for line in term.open(job)]
-
-    def begins(self, step: int) -> bool:
-        """See `Term.begins`."""
-        return any(term.begins(step) for term in self.terms)
-
-    def begin(self, job: "Job", folder: Path, step: int, position: float, stopped: Callable[[], bool]) -> None:
-        """See `Term.begin`."""
-        for term in self.terms:
-            if term.begins(step):
-                term.begin(job, folder, step, position, stopped)
-
-    def kept_bytes(self, job: "Job") -> int:
-        """See `Term.kept_bytes`."""
-        return sum(term.kept_bytes(job) for term in self.terms)
-
-    @property
-    def copies(self) -> int:
-        """See `Term.copies`."""
-        return sum(term.copies for term in self.terms)
-
-    def rehearse(self, job: "Job") -> list[str]:
-        """See `Term.rehearse`. Returns: the terms whose numbers mean nothing."""
-        return [term.name for term in self.terms if term.rehearse(job)]
-
     def trained(self, step: int, *, own_passes: bool) -> list[Term]:
-        """The terms that a step trains, of one kind."""
+        """The terms of one kind that a step trains."""
         return [t for t in self.terms if t.weight > 0 and t.own_passes is own_passes and t.due(step)]
+
+    def begins(self, step: int) -> list[Term]:
+        """The terms that prepare something before a step."""
+        return [term for term in self.terms if term.begins(step)]
 
     @property
     def decode(self) -> bool:
-        """Whether some trained term needs the VAE at its steps."""
+        """Whether a trained term needs the VAE at its steps."""
         return any(term.decodes and term.weight > 0 for term in self.terms)
 
-    def look(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Term.look`."""
+    def inspect(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Term.inspect`."""
         for term in self.terms:
             if term.weight > 0 and term.due(step):
-                term.look(step, values)
+                term.inspect(step, values)
 
     @torch.no_grad()
-    def measure(self, job: "Job", position: float, shown: "Preview") -> dict[str, float]:
-        """See `Term.measure`. Returns: by the series' full names."""
-        return {f"objective/{name}": v for t in self.terms for name, v in t.measure(job, position, shown).items()}
+    def evaluate(self, context: Context, position: float, shown: Shown) -> dict[str, float]:
+        """See `Term.evaluate`. Returns: values by the full names of the series."""
+        return {f"objective/{name}": v for t in self.terms for name, v in t.evaluate(context, position, shown).items()}
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What the terms remember, by name."""
+        """State of the terms, by name."""
         return {term.name: state for term in self.terms if (state := term.state())}
 
-    def go_on_from(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what `state` gave; a term that it does not know begins anew."""
+    def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Inverse of `state`; a term without one starts afresh."""
         for term in self.terms:
             if term.name in state:
-                term.go_on_from(state[term.name])
+                term.load_state(state[term.name])

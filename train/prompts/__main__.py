@@ -281,7 +281,7 @@ def mix(given: argparse.Namespace, command: str) -> int:
     del command
     import torch
 
-    from softprompt.prompt.path import point_on_path
+    from softprompt.prompt.soft_prompt import point_on_path
     from train.prompts.measure import ANOTHER_ENCODER, start_distance
     from train.prompts.writing import refuse_output, write
 

@@ -63,11 +63,6 @@ def to_svg(figure: "Figure", *, salt: str) -> str:
     return svg.replace(INK, "currentColor")
 
 
-def in_words(name: str) -> str:
-    """A view, a row or a part as it is read: front_right => "front right", lora_alone => "LoRA alone"."""
-    return name.replace("_", " ").replace("lora", "LoRA")
-
-
 def cut_strips(tiles: Path, *, views: int, rows: int) -> list[list[Image.Image]]:
     """Each object's rows of a picture that train.log.logger.preview_tiles made: V + 1 square tiles a row and nothing else.
 

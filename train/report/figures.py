@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softprompt.files import new_file
-from train.report.charts import COLOURS, INK, blank, cut_strips, in_words, make_logarithmic, to_svg
+from train.log.series import in_words
+from train.report.charts import COLOURS, INK, blank, cut_strips, make_logarithmic, to_svg
 from train.report.read import Story
 
 if TYPE_CHECKING:

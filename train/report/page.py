@@ -13,12 +13,12 @@ from PIL import Image
 from softprompt.errors import InputError
 from softprompt.files import new_file
 from train.export.facelift import into_facelift
-from train.log.series import ABLATION_PSNR, ABLATION_SSIM, HANDED_ON, VIEWS_FOLLOW
+from train.log.series import ABLATION_PSNR, ABLATION_SSIM, HANDED_ON, VIEWS_FOLLOW, in_words
 from train.options.groups import MICRO
 from train.prompts.measure import drift, in_ranges, measure
 from train.prompts.report import chart, matrix_cells
 from train.report import template as page
-from train.report.charts import cut_strips, data_uri, in_words
+from train.report.charts import cut_strips, data_uri
 from train.report.figures import panels
 from train.report.read import Story
 

@@ -18,7 +18,7 @@ from softprompt.errors import InputError, RunError
 from softprompt.files import load_pickle, new_folder, remove_folder, write_json
 from softprompt.model.adapted import AdaptedModel
 from train.objectives.terms import Objectives
-from train.state.folder import _step_of, checkpoint_folder, list_checkpoints
+from train.state.folder import checkpoint_folder, list_checkpoints, step_of
 
 STATE = "state.pt"
 MANIFEST = "manifest.json"
@@ -141,7 +141,7 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
 def set_aside_newer(run: Path, step: int) -> None:
     """Give checkpoints newer than the one that is gone on with, which are damaged, names that are no checkpoint's."""
     for folder in list_checkpoints(run):
-        if _step_of(folder) > step:
+        if step_of(folder) > step:
             aside = folder.with_name(f"{folder.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.replace(aside)
@@ -271,4 +271,4 @@ def restore(state: Mapping[str, Any], parts: Parts) -> None:
         group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
     if parts.scaler is not None and state["scaler"] is not None:
         parts.scaler.load_state_dict(state["scaler"])
-    parts.objectives.go_on_from(state["objectives"])
+    parts.objectives.load_state(state["objectives"])

@@ -1,13 +1,18 @@
-"""What lies where in a run's folder."""
+"""A run's folder: the names of what lies in it, and its lock."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from softprompt.errors import InputError
+
 LOCK = ".lock"
-"""File in a run's folder that its process holds locked: the lock ends with the process, however that ends."""
-
-
+"""File that the run's process holds locked: the lock ends with the process, however that ends."""
 ERROR = "error.txt"
-"""File in a run's folder with the error that ended it, until it is resumed."""
+"""File with the error that ended the run, until it is resumed."""
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -16,16 +21,84 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, oldest first. One being written, or removed, has another name."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdecimal() and p.is_dir()]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name[5:])
+    """A run's checkpoints, oldest first. One that is being written or removed has another name."""
+    return _by_step([folder for folder in (run / "checkpoints").glob("step-*") if folder.is_dir()])
 
 
 def list_incidents(run: Path) -> list[Path]:
     """A run's incidents, oldest first."""
-    found = [p for p in (run / "incidents").glob("step-*") if p.name[5:].isdecimal()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    return _by_step(list((run / "incidents").glob("step-*")))
+
+
+def step_of(folder: Path) -> int:
+    """N of step-N."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def _by_step(folders: list[Path]) -> list[Path]:
+    return sorted((folder for folder in folders if folder.name.removeprefix("step-").isdecimal()), key=step_of)
+
+
+# --------------------------------------------------------------------------------------------------------------------- lock
+
+
+@contextmanager
+def locked(output: Path | None, name: str, *, resume: Path | None) -> Iterator[Path]:
+    """Take and lock the folder of a run: no second run can write into it.
+
+    output: the folder that the user chose; None: the next free runs/NAME-NNN. resume: the folder of the run that is resumed.
+    A new folder is removed if the run ends before it has written anything. Raises: InputError.
+    """
+    folder, lock = _take(output, name, resume)
+    try:
+        yield folder
+    finally:
+        if resume is None and os.listdir(folder) == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
+        lock.release()
+
+
+def _take(output: Path | None, name: str, resume: Path | None) -> tuple[Path, FileLock]:
+    chosen = resume or output
+    while True:
+        folder = chosen or next_run_folder(name)
+        if resume is None:
+            refuse_used(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if chosen:
+                raise InputError(
+                    f"{'--resume' if resume else 'output'}: {folder} is in use: another process trains there; wait for it or "
+                    f"stop it first"
+                ) from None
+            continue
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror}); expected a folder for the run") from error
+        if resume is None and _others_in(folder):  # another run came and went in the meantime
+            lock.release()
+            refuse_used(folder)
+        return folder, lock
+
+
+def refuse_used(folder: Path) -> None:
+    """Raises: InputError for a folder that holds more than a run leaves that is killed before its config.yaml is written."""
+    if folder.exists() and (not folder.is_dir() or _others_in(folder)):
+        hint = f" Go on with that run: --resume {folder}" if (folder / "config.yaml").is_file() else ""
+        raise InputError(f"output: {folder} is not empty; a run never writes over another. Give a new folder.{hint}")
+
+
+def _others_in(folder: Path) -> list[str]:
+    """Files besides the lock and what a killed process left half-written."""
+    return [name for name in os.listdir(folder) if name != LOCK and not (name.startswith(".") and ".partial-" in name)]
+
+
+def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
+    """runs/NAME-001, or the number after the highest that is there."""
+    numbers = [0]
+    with suppress(FileNotFoundError):
+        numbers += [int(n) for e in os.listdir(root) if (n := e.removeprefix(f"{name}-")) != e and n.isdecimal()]
+    return root / f"{name}-{max(numbers) + 1:03d}"

@@ -12,7 +12,7 @@ from softprompt.files import remove_folder
 from train.batches import Wanted
 from train.state.checkpoint import DamagedError, verify, write_state
 from train.state.folder import list_incidents
-from train.state.run import Run
+from train.state.run import Job, Run
 
 KEPT = 5
 """Newest incidents of a run."""
@@ -23,9 +23,10 @@ def write_incident(run: Run, step: int, what: str) -> Path:
 
     what: was not finite. The weights are those of before the step, which it did not change.
     """
-    job = run.job
-    lowest = run.lowest_timestep
-    batches = gather_object([_describe(run, wanted) for wanted in job.batches.of_step(step, lowest)])
+    job, trainer = run.job, run.job.trainer
+    lowest = trainer.curriculum.lowest_timestep(run.curricula)
+    wanted = trainer.batches.of_step(step, lowest, original="original" in trainer.kl_domains(step))
+    batches = gather_object([_describe(job, one) for one in wanted])
     folder = run.folder / "incidents" / f"step-{step:06d}"
     if not job.accelerator.is_main_process:
         return folder
@@ -34,7 +35,7 @@ def write_incident(run: Run, step: int, what: str) -> Path:
         "not_finite": what,
         "position": run.position,
         "lowest_timestep": lowest,
-        "kl_weight": run.pace.kl_weight,
+        "kl_weight": run.curricula.kl_weight,
         "processes": job.accelerator.num_processes,
         "batch_size": job.config.train.batch_size,
         "accumulation": job.config.train.accumulation,
@@ -53,13 +54,13 @@ def write_incident(run: Run, step: int, what: str) -> Path:
     return folder
 
 
-def _describe(run: Run, wanted: Wanted) -> dict[str, Any]:
-    batch = run.job.batches.make(wanted)
+def _describe(job: Job, wanted: Wanted) -> dict[str, Any]:
+    batch = job.trainer.batches.make(wanted)
     return {
-        "process": run.job.accelerator.process_index,
+        "process": job.accelerator.process_index,
         "part": wanted.part,
         "domain": "original" if wanted.original else "new",
-        "samples": run.job.batches.names(wanted),
+        "samples": job.trainer.batches.names(wanted),
         "timesteps": batch.timesteps.tolist(),
         "references": batch.order[:, 0].tolist(),
     }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt.prompt.path import match_tokens, point_on_path, slerp
+from softprompt.prompt.soft_prompt import match_tokens, point_on_path, slerp
 
 
 def waypoints(count: int = 3) -> Tensor:

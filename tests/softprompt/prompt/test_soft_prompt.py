@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt.prompt.path import point_on_path
-from softprompt.prompt.soft_prompt import SoftPrompt
+from softprompt.prompt.soft_prompt import SoftPrompt, point_on_path
 
 
 def waypoints(count: int = 2) -> Tensor:

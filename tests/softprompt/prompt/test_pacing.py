@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from train.state.pacing import Pace, after_step, after_validation, lowest_timestep_of, position_of, unfinished
 
 from softprompt.prompt.curriculum import Stage
 from train.loop import train
@@ -14,7 +15,6 @@ from train.options.config import Config
 from train.setup import prepare
 from train.state import artifacts as keep
 from train.state.checkpoint import load_checkpoint
-from train.state.pacing import Pace, after_step, after_validation, lowest_timestep_of, position_of, unfinished
 from train.state.stop import StopSignal
 
 STAGES = {
