@@ -7,9 +7,9 @@ from torch import Tensor
 
 from train.loop import train
 from train.options.config import Config
-from train.setup import Job, prepare
+from train.setup import prepare
 from train.state.checkpoint import load_checkpoint
-from train.state.run import Run
+from train.state.run import Job, Run
 from train.state.stop import StopSignal
 
 

@@ -77,12 +77,12 @@ def build_optimizer(
     return torch.optim.AdamW(groups, fused=next(adapted.parameters()).is_cuda and not scaled)
 
 
-def make_curriculum(config: Config, pipeline: Pipeline) -> Curriculum:
-    """The curricula that the options ask for."""
-    schedule, timesteps = pipeline.scheduler.alphas_cumprod, config.timesteps
-    edges = [0, len(schedule)]
+def make_curriculum(config: Config, alphas_cumprod: Tensor) -> Curriculum:
+    """The curricula that the options ask for. alphas_cumprod: of the model's noise schedule, [num_timesteps]."""
+    timesteps = config.timesteps
+    edges = [0, len(alphas_cumprod)]
     if timesteps.clusters > 1:
-        edges = timestep_edges(schedule, timesteps.clusters, timesteps.edges)
+        edges = timestep_edges(alphas_cumprod, timesteps.clusters, timesteps.edges)
     return Curriculum(
         path=PathSchedule(steps=config.train.steps, **asdict(config.curriculum)),
         timesteps=TimestepSchedule(
@@ -146,7 +146,7 @@ def build_trainer(
             process=accelerator.process_index,
             processes=accelerator.num_processes,
         ),
-        curriculum=make_curriculum(config, pipeline),
+        curriculum=make_curriculum(config, pipeline.scheduler.alphas_cumprod),
         loss=config.loss,
         kl=config.kl,
         prompt=config.prompt,

@@ -77,7 +77,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
         compile_blocks(pipeline.unet)
     # A frozen prompt is in no checkpoint: a resumed run takes it from where the run started, too.
     if config.init_from is not None and not (resumed and config.prompt.learn):
-        curriculum, names = make_curriculum(config, pipeline), list[str]()
+        curriculum, names = make_curriculum(config, pipeline.scheduler.alphas_cumprod), list[str]()
         with noted(names):
             start_from(Path(config.init_from), adapted, curriculum.position(curriculum.start(), 0))
         notes += [f"start      prompt and LoRA of {config.init_from}, at step 0", *(f"weights    {note}" for note in names)]
@@ -157,7 +157,7 @@ def _check_together(config: Config, pipeline: Pipeline) -> None:
         if asked > schedule and (name.startswith("monitor.") or config.uses(name.partition(".")[0])):
             raise InputError(f"{name}: is {asked}; the model has {schedule} timesteps, expected so many at most")
     try:
-        make_curriculum(config, pipeline)
+        make_curriculum(config, pipeline.scheduler.alphas_cumprod)
     except ValueError as error:
         raise InputError(f"timesteps: {error}") from error
     if config.loss.snr_weighting == "v" and pipeline.scheduler.config["prediction_type"] == "epsilon":

@@ -21,16 +21,17 @@ from softprompt.model.adapted import AdaptedModel
 from softprompt.prompt.soft_prompt import point_on_path
 from tests.models import PICTURE
 from tests.runs import run_to_end, series
-from train import loop
+from train import callbacks, loop
 from train.batches import object_at
 from train.evaluation import evaluator as observe
+from train.evaluation.evaluator import Evaluator
 from train.export import write
 from train.loop import train
 from train.options.command_line import parse
 from train.options.config import Config
-from train.setup import Job, prepare
-from train.state import artifacts as keep
+from train.setup import prepare
 from train.state.folder import list_checkpoints
+from train.state.run import Job
 from train.state.stop import StopSignal
 from train.step import training_step
 
@@ -50,7 +51,7 @@ def trained(job: Job) -> dict[str, Tensor]:
 @pytest.fixture
 def without_exports(monkeypatch):
     """Half of a short run's time."""
-    monkeypatch.setattr(keep, "export", lambda run, folder: None)
+    monkeypatch.setattr(callbacks, "export", lambda run, folder: None)
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
@@ -122,7 +123,7 @@ def test_accumulated_batches_equal_one_large_batch(small, mice):
     shared = ["--kl.every=1", "--kl.domain=both", f"--data.original={mice / 'val'}", "--prompt.separation=1"]
     for options in (["--train.batch_size=4"], ["--train.batch_size=2", "--train.accumulation=2"]):
         job = prepare(small(*shared, *options))
-        steps = [training_step(job, step) for step in range(3)]
+        steps = [training_step(job.trainer, step) for step in range(3)]
         results.append((steps, trained(job)))
     (large, large_weights), (small, small_weights) = results
     for a, b in zip(large, small, strict=True):
@@ -160,7 +161,7 @@ def test_runs_on_several_threads_are_equal_bit_for_bit(small):
         runs = []
         for _ in range(3):
             job = prepare(small("--train.batch_size=4"))
-            runs.append(([training_step(job, step).denoising for step in range(4)], trained(job)))
+            runs.append(([training_step(job.trainer, step).denoising for step in range(4)], trained(job)))
     finally:
         torch.set_num_threads(threads)
     (losses, weights), *others = runs
@@ -181,7 +182,7 @@ def test_every_object_comes_once_an_epoch_in_an_order_of_the_seed():
 
 def test_the_kl_is_measured_on_every_nth_step_with_its_weight_scaled(small):
     job = prepare(small("--kl.every=2"))
-    results = [training_step(job, step) for step in range(4)]
+    results = [training_step(job.trainer, step) for step in range(4)]
     assert [r.kl is None for r in results] == [False, True, False, True]
     assert results[0].kl == 0, "nothing has moved before the first step"
     assert results[2].kl is not None and results[2].kl > 0
@@ -190,7 +191,7 @@ def test_the_kl_is_measured_on_every_nth_step_with_its_weight_scaled(small):
 def test_the_kl_holds_the_model_near_the_pretrained_one(small):
     def kl_at_the_end(weight: float) -> float:
         job = prepare(small(f"--kl.weight={weight}", "--kl.every=1", "--kl.weighting=uniform", "--train.batch_size=2"))
-        kl = [training_step(job, step).kl for step in range(12)][-1]
+        kl = [training_step(job.trainer, step).kl for step in range(12)][-1]
         assert kl is not None
         return kl
 
@@ -218,8 +219,8 @@ def test_the_prompt_alone_trains_where_the_lora_has_rank_0(small, tmp_path):
 def test_the_norm_band_holds_after_every_step(small):
     job = prepare(small("--prompt.norm_band=0.01", "--prompt.learning_rate=1.0"))
     for step in range(2):
-        training_step(job, step)
-    prompt, position = job.adapted.prompt, position_of(job.config, Pace.start(job.config), 1)
+        training_step(job.trainer, step)
+    prompt, position = job.adapted.prompt, job.trainer.curriculum.position(job.trainer.curriculum.start(), 1)
     path = point_on_path(prompt.waypoints, position)
     assert position > 0 and not torch.equal(path, prompt.start)
     share = prompt(position).norm(dim=-1) / path.norm(dim=-1)
@@ -231,7 +232,7 @@ def test_the_decay_pulls_the_prompt_toward_its_start_not_toward_zero(small):
     def drift(decay: float) -> float:
         job = prepare(small(f"--prompt.decay={decay}", "--prompt.learning_rate=0.5"))
         for step in range(3):
-            training_step(job, step)
+            training_step(job.trainer, step)
         return float((job.adapted.prompt.learned - job.adapted.prompt.start).norm())
 
     assert 0 < drift(1.0) < 0.8 * drift(0.0)
@@ -288,14 +289,15 @@ def test_a_scaler_that_leaves_out_every_step_ends_the_run(small, tmp_path, monke
 def test_a_step_is_in_a_checkpoint_before_it_is_evaluated(small, tmp_path, monkeypatch):
     config = small("--train.steps=6", "--curriculum.at=[0, 1]")
     whole = run_to_end(config, tmp_path / "whole")
-    evaluate = observe.validation_series
+    evaluate = Evaluator.validation
 
-    def fails_at_step_4(job: Job, position: float, **options: bool) -> dict[str, float]:
-        if position == position_of(config, Pace.start(config), 4):
+    def fails_at_step_4(evaluator: Evaluator, position: float, **options: bool) -> dict[str, float]:
+        curriculum = whole.job.trainer.curriculum
+        if position == curriculum.position(curriculum.start(), 4):
             raise torch.OutOfMemoryError("no memory")
-        return evaluate(job, position, **options)
+        return evaluate(evaluator, position, **options)
 
-    monkeypatch.setattr(observe, "validation_series", fails_at_step_4)
+    monkeypatch.setattr(Evaluator, "validation", fails_at_step_4)
     with pytest.raises(torch.OutOfMemoryError):
         run_to_end(config, tmp_path / "parts")
     assert list_checkpoints(tmp_path / "parts")[-1].name == "step-000004"
@@ -327,7 +329,7 @@ def test_numbers_that_are_not_finite_do_not_reach_the_weights(small, broken):
         job.adapted.unet.conv_out.bias.data.fill_(float("nan"))
     else:
         prompt.learned.register_hook(lambda gradient: gradient * float("inf"))
-    result = training_step(job, 0)
+    result = training_step(job.trainer, 0)
     assert result.skipped and result.not_finite is not None and result.not_finite.startswith("denoising loss ")
     for name, tensor in trained(job).items():
         assert torch.equal(tensor, before[name]), name
@@ -339,7 +341,7 @@ def test_numbers_that_are_not_finite_do_not_reach_the_weights(small, broken):
 @pytest.mark.usefixtures("without_exports")
 def test_a_learning_rate_too_low_to_move_anything_is_named(small, tmp_path, capsys):
     run = run_to_end(small("--lora.learning_rate=1e-12"), tmp_path / "run")
-    assert "lora_stands_still" in run.warned and "prompt_stands_still" not in run.warned
+    assert "lora_stands_still" in run.diagnostics and "prompt_stands_still" not in run.diagnostics
     assert "WARNING step 2: lora_stands_still" in capsys.readouterr().err
     assert [line["watch/lora_stands_still"] for line in series(tmp_path / "run") if "watch/lora_stands_still" in line] == [
         0,
@@ -351,9 +353,9 @@ def test_a_learning_rate_too_low_to_move_anything_is_named(small, tmp_path, caps
 @pytest.mark.usefixtures("without_exports")
 def test_a_prompt_that_does_nothing_is_named_and_one_that_learns_is_not(small, tmp_path):
     idle = run_to_end(small("--prompt.learning_rate=1e-7"), tmp_path / "idle")
-    assert "prompt_without_effect" in idle.warned
+    assert "prompt_without_effect" in idle.diagnostics
     learning = run_to_end(small(), tmp_path / "learning")
-    assert "prompt_without_effect" not in learning.warned
+    assert "prompt_without_effect" not in learning.diagnostics
     assert series(tmp_path / "learning")[-1]["prompt_effect/of_learned"] > 0.01
 
 
@@ -361,7 +363,7 @@ def test_a_prompt_that_does_nothing_is_named_and_one_that_learns_is_not(small, t
 def test_training_that_makes_it_worse_is_named(small, tmp_path, capsys):
     options = ["--model=micro", "--lora.learning_rate=0.5", "--train.schedule=constant", "--monitor.validate_every=1"]
     run = run_to_end(small(*options), tmp_path / "run")
-    assert "worse_than_start" in run.warned and run.worse == 4
+    assert "worse_than_start" in run.diagnostics and run.worse == 4
     assert "WARNING step 3: worse_than_start: the last 3 validations were worse" in capsys.readouterr().err
 
 
@@ -369,7 +371,7 @@ def test_a_frozen_weight_that_moves_stops_the_run(small, tmp_path, monkeypatch):
     def training_step_that_moves_it(job, step, pace, *, training_step=loop.training_step):
         if step == 1:
             job.pipeline.unet.conv_in.weight.data[0, 0, 0, 0] += 1e-3
-        return training_step(job, step, pace)
+        return training_step(job.trainer, step, pace)
 
     monkeypatch.setattr(loop, "training_step", training_step_that_moves_it)
     with pytest.raises(RunError, match=r"step 2: 1 frozen tensors are not what they were .* e\.g\. unet\.conv_in\.weight"):
@@ -398,7 +400,7 @@ def test_a_run_starts_from_what_another_exported_at_step_0(small, tmp_path):
     run = train(job, tmp_path / "second", state=None, stop=StopSignal())
     assert run.first is not None and first.last is not None
     assert run.first["loss/validation"] == pytest.approx(first.last["loss/validation"], rel=1e-5)
-    assert run.pretrained_views is not None and torch.equal(run.pretrained_views, first.pretrained_views)
+    assert run.shown.pretrained is not None and torch.equal(run.shown.pretrained, first.shown.pretrained)
 
 
 @pytest.mark.parametrize(

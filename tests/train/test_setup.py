@@ -18,7 +18,7 @@ from softprompt.micro.world import MicroWorld
 from train import setup
 from train.options.config import Config
 from train.setup import prepare
-from train.softprompt import next_run_folder
+from train.state.folder import next_run_folder
 
 Small = Callable[..., Config]
 
@@ -98,7 +98,7 @@ def test_frozen_weights_take_the_precision_and_what_trains_stays_float32(mice: P
 def test_each_group_has_its_own_rate_and_the_prompt_no_decay(mice: Path, small_config: Small) -> None:
     rates = {"prompt.learning_rate": 0.03, "lora.learning_rate": 0.002, "lora.weight_decay": 0.25}
     job = prepare(small_config(mice, **rates))
-    groups = {g["name"]: g for g in job.optimizer.param_groups}
+    groups = {g["name"]: g for g in job.trainer.optimizer.param_groups}
     assert {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()} == {"prompt": (0.03, 0.0), "lora": (0.002, 0.25)}
     assert [id(p) for p in groups["prompt"]["params"]] == [id(job.adapted.prompt.learned)]
     lora = {id(p) for name, p in job.pipeline.unet.named_parameters() if ".lora_" in name}
@@ -111,7 +111,7 @@ def test_a_group_that_is_switched_off_is_not_optimised(
     mice: Path, small_config: Small, option: dict[str, object], left: str
 ) -> None:
     job = prepare(small_config(mice, **option))
-    assert [g["name"] for g in job.optimizer.param_groups] == [left] == list(job.adapted.trainable())
+    assert [g["name"] for g in job.trainer.optimizer.param_groups] == [left] == list(job.adapted.trainable())
 
 
 @pytest.mark.usefixtures("unread")
@@ -326,16 +326,16 @@ def test_a_limit_says_how_many_embedded_mice_there_are(mice: Path, small_config:
 
 def test_the_embedded_world_brings_heads_to_measure_forgetting_on(mice: Path, small_config: Small) -> None:
     job = prepare(small_config(mice, **{"data.train": "micro", "data.val": "micro", "kl.domain": "original"}))
-    assert job.original is not None and len(job.original.held_out) == 12 and len(job.original.replay) == 40
-    assert all(name.startswith("heads-") for name in [*job.original.held_out.names, *job.original.replay.names])
-    assert not set(job.original.held_out.names) & set(job.original.replay.names)
-    assert prepare(small_config(mice)).original is None
+    assert job.evaluator.original is not None and len(job.evaluator.original) == 12 and len(job.replay) == 40
+    assert all(name.startswith("heads-") for name in [*job.evaluator.original.names, *job.replay.names])
+    assert not set(job.evaluator.original.names) & set(job.replay.names)
+    assert prepare(small_config(mice)).evaluator.original is None
 
 
 def test_original_objects_of_one_s_own_are_split(mice: Path, small_config: Small) -> None:
     job = prepare(small_config(mice, **{"data.original": mice / "train", "kl.domain": "both"}))
-    assert job.original is not None and len(job.original.held_out) == len(job.original.replay) == 2
-    assert "original   2 objects to measure on what is forgotten, 2 to hold the KL on" in job.notes
+    assert job.evaluator.original is not None and len(job.evaluator.original) == len(job.replay) == 2
+    assert "original   2 objects to measure forgetting on, 2 to measure the KL on" in job.notes
 
 
 def test_tokens_are_matched_where_it_is_asked_for(mice: Path, small_config: Small) -> None:

@@ -11,7 +11,8 @@ import torch
 from softprompt.model import adapted as model
 from train import setup
 from train.options.config import Config
-from train.setup import Job, prepare
+from train.setup import prepare
+from train.state.run import Job
 from train.step import training_step
 
 STEPS = 3
@@ -35,18 +36,18 @@ def channels_last(job: Job) -> None:
 
 
 def made_ahead(job: Job) -> None:
-    job.batches._thread = ThreadPoolExecutor(1)
+    job.trainer.batches._thread = ThreadPoolExecutor(1)
 
 
 def fused(job: Job) -> None:
-    for group in job.optimizer.param_groups:
+    for group in job.trainer.optimizer.param_groups:
         group["foreach"], group["fused"] = False, True
 
 
 def losses(config: Config, change: Change = as_it_is) -> list[float]:
     job = prepare(config)
     change(job)
-    results = [training_step(job, step) for step in range(STEPS)]
+    results = [training_step(job.trainer, step) for step in range(STEPS)]
     return [number for r in results for number in (r.denoising, r.kl or 0.0, *r.grad_norms.values())]
 
 
@@ -99,7 +100,7 @@ def test_compiled_blocks_give_the_same_losses_and_are_compiled_once_each(
     job, plain = (prepare(small_config(mice, **PLAIN | {"train.compile": on})) for on in ("true", "false"))
     graphs = []
     for step in range(STEPS):  # each with the adapters on and off, and under two prompts
-        found, expected = training_step(job, step), training_step(plain, step)
+        found, expected = training_step(job.trainer, step), training_step(plain.trainer, step)
         assert found.denoising == pytest.approx(expected.denoising, rel=1e-4)
         assert found.kl == pytest.approx(expected.kl, rel=1e-4, abs=1e-7)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -101,7 +101,7 @@ def open_run(run: Path, which: str, *, model: str | None, unet: str | None = Non
         )
     adapted, curriculum = (
         build_adapted(pipeline, waypoints, config.prompt, config.lora).eval(),
-        make_curriculum(config, pipeline),
+        make_curriculum(config, pipeline.scheduler.alphas_cumprod),
     )
     if config.init_from is not None and not config.prompt.learn:  # the prompt it began with never changed, and is not saved
         start_from(Path(config.init_from), adapted, curriculum.position(curriculum.start(), 0))

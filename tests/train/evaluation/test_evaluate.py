@@ -18,11 +18,12 @@ from softprompt.micro import MICRO_MODEL
 from softprompt.model.loading import load_pipeline
 from softprompt.model.sampling import sample_views
 from softprompt.prompt.templates import VIEWS
-from train.evaluation.evaluate import Preview, averaged, preview, preview_series, validation_losses, validation_series
+from train.evaluation.evaluator import averaged, preview_series
 from train.loop import training_step
-from train.objectives.terms import view_weights
+from train.objectives.terms import Shown
 from train.options.config import Config
-from train.setup import Job, prepare
+from train.setup import prepare
+from train.state.run import Job
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def perturb(job: Job, scale: float = 0.3) -> None:
 
 
 def loss_of(job: Job, position: float) -> float:
-    return float(validation_losses(job, position, job.held_out, reference=job.config.data.first_reference).mean())
+    return float(job.evaluator.losses(position, job.held_out, reference=job.config.data.first_reference).mean())
 
 
 # ------------------------------------------------------------------------------------------------------------- validation
@@ -95,9 +96,9 @@ def test_the_validation_loss_is_the_mean_over_objects_and_timesteps(make_job: Ca
 def test_evaluating_does_not_change_the_run(job: Job) -> None:
     before = [p.detach().clone() for p in parameters(job)]
     state = torch.random.get_rng_state()
-    with averaged(job, None):
+    with averaged(job.adapted, None):
         loss_of(job, 0.0)
-        preview(job, job.adapted.prompt(0.0), None)
+        job.evaluator.preview(job.adapted.prompt(0.0), None)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(job), strict=True))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(p.requires_grad and p.grad is None for p in parameters(job))
@@ -107,7 +108,7 @@ def test_evaluating_does_not_change_the_run(job: Job) -> None:
 @pytest.mark.parametrize("own_view", [True, False])
 def test_view_weights_leave_out_the_reference_s_own_view_alone(make_job: Callable[..., Job], own_view: bool) -> None:
     job = make_job(**{"loss.own_view": own_view})
-    weights = view_weights(job, 3)
+    weights = job.trainer.context.view_weights(3)
     if own_view:
         assert weights is None
     else:
@@ -123,15 +124,15 @@ def test_the_same_view_is_given_in_validation_however_it_is_drawn_in_training(ma
 
 def test_the_loss_of_each_view_is_logged_under_its_own_name(make_job: Callable[..., Job]) -> None:
     job = make_job(**{"data.reference_view": "4", "data.original": "micro"})
-    series = validation_series(job, 0.0, with_original=True)
+    series = job.evaluator.validation(0.0, with_original=True)
     views = [series[f"loss_view/{name}"] for name in VIEWS]
     assert sum(views) / 6 == pytest.approx(series["loss/validation"])
-    assert len(set(views)) == 6 and views == validation_losses(job, 0.0, job.held_out, reference=4).tolist()
-    assert job.original is not None
-    expected = float(validation_losses(job, 0.0, job.original.held_out, reference=0).mean())
+    assert len(set(views)) == 6 and views == job.evaluator.losses(0.0, job.held_out, reference=4).tolist()
+    assert job.evaluator.original is not None
+    expected = float(job.evaluator.losses(0.0, job.evaluator.original, reference=0).mean())
     assert series["loss/original"] == expected != series["loss/validation"]
-    assert "loss/original" not in validation_series(job, 0.0, with_original=False)
-    assert "loss/original" not in validation_series(make_job(), 0.0, with_original=True), "none is at hand"
+    assert "loss/original" not in job.evaluator.validation(0.0, with_original=False)
+    assert "loss/original" not in make_job().evaluator.validation(0.0, with_original=True), "none is at hand"
 
 
 # ---------------------------------------------------------------------------------------------------------------- average
@@ -145,14 +146,14 @@ def test_the_average_is_in_place_inside_the_block_and_gone_after_it_bit_for_bit(
     before = [p.detach().clone() for p in parameters(job)]
     shadow = [p.clone() for p in ema.shadow_params]
     raw = loss_of(job, 0.0)
-    with averaged(job, ema):
+    with averaged(job.adapted, ema):
         assert not job.adapted.training
         assert all(torch.equal(p, s) for p, s in zip(parameters(job), shadow, strict=True))
         assert not all(torch.equal(p, b) for p, b in zip(parameters(job), before, strict=True))
         assert loss_of(job, 0.0) != raw
     assert job.adapted.training
     assert all(torch.equal(p, b) for p, b in zip(parameters(job), before, strict=True))
-    with pytest.raises(RuntimeError, match="inside"), averaged(job, ema):
+    with pytest.raises(RuntimeError, match="inside"), averaged(job.adapted, ema):
         raise RuntimeError("inside")
     assert job.adapted.training
     assert all(torch.equal(p, b) for p, b in zip(parameters(job), before, strict=True))
@@ -161,7 +162,7 @@ def test_the_average_is_in_place_inside_the_block_and_gone_after_it_bit_for_bit(
 
 def test_without_an_average_the_model_is_only_switched_to_evaluation(job: Job) -> None:
     before = [p.detach().clone() for p in parameters(job)]
-    with averaged(job, None):
+    with averaged(job.adapted, None):
         assert not job.adapted.training and not job.pipeline.unet.training
         assert all(torch.equal(p, b) for p, b in zip(parameters(job), before, strict=True))
     assert job.adapted.training
@@ -172,11 +173,11 @@ def test_without_an_average_the_model_is_only_switched_to_evaluation(job: Job) -
 
 @torch.no_grad()
 def test_the_pretrained_row_is_the_untouched_model_after_lora_and_prompt_have_moved(job: Job) -> None:
-    training_step(job, 0)
+    training_step(job.trainer, 0)
     perturb(job)
     monitor = job.config.monitor
-    with averaged(job, None):
-        shown = preview(job, job.adapted.prompt(0.5), None)
+    with averaged(job.adapted, None):
+        shown = job.evaluator.preview(job.adapted.prompt(0.5), None)
     assert shown.names == VIEWS
     untouched = sample_views(
         load_pipeline(MICRO_MODEL),
@@ -189,7 +190,7 @@ def test_the_pretrained_row_is_the_untouched_model_after_lora_and_prompt_have_mo
     )
     assert torch.equal(shown.pretrained, untouched)
     assert (shown.now - shown.pretrained).abs().max() > 0.05
-    again = preview(job, job.adapted.prompt(0.5), shown.pretrained)
+    again = job.evaluator.preview(job.adapted.prompt(0.5), shown.pretrained)
     assert again.pretrained is shown.pretrained, "it never changes, so it is not sampled again"
 
 
@@ -197,8 +198,8 @@ def test_the_pretrained_row_is_the_untouched_model_after_lora_and_prompt_have_mo
 def test_a_preview_of_reference_view_2_begins_with_it(make_job: Callable[..., Job]) -> None:
     job = make_job(**{"data.reference_view": 2, "monitor.preview_objects": 9})
     perturb(job)
-    with averaged(job, None):
-        shown = preview(job, job.adapted.prompt(0.0), None)
+    with averaged(job.adapted, None):
+        shown = job.evaluator.preview(job.adapted.prompt(0.0), None)
     order = [2, 3, 4, 5, 0, 1]
     assert shown.names == ("right", "back", "left", "front_left", "front", "front_right") == tuple(VIEWS[i] for i in order)
     truth = torch.stack([job.held_out.pictures(i, seeded("any")) for i in range(2)])
@@ -216,9 +217,9 @@ def test_a_preview_of_reference_view_2_begins_with_it(make_job: Callable[..., Jo
 
 @torch.no_grad()
 def test_previews_are_the_same_at_every_evaluation(job: Job) -> None:
-    first = preview(job, job.adapted.prompt(0.0), None)
+    first = job.evaluator.preview(job.adapted.prompt(0.0), None)
     torch.rand(1000)
-    assert torch.equal(preview(job, job.adapted.prompt(0.0), None).now, first.now)
+    assert torch.equal(job.evaluator.preview(job.adapted.prompt(0.0), None).now, first.now)
 
 
 def test_preview_series_are_named_after_the_view_in_each_slot() -> None:
@@ -226,7 +227,7 @@ def test_preview_series_are_named_after_the_view_in_each_slot() -> None:
     truth, now = torch.rand(2, 2, 6, 3, 16, 16, generator=generator)
     names = ("right", "back", "left", "front_left", "front", "front_right")
     masks = (torch.rand(2, 6, 1, 16, 16, generator=generator) - 0.5).clamp(0)  # about half of it background, the rest partly so
-    series = preview_series(Preview(truth[:, 0], truth, masks, truth, now, names))
+    series = preview_series(Shown(truth[:, 0], truth, masks, truth, now, names))
     for v, name in enumerate(names):
         psnr = sum(-10 * float(torch.log10((now[b, v] - truth[b, v]).square().mean())) for b in range(2)) / 2
         assert series[f"views_psnr/{name}"] == pytest.approx(psnr, abs=1e-4)
@@ -283,7 +284,7 @@ def test_what_is_behind_the_object_does_not_count_in_the_foreground_series() -> 
     masks[..., 4:9, 3:8] = 1
     now = truth + 0.25 * masks
     behind = now + 0.5 * (1 - masks)
-    alone, both = (preview_series(Preview(truth[:, 0], truth, masks, truth, shown, VIEWS)) for shown in (now, behind))
+    alone, both = (preview_series(Shown(truth[:, 0], truth, masks, truth, shown, VIEWS)) for shown in (now, behind))
     assert alone["views/psnr_foreground"] == pytest.approx(-20 * math.log10(0.25), abs=1e-4)
     assert both["views/psnr_foreground"] == pytest.approx(alone["views/psnr_foreground"], abs=1e-4)
     assert both["views/psnr"] < alone["views/psnr"] - 3
@@ -294,6 +295,6 @@ def test_preview_series_tell_a_copy_of_the_input_from_the_truth(kind: str, copie
     truth = torch.rand(2, 6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     now = truth[:, :1].expand_as(truth) if kind == "copy" else truth
     masks = torch.ones(2, 6, 1, 16, 16)
-    series = preview_series(Preview(truth[:, 0], truth, masks, truth, now, VIEWS))
+    series = preview_series(Shown(truth[:, 0], truth, masks, truth, now, VIEWS))
     assert series["views/copy_score"] == pytest.approx(copies, abs=1e-6)
     assert series["views/separation_ratio"] == pytest.approx(apart, abs=1e-6)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.prompt.templates import VIEWS
-from train.log.logger import Monitor, preview_grid, preview_tiles, prompt_series, tensorboard_name
+from train.log.logger import Logger, preview_grid, preview_tiles, prompt_series, tensorboard_name
 from train.log.series import is_evaluation
 
 
-def monitor(folder: Path, resumed: int | None = None, *, active: bool = True, evaluated: bool = False) -> Monitor:
+def monitor(folder: Path, resumed: int | None = None, *, active: bool = True, evaluated: bool = False) -> Logger:
     if resumed is not None:
         time.sleep(1.1)  # TensorBoard sorts files by their second, and within it by a number as text: 10 before 9
-    opened = Monitor(folder, active=active)
+    opened = Logger(folder, active=active)
     opened.open(resumed_step=resumed, evaluated=evaluated)
     return opened
 
@@ -125,7 +125,7 @@ def test_a_line_is_an_evaluation_when_it_has_a_validation_loss() -> None:
 
 def test_a_monitor_that_is_not_open_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 9, "a": 1}\n')
-    m = Monitor(tmp_path, active=True)
+    m = Logger(tmp_path, active=True)
     m.scalars(10, {"loss/train": 2.0})
     m.picture(10, "held_out", Image.new("RGB", (2, 2)))
     m.text("config", "model: micro")

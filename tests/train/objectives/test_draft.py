@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
+from train.objectives.draft import Guard
 from transformers import CLIPVisionModelWithProjection
 
 from softprompt.data.batch import draw, seeded
@@ -22,15 +23,15 @@ from train.loop import train
 from train.objectives import draft as draft_module
 from train.objectives import rewards as rewards_module
 from train.objectives.draft import Draft
-from train.objectives.guard import Guard
 from train.objectives.rewards import load_reward
-from train.objectives.terms import Scene
+from train.objectives.terms import StepBatch
 from train.options.config import Config
 from train.options.objectives import DraftConfig
-from train.setup import Job, prepare
+from train.setup import prepare
 from train.state.folder import list_checkpoints
+from train.state.run import Job
 from train.state.stop import StopSignal
-from train.step import training_step
+from train.step import step_batch, training_step
 
 DRAFT = {"draft.weight": 1, "draft.steps": 2, "loss.weight": 0, "kl.weight": 0}
 
@@ -64,9 +65,9 @@ def term(**settings: Any) -> Draft:
     return Draft(config, load_reward(config.reward, config.encoder, None, "draft"))
 
 
-def scene_of(job: Job, step: int = 0) -> Scene:
+def scene_of(job: Job, step: int = 0) -> StepBatch:
     wanted = Wanted(step, 0, lowest=0)
-    return Scene(job, wanted, job.batches.make(wanted), step, position=0.0)
+    return step_batch(job.trainer, wanted, job.trainer.batches.make(wanted), step, position=0.0)
 
 
 def gradient_of(objective: Draft, job: Job) -> Tensor:
@@ -112,7 +113,7 @@ def test_true_views_are_the_batchs_pictures_in_its_order(make_job: Callable[...,
 
 def test_the_drafts_do_not_depend_on_how_a_batch_is_split(make_job: Callable[..., Job]) -> None:
     splits = [{"train.batch_size": 2}, {"train.batch_size": 1, "train.accumulation": 2}]
-    ours, theirs = (training_step(make_job(**split), 0).objectives for split in splits)
+    ours, theirs = (training_step(make_job(**split).trainer, 0).objectives for split in splits)
     assert ours["draft_reward"] == pytest.approx(theirs["draft_reward"], rel=1e-4)
     assert ours["draft"] == pytest.approx(theirs["draft"], rel=1e-4)
 
@@ -141,7 +142,7 @@ def test_the_last_clean_estimate_is_what_is_decoded_and_noised_anew(
 ) -> None:
     job = make_job()
     scene, decoded, noised = scene_of(job), [], []
-    clean = [term()._step(scene, *start)[1] for start in last_steps(job, scene)]
+    clean = [term()._ddim_step(scene, *start)[1] for start in last_steps(job, scene)]
     monkeypatch.setattr(draft_module, "decode_with_gradient", lambda _, z: decoded.append(z) or z)
     renoised = formulas.renoised
     monkeypatch.setattr(formulas, "renoised", lambda z, *rest: noised.append(z) or renoised(z, *rest))
@@ -152,14 +153,14 @@ def test_the_last_clean_estimate_is_what_is_decoded_and_noised_anew(
     torch.testing.assert_close(noised[0], clean[0])
 
 
-def last_steps(job: Job, scene: Scene) -> list[tuple[Any, ...]]:
+def last_steps(job: Job, scene: StepBatch) -> list[tuple[Any, ...]]:
     """What a draft of two steps enters its last step with."""
     scheduler = DDIMScheduler.from_config(job.pipeline.scheduler.config)
     scheduler.set_timesteps(2)
     ((place, _),) = scene.places
     batch, (first, last) = scene.undropped.only(0), scheduler.timesteps
     z = torch.randn(batch.noise.shape, generator=seeded(job.config.train.seed, "draft", scene.step, place))
-    return [(scheduler, batch, term()._step(scene, scheduler, batch, z, first)[0], last)]
+    return [(scheduler, batch, term()._ddim_step(scene, scheduler, batch, z, first)[0], last)]
 
 
 def test_several_noises_of_the_last_step_are_averaged(make_job: Callable[..., Job]) -> None:
@@ -272,7 +273,7 @@ def test_a_reward_of_ones_own_does_not_hide_one_of_ours(make_job: Callable[..., 
     pictures, masks = torch.rand(1, 6, 3, 16, 16), torch.ones(1, 6, 1, 16, 16)
     shown = SimpleNamespace(now=pictures, truth=pictures, masks=masks)
     with torch.no_grad():  # as all measuring is
-        found = term(reward=f"{__name__}:ssim").measure(make_job(), 0.0, shown)
+        found = term(reward=f"{__name__}:ssim").evaluate(make_job().trainer.context, 0.0, shown)
     assert found["held_out_reward_own_ssim"] == 42 and found["held_out_reward_ssim"] == pytest.approx(1)
 
 
@@ -289,5 +290,5 @@ def test_an_encoder_in_half_precision_judges_in_full(tmp_path: Path) -> None:
 
 def test_clip_similarity_is_a_reward_with_the_models_own_encoder(make_job: Callable[..., Job]) -> None:
     job = make_job(**{"draft.reward": "clip", "draft.encoder": MICRO_MODEL / "image_encoder", "draft.steps": 1})
-    result = training_step(job, 0)
+    result = training_step(job.trainer, 0)
     assert result.not_finite is None and -1 < result.objectives["draft_reward"] < 1 and result.grad_norms["prompt"] > 0

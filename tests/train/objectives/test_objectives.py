@@ -13,11 +13,12 @@ from softprompt.errors import InputError, RunError
 from softprompt.model.adapted import AdaptedModel
 from softprompt.objectives.seen import Seen
 from tests.runs import run_to_end, series, weights
+from train import callbacks
 from train.objectives.functions import call, load_function
 from train.options.config import Config, to_yaml
-from train.setup import Job, prepare
+from train.setup import prepare
 from train.softprompt import main
-from train.state import artifacts as keep
+from train.state.run import Job
 from train.step import training_step
 
 CUSTOM = {"custom.weight": "0.5", "custom.function": f"{__name__}:smooth"}
@@ -57,7 +58,7 @@ def gradients(job: Job, step: int = 0) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, parameter in job.adapted.all_trainable().items():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: found.update({name: p.grad.clone()}))
-    training_step(job, step)
+    training_step(job.trainer, step)
     return found
 
 
@@ -68,7 +69,7 @@ def gradients(job: Job, step: int = 0) -> dict[str, Tensor]:
 def test_an_objective_alone_takes_steps_that_move_only_prompt_and_lora(small, name):
     job = prepare(small(**OBJECTIVES[name], **{"loss.weight": 0, "kl.weight": 0}))
     before, frozen = weights(job), job.adapted.frozen_sums()
-    results = [training_step(job, step) for step in range(2)]
+    results = [training_step(job.trainer, step) for step in range(2)]
     assert job.adapted.frozen_sums() == frozen
     moved = {name.partition(".")[0] for name, tensor in weights(job).items() if not torch.equal(tensor, before[name])}
     assert moved == {"prompt", "unet"}
@@ -76,7 +77,7 @@ def test_an_objective_alone_takes_steps_that_move_only_prompt_and_lora(small, na
 
 
 def test_an_interrupted_run_with_every_objective_equals_one_that_was_not(small, tmp_path, stop_after, monkeypatch):
-    monkeypatch.setattr(keep, "export", lambda run, folder: None)
+    monkeypatch.setattr(callbacks, "export", lambda run, folder: None)
     rare = {"train.steps": 2, "monitor.validate_every": 2, "monitor.preview_every": 2}
     config = small(**ALL, **rare, **{"lora.dropout": 0.1})
     whole = run_to_end(config, tmp_path / "whole")
@@ -86,7 +87,7 @@ def test_an_interrupted_run_with_every_objective_equals_one_that_was_not(small, 
     written = {name for line in series(tmp_path / "whole") for name in line}
     assert {f"objective/{name}" for name in OBJECTIVES} <= written
     assert all(torch.equal(tensor, weights(resumed.job)[name]) for name, tensor in weights(whole.job).items())
-    assert same(resumed.job.objectives.state(), whole.job.objectives.state())
+    assert same(resumed.job.trainer.objectives.state(), whole.job.trainer.objectives.state())
 
 
 # --------------------------------------------------------------------------------------------------- weights, combinations
@@ -94,8 +95,8 @@ def test_an_interrupted_run_with_every_objective_equals_one_that_was_not(small, 
 
 def test_an_objective_without_a_weight_changes_nothing(small):
     plain, off = prepare(small()), prepare(small(**ALL | {f"{name}.weight": 0 for name in OBJECTIVES}))
-    assert not off.objectives.terms
-    results = [[training_step(job, step) for step in range(2)] for job in (plain, off)]
+    assert not off.trainer.objectives.terms
+    results = [[training_step(job.trainer, step) for step in range(2)] for job in (plain, off)]
     assert results[0] == results[1] and not results[0][0].objectives
     assert all(torch.equal(tensor, weights(off)[name]) for name, tensor in weights(plain).items())
 
@@ -114,10 +115,10 @@ def test_without_a_plain_loss_its_forward_pass_is_left_out(small, monkeypatch):
     forward = AdaptedModel.forward
     monkeypatch.setattr(AdaptedModel, "forward", lambda self, *inputs: passes.append(1) or forward(self, *inputs))
     job = prepare(small(**CUSTOM, **{"loss.weight": 0, "kl.every": 2}))
-    job.objectives.terms[0].due = lambda step: False  # type: ignore[method-assign]
-    assert training_step(job, 0).denoising is not None, "the KL needs the pass"
+    job.trainer.objectives.terms[0].due = lambda step: False  # type: ignore[method-assign]
+    assert training_step(job.trainer, 0).denoising is not None, "the KL needs the pass"
     assert len(passes) == 1
-    result = training_step(job, 1)
+    result = training_step(job.trainer, 1)
     assert len(passes) == 1 and result.denoising is None and result.kl is None and not result.objectives
 
 
@@ -126,25 +127,25 @@ def test_the_untouched_model_is_asked_once_a_batch(small, monkeypatch):
     reference = AdaptedModel.reference
     monkeypatch.setattr(AdaptedModel, "reference", lambda self, *inputs: asked.append(1) or reference(self, *inputs))
     job = prepare(small(**CUSTOM, **{"kl.every": 1}))
-    job.objectives.terms[0].function = lambda seen: (
+    job.trainer.objectives.terms[0].function = lambda seen: (
         (seen.prediction - seen.untouched()).square().mean() + seen.untouched().mean()
     )
-    training_step(job, 0)
+    training_step(job.trainer, 0)
     assert len(asked) == 1
 
 
 def test_an_objective_that_is_not_finite_is_named_and_moves_nothing(small):
     job = prepare(small(**CUSTOM))
-    job.objectives.terms[0].function = lambda seen: seen.clean.mean() * float("nan")
+    job.trainer.objectives.terms[0].function = lambda seen: seen.clean.mean() * float("nan")
     before = weights(job)
-    result = training_step(job, 0)
+    result = training_step(job.trainer, 0)
     assert result.skipped and result.not_finite is not None and "custom nan" in result.not_finite
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(job).items())
 
 
 def test_a_run_that_one_objective_stops_says_which(small, tmp_path, monkeypatch):
     config = small(**{**CUSTOM, "custom.function": f"{__name__}:nothing", "train.max_skipped": 2, "train.steps": 5})
-    monkeypatch.setattr(keep, "export", lambda run, folder: None)
+    monkeypatch.setattr(callbacks, "export", lambda run, folder: None)
     with pytest.raises(RunError, match=r"not finite in 2 steps in a row .* Likely it is custom itself that gives no number"):
         run_to_end(config, tmp_path / "run")
 
@@ -164,8 +165,8 @@ def test_a_function_of_ones_own_is_found_in_the_current_folder(small, tmp_path, 
     (tmp_path / "own_losses.py").write_text("def pull(seen):\n    return (seen.prompt - seen.start).square().mean()\n")
     monkeypatch.chdir(tmp_path)
     job = prepare(small(**{"custom.weight": 1, "custom.function": "own_losses:pull"}))
-    assert training_step(job, 0).objectives == {"custom": 0}, "nothing has moved before the first step"
-    assert training_step(job, 1).objectives["custom"] > 0
+    assert training_step(job.trainer, 0).objectives == {"custom": 0}, "nothing has moved before the first step"
+    assert training_step(job.trainer, 1).objectives["custom"] > 0
 
 
 @pytest.mark.parametrize(
@@ -193,20 +194,20 @@ def test_a_function_that_gives_no_scalar_is_refused(small):
     job = prepare(small(**CUSTOM))
     wrong: list[tuple[Any, str]] = [(torch.ones(2), r"\[2\]"), (torch.ones(1), r"\[1\]"), (1.0, "float")]
     for value, found in wrong:
-        job.objectives.terms[0].function = lambda seen, value=value: value
+        job.trainer.objectives.terms[0].function = lambda seen, value=value: value
         with pytest.raises(InputError, match=rf"test_objectives:smooth returned {found}; expected a scalar tensor"):
-            training_step(job, 0)
+            training_step(job.trainer, 0)
 
 
 def test_a_function_without_a_gradient_or_that_fails_is_refused_by_its_line(small):
     job = prepare(small(**CUSTOM))
-    term = job.objectives.terms[0]
+    term = job.trainer.objectives.terms[0]
     term.function = lambda seen: seen.clean.detach().square().mean()
     with pytest.raises(InputError, match=r"custom\.function: .*:smooth has no gradient; expected one through seen\.prediction"):
-        training_step(job, 0)
+        training_step(job.trainer, 0)
     term.function = lambda seen: seen.clean @ torch.ones(3)
     with pytest.raises(InputError, match=r"custom\.function: .*smooth failed at test_objectives\.py:\d+ \(RuntimeError: size"):
-        training_step(job, 0)
+        training_step(job.trainer, 0)
 
 
 def test_out_of_memory_in_a_function_of_ones_own_is_the_trainers_to_handle():
@@ -225,9 +226,9 @@ def test_the_functions_in_the_documents_are_objectives_and_rewards(small, tmp_pa
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     job = prepare(small(**{"custom.weight": 1, "custom.function": "my_losses:smooth"}))
-    assert training_step(job, 0).objectives["custom"] > 0
-    job.objectives.terms[0].function = load_function("my_losses:near", "custom.function")
-    assert training_step(job, 1).objectives["custom"] > 0
+    assert training_step(job.trainer, 0).objectives["custom"] > 0
+    job.trainer.objectives.terms[0].function = load_function("my_losses:near", "custom.function")
+    assert training_step(job.trainer, 1).objectives["custom"] > 0
     views, truth, masks = (
         torch.rand(2, 6, 3, 16, 16, requires_grad=True),
         torch.rand(2, 6, 3, 16, 16),

@@ -18,23 +18,22 @@ from softprompt.errors import InputError, RunError
 from softprompt.objectives.preference import dpo_loss, preference
 from softprompt.objectives.rewards import REWARDS
 from tests.runs import run_to_end, series, weights
+from train import callbacks
 from train.batches import Wanted
-from train.evaluation import evaluator as observe
-from train.evaluation.evaluate import Preview
+from train.evaluation.evaluator import Evaluator
 from train.loop import Run
 from train.objectives.dpo import ListedDpo, OwnDpo
 from train.objectives.own_samples import OwnSamples, Sampling, Snapshot, as_it_was, predict_as
 from train.objectives.pairs import read_pairs
 from train.objectives.preferences import Contest, contest_batch, sampled
 from train.objectives.spin import Spin
-from train.objectives.terms import Scene
+from train.objectives.terms import Shown
 from train.options.config import Config
 from train.options.preferences import DpoConfig, SpinConfig
 from train.setup import Job, make_accelerator, prepare
-from train.state import artifacts as keep
 from train.state.folder import list_checkpoints
 from train.state.stop import StopSignal
-from train.step import training_step
+from train.step import step_batch, training_step
 
 OWN = {"sample_steps": "1", "objects": "2", "held_out_objects": "1"}
 DPO = {
@@ -64,19 +63,19 @@ def small(small_config: Callable[..., Config], mice: Path) -> Callable[..., Conf
     return lambda **options: small_config(mice, **{**CHEAP, **options})
 
 
-def true_views(job: Job, prompt: Tensor, pretrained: Tensor | None) -> Preview:
-    """In place of previews, which take most of a short run's time."""
+def true_views(evaluator: Evaluator, prompt: Tensor, pretrained: Tensor | None) -> Shown:
+    """Instead of previews, which take most of a short run's time."""
     del prompt, pretrained
-    truth, masks = (views[None] for views in job.held_out.views(0, seeded("preview")))
-    return Preview(truth[:, 0], truth, masks, truth, truth, tuple("abcdef"))
+    truth, masks = (views[None] for views in evaluator.held_out.views(0, seeded("preview")))
+    return Shown(truth[:, 0], truth, masks, truth, truth, tuple("abcdef"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def hurried() -> Iterator[None]:
     """Without previews and exports."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(observe, "preview", true_views)
-        patch.setattr(keep, "export", lambda run, folder: None)
+        patch.setattr(Evaluator, "preview", true_views)
+        patch.setattr(callbacks, "export", lambda run, folder: None)
         yield
 
 
@@ -93,7 +92,7 @@ def moved(job: Job, by: float = 0.05) -> None:
 
 
 def term(job: Job) -> Any:
-    (found,) = job.objectives.terms
+    (found,) = job.trainer.objectives.terms
     return found
 
 
@@ -104,7 +103,7 @@ def kept_jobs(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFac
     for name, options in (("dpo", DPO), ("spin", SPIN)):
         jobs[name] = job = prepare(small(**options, **{"train.batch_size": 3, "loss.own_view": "false"}))
         moved(job)
-        job.objectives.begin(job, tmp_path_factory.mktemp(name), 1, 0.0, lambda: False)
+        term(job).begin(job.trainer.context, tmp_path_factory.mktemp(name), 1, 0.0, lambda: False)
         moved(job)
     return jobs
 
@@ -165,7 +164,7 @@ def test_all_sides_of_a_contest_share_their_condition_timestep_and_noise(begun):
 def test_the_loss_of_a_step_is_that_of_the_formula_on_predictions_made_one_by_one(begun, name):
     job = begun(name)
     found, wanted = term(job), Wanted(1, 0, lowest=0)
-    scene = Scene(job, wanted, job.batches.take(wanted), step=1, position=0.0)
+    scene = step_batch(job.trainer, wanted, job.trainer.batches.take(wanted), step=1, position=0.0)
     with torch.no_grad():
         loss = sum(float(part) for part in found.losses(scene))
     adapted, scheduler = job.adapted, job.pipeline.scheduler
@@ -193,7 +192,7 @@ def test_the_loss_of_a_step_is_that_of_the_formula_on_predictions_made_one_by_on
 
 def test_dpo_is_held_to_the_untouched_model_and_spin_to_its_last_iterate(begun):
     job = begun("dpo")
-    batch = job.batches.take(Wanted(0, 0, lowest=500)).only(0)
+    batch = job.trainer.batches.take(Wanted(0, 0, lowest=500)).only(0)
     inputs = (batch.noise, batch.given, batch.timesteps, batch.labels, batch.order)
     with torch.no_grad():
         moved(job)
@@ -271,7 +270,7 @@ def test_a_run_stopped_and_killed_while_it_makes_samples_makes_what_is_missing_a
         "spin-held-out",
         "spin-iterate-000001",
     ]
-    dpo, spin = resumed.job.objectives.terms
+    dpo, spin = resumed.job.trainer.objectives.terms
     assert dpo.stage(0) < dpo.stage(1)
     assert spin.boundaries == [0, 1] and spin.started_from.step == 0 and spin.iterate.step == 1
 
@@ -347,7 +346,9 @@ def test_pairs_of_own_samples_are_ranked_by_their_reward_and_open_from_easy_to_h
     assert [sorted(gaps[pair] for pair in opened) for opened in found._open] == [[2, 2], [1, 1, 1, 1, 2, 2]]
     assert [found.stage(step) for step in (0, 1, 2, 9)] == [0, 1, 1, 1]
     for step, expected in ((0, {2}), (1, {1, 2})):
-        scene = Scene(job, None, job.batches.take(Wanted(step, 0, lowest=0)), step=step, position=0.0)
+        scene = step_batch(
+            job.trainer, wanted := Wanted(step, 0, lowest=0), job.trainer.batches.take(wanted), step=step, position=0.0
+        )
         drawn = [found.turn(scene, 0, seeded(place)).sides for place in range(12)]
         known = {(i, w, x): gap for (i, w, x), gap in zip(found._pairs, gaps, strict=True)}
         sets = {(i, m): found._own.latents(i)[m] for i in range(2) for m in range(3)}
@@ -395,12 +396,12 @@ def test_a_list_of_pairs_trains_and_is_measured(small, pairs):
     job = prepare(small(**options))
     found = term(job)
     assert isinstance(found, ListedDpo) and found._open == [[1], [1, 2], [0, 1, 2]] and not found.begins(0)
-    result = training_step(job, 2)
+    result = training_step(job.trainer, 2)
     assert not result.skipped and result.objectives["dpo"] > 0
     with torch.no_grad():
-        measured = found.measure(job, 0.0, None)
+        measured = found.evaluate(job.trainer.context, 0.0, None)
     assert set(measured) == {"held_out_dpo_accuracy", "held_out_dpo_margin"} and measured["held_out_dpo_margin"] != 0
-    contest = found.contest(job, 1, seeded(0))
+    contest = found.contest(job.trainer.context, 1, seeded(0))
     names = [json.loads(line)["loser"] for line in pairs.read_text().splitlines()]
     loser = job.train.get(job.train.names.index(Path(names[1]).name), seeded(0))
     assert torch.equal(contest.sides[1][0], loser.mean) and torch.equal(contest.encoded.mean, contest.sides[0][0])
@@ -423,11 +424,11 @@ def test_a_run_does_not_go_on_with_other_pairs(small, tmp_path, pairs):
     path = pairs.with_name("changed.jsonl")
     path.write_text("\n".join([first, *others]))
     states = [term(prepare(small(**{"dpo.weight": 1, "dpo.pairs": p}))) for p in (pairs, path)]
-    states[1].go_on_from(states[0].state())
+    states[1].load_state(states[0].state())
     path.write_text("\n".join([*others, first]))
     changed = term(prepare(small(**{"dpo.weight": 1, "dpo.pairs": path})))
     with pytest.raises(InputError, match=r"dpo\.pairs: .*changed\.jsonl has other pairs than when the run began"):
-        changed.go_on_from(states[0].state())
+        changed.load_state(states[0].state())
 
 
 def test_a_table_of_pairs_is_read_as_a_list_is(pairs):
@@ -443,14 +444,16 @@ def test_a_table_of_pairs_is_read_as_a_list_is(pairs):
 
 def test_what_is_only_measured_changes_nothing(small, tmp_path):
     measured, plain = prepare(small(**{**DPO, **SPIN, **MEASURED})), prepare(small())
-    assert measured.objectives.begins(0)
-    measured.objectives.begin(measured, tmp_path, 0, 0.0, lambda: False)
-    results = [training_step(job, 0) for job in (measured, plain)]
+    objectives, context = measured.trainer.objectives, measured.trainer.context
+    assert len(objectives.begins(0)) == 2
+    for one in objectives.begins(0):
+        one.begin(context, tmp_path, 0, 0.0, lambda: False)
+    results = [training_step(job.trainer, 0) for job in (measured, plain)]
     assert results[0] == results[1] and not results[0].objectives and equal(weights(measured), weights(plain))
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["dpo-held-out", "spin-held-out"]
-    found = measured.objectives.measure(measured, 0.0, None)
+    found = objectives.evaluate(context, 0.0, None)
     names = [f"objective/held_out_{o}_{s}" for o in ("dpo", "spin") for s in ("accuracy", "margin", "reward", "win_rate")]
-    assert sorted(found) == sorted(names) and not measured.objectives.begins(1)
+    assert sorted(found) == sorted(names) and not objectives.begins(1)
     assert equal(weights(measured), weights(plain)), "what was sampled with other weights has put these back"
 
 
@@ -459,8 +462,8 @@ def test_a_dry_run_makes_no_samples(small, tmp_path):
     said = [note for note in job.notes if note.startswith(("dpo ", "spin "))]
     assert said[0].startswith("dpo        own samples, 3 of each of 2 objects at step 0, and of 1 held out: 9 passes of")
     assert "in each of 2 rounds, the first at step 0" in said[1]
-    job.objectives.rehearse(job)
-    result = training_step(job, 0)
+    assert all(one.rehearse(job.trainer.context) for one in job.trainer.objectives.terms)
+    result = training_step(job.trainer, 0)
     assert result.objectives["dpo"] == result.objectives["spin"] == pytest.approx(math.log(2), rel=1e-6)
 
 

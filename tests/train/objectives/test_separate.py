@@ -14,7 +14,8 @@ from softprompt.prompt.embeddings import save_prompt
 from train.batches import Wanted
 from train.objectives.separate import groups_of
 from train.options.config import Config
-from train.setup import Job, prepare
+from train.setup import prepare
+from train.state.run import Job
 from train.step import training_step
 
 
@@ -31,11 +32,11 @@ def make_job(mice: Path, small_config: Callable[..., Config]) -> Callable[..., J
 
 def test_the_maps_are_those_of_the_plain_losss_pass(make_job: Callable[..., Job]) -> None:
     job = make_job(**{"separate.weight": 1, "separate.side": 16, "kl.every": 1, "train.gradient_checkpointing": "always"})
-    batch, prompt = job.batches.make(Wanted(0, 0, lowest=0)), job.adapted.prompt
+    batch, prompt = job.trainer.batches.make(Wanted(0, 0, lowest=0)), job.adapted.prompt
     noisy = job.pipeline.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     with torch.no_grad(), watch_attention(job.pipeline.unet, AttentionMaps(groups_of(prompt, 0.0), 16)) as maps:
         job.adapted(noisy, batch.given, batch.timesteps, batch.labels, batch.order, 0.0)
-    found = training_step(job, 0).objectives
+    found = training_step(job.trainer, 0).objectives
     assert found["separate_overlap"] == pytest.approx(float(overlap(*maps.mean()).mean()), rel=1e-4)
     assert found["separate_absence"] == pytest.approx(float(absence(maps.mean()).mean()), rel=1e-4)
     assert found["separate"] == pytest.approx(found["separate_overlap"] + 0.5 * found["separate_absence"], rel=1e-5)
@@ -45,7 +46,7 @@ def test_the_maps_are_those_of_the_plain_losss_pass(make_job: Callable[..., Job]
 
 def test_the_objective_falls_where_it_is_trained(make_job: Callable[..., Job]) -> None:
     job = make_job(**{"separate.weight": 1, "loss.weight": 0, "kl.weight": 0, "curriculum.position": "[0, 0]"})
-    found = [training_step(job, step).objectives["separate"] for step in range(4)]
+    found = [training_step(job.trainer, step).objectives["separate"] for step in range(4)]
     assert found[-1] < 0.9 * found[0]
 
 

@@ -10,14 +10,15 @@ from softprompt.errors import InputError
 from softprompt.model.sampling import decode_latents
 from softprompt.objectives.domain_studio import detail_loss, high_frequency, pair_loss
 from train.batches import Wanted
-from train.objectives.held_out import held_out_scenes, measure_on_held_out
+from train.objectives.held_out import evaluate_on_held_out, held_out_batches
 from train.objectives.studio import Studio
-from train.objectives.terms import Scene
+from train.objectives.terms import StepBatch
 from train.options.command_line import parse
 from train.options.config import Config, to_yaml
 from train.options.objectives import StudioConfig
-from train.setup import Job, prepare
-from train.step import losses, training_step
+from train.setup import prepare
+from train.state.run import Job
+from train.step import denoising_and_kl, step_batch, training_step
 
 
 @pytest.fixture
@@ -25,10 +26,10 @@ def make_job(mice: Path, small_config: Callable[..., Config]) -> Callable[..., J
     return lambda **options: prepare(small_config(mice, **options))
 
 
-def scene_of(job: Job) -> Scene:
+def scene_of(job: Job) -> StepBatch:
     wanted = Wanted(0, 0, lowest=0)
-    scene = Scene(job, wanted, job.batches.make(wanted), step=0, position=0.0)
-    losses(scene, with_kl=False)
+    scene = step_batch(job.trainer, wanted, job.trainer.batches.make(wanted), step=0, position=0.0)
+    denoising_and_kl(job.trainer, scene, with_kl=False)
     return scene
 
 
@@ -59,7 +60,7 @@ def test_the_same_view_is_compared_where_each_object_was_given_another(make_job:
     order = scene.batch.order
     assert len({tuple(row) for row in order.tolist()}) > 1
     term = Studio(StudioConfig(weight=1.0, over="objects"))
-    sets = term._seen(scene, scene.batch.latents)
+    sets = term._items(scene, scene.batch.latents)
     for view in range(6):
         for b in range(3):
             assert torch.equal(sets[view, b], scene.batch.latents[b, order[b].tolist().index(view)])
@@ -79,19 +80,20 @@ def test_decoded_pictures_are_compared_where_asked_for(make_job: Callable[..., J
 def test_at_the_start_the_pairs_are_the_untouched_models(make_job: Callable[..., Job]) -> None:
     job = make_job(**{"studio.weight": 1, "train.batch_size": 3})
     assert "WARNING    no objective/held_out_studio_objects is logged: there are 2 held-out objects" in "".join(job.notes)
-    result = training_step(job, 0)
+    result = training_step(job.trainer, 0)
     assert result.objectives["studio_pairs"] == pytest.approx(0, abs=1e-9)
     assert result.objectives["studio_detail"] > 0
 
 
 def test_held_out_objects_are_looked_at_in_the_same_way_every_time(make_job: Callable[..., Job]) -> None:
     job = make_job(**{"monitor.validation_timesteps": 2, "train.seed": 1})
-    timesteps = [scene.batch.timesteps.tolist() for scene in held_out_scenes(job, 0.0)]
+    timesteps = [scene.batch.timesteps.tolist() for scene in held_out_batches(job.trainer.context, 0.0)]
     assert timesteps == [[250, 250], [750, 750]]
     term = Studio(StudioConfig(over="views"))
     with torch.no_grad():
-        ours = measure_on_held_out(term, job, 0.0)
-        theirs = measure_on_held_out(term, make_job(**{"monitor.validation_timesteps": 2, "train.batch_size": 2}), 0.0)
+        ours = evaluate_on_held_out(term, job.trainer.context, 0.0)
+        other = make_job(**{"monitor.validation_timesteps": 2, "train.batch_size": 2})
+        theirs = evaluate_on_held_out(term, other.trainer.context, 0.0)
     assert ours == theirs and set(ours) == {"studio", "studio_pairs", "studio_detail_pairs", "studio_detail"}
 
 

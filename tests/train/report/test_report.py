@@ -16,8 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from softprompt.prompt.embeddings import load_prompt
 from softprompt.prompt.similarity import prompt_cosines
 from softprompt.prompt.templates import VIEWS
-from train.evaluation.ablation import ablation, ablation_series, views_follow
-from train.evaluation.evaluate import preview
+from train.evaluation.ablation import ablation_series, views_follow
 from train.log.logger import WORKING
 from train.log.series import read_series
 from train.loop import train
@@ -222,14 +221,14 @@ def test_the_ablation_takes_prompt_and_lora_apart(small_config, mice):
     with torch.no_grad():
         prompt.learned.add_(torch.randn(prompt.learned.shape, generator=torch.Generator().manual_seed(0)))
     job.adapted.eval()
-    shown = preview(job, prompt(0.0).detach(), None)
-    rows = ablation(job, prompt(0.0).detach(), shown)
+    shown = job.evaluator.preview(prompt(0.0).detach(), None)
+    rows = job.evaluator.ablation(prompt(0.0).detach(), shown)
     assert list(rows) == ["pretrained", "prompt_alone", "lora_alone", "both", "next_prompt"]
     assert torch.equal(rows["lora_alone"], rows["pretrained"]), "a fresh LoRA does nothing"
     assert torch.equal(rows["prompt_alone"], rows["both"])
     assert not torch.equal(rows["both"], rows["pretrained"])
     assert not torch.equal(rows["next_prompt"], rows["both"])
-    series = ablation_series(rows, shown)
+    series = ablation_series(rows, shown.truth)
     assert series["ablation_psnr/both"] == series["ablation_psnr/prompt_alone"] != series["ablation_psnr/pretrained"]
 
 

@@ -19,10 +19,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from softprompt.errors import InputError, RunError
 from train.loop import training_step
 from train.options.config import Config
-from train.setup import Job, prepare
+from train.setup import prepare
 from train.state import checkpoint
 from train.state.checkpoint import Parts, load_checkpoint, restore, save_checkpoint, save_progress, set_aside_newer
 from train.state.folder import checkpoint_folder, list_checkpoints
+from train.state.run import Job
 
 Small = Callable[..., Config]
 PROGRESS = {
@@ -66,7 +67,7 @@ class Training:
         return [p for group in self.job.adapted.trainable().values() for p in group.values()]
 
     def step(self, number: int) -> None:
-        training_step(self.job, number)
+        training_step(self.job.trainer, number)
         self.schedule.step()
         if self.ema is not None:
             self.ema.step(self.parameters)
@@ -79,11 +80,11 @@ class Training:
 
     @property
     def parts(self) -> Parts:
-        return Parts(self.job.adapted, self.job.optimizer, self.schedule, self.ema, self.scaler)
+        return Parts(self.job.adapted, self.job.trainer.optimizer, self.schedule, self.ema, self.scaler)
 
     def everything(self) -> dict[str, Any]:
         """All that a checkpoint should hold, copied."""
-        moments = self.job.optimizer.state_dict()
+        moments = self.job.trainer.optimizer.state_dict()
         return {
             "trainable": [p.detach().clone() for p in self.parameters],
             "waypoints": self.job.adapted.prompt.waypoints.clone(),
@@ -110,7 +111,7 @@ def training(mice: Path, small_config: Small) -> Callable[..., Training]:
     def build(**overrides: object) -> Training:
         config = small_config(mice, **{"train.ema_decay": 0.9, "kl.weight": 0, **overrides})
         job = prepare(config)
-        schedule = get_scheduler("cosine", job.optimizer, num_warmup_steps=0, num_training_steps=config.train.steps)
+        schedule = get_scheduler("cosine", job.trainer.optimizer, num_warmup_steps=0, num_training_steps=config.train.steps)
         parameters = [p for group in job.adapted.trainable().values() for p in group.values()]
         decay = config.train.ema_decay
         return Training(job, schedule, None if decay is None else EMAModel(parameters, decay=decay))
@@ -363,7 +364,7 @@ def test_learning_rates_are_the_configuration_s_when_it_was_changed(tmp_path: Pa
     ours.save(tmp_path)
     theirs.restore(load_checkpoint(tmp_path))
     factor = ours.schedule.lr_lambdas[0](ours.schedule.last_epoch)
-    groups = {group["name"]: group for group in theirs.job.optimizer.param_groups}
+    groups = {group["name"]: group for group in theirs.job.trainer.optimizer.param_groups}
     assert groups["lora"]["lr"] == pytest.approx(0.5 * factor) and groups["lora"]["weight_decay"] == 0.25
     assert theirs.ema is not None and theirs.ema.decay == 0.75
     theirs.schedule.step()

@@ -13,13 +13,14 @@ from train import step
 from train.loop import train
 from train.options.config import Config
 from train.replay import main
-from train.setup import Job, prepare
+from train.setup import prepare
 from train.state import incidents
 from train.state.checkpoint import load_checkpoint
 from train.state.folder import list_incidents
 from train.state.incidents import read_incident
-from train.state.run import Run
+from train.state.run import Job, Run
 from train.state.stop import StopSignal
+from train.step import Trainer
 
 
 def run_to_end(config: Config, folder: Path) -> Run:
@@ -38,10 +39,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def build(*steps: int) -> None:
         clip = step._clip_gradients
 
-        def with_nan(job: Job, number: int) -> dict[str, torch.Tensor]:
+        def with_nan(trainer: Trainer, number: int) -> dict[str, torch.Tensor]:
             if number in steps:
-                job.adapted.prompt.learned.grad.fill_(float("nan"))
-            return clip(job, number)
+                trainer.adapted.prompt.learned.grad.fill_(float("nan"))
+            return clip(trainer, number)
 
         monkeypatch.setattr(step, "_clip_gradients", with_nan)
 
@@ -71,9 +72,9 @@ def test_a_bad_step_is_skipped_counted_and_written_down_and_the_run_goes_on(
     incident = read_incident(folder)
     assert folder.name == "step-000001" and incident["step"] == 1
     (batch,) = incident["batches"]
-    wanted = run.job.batches.of_step(1, 0)[0]
-    assert batch["samples"] == run.job.batches.names(wanted)
-    assert batch["timesteps"] == run.job.batches.make(wanted).timesteps.tolist()
+    wanted = run.job.trainer.batches.of_step(1, 0, original=False)[0]
+    assert batch["samples"] == run.job.trainer.batches.names(wanted)
+    assert batch["timesteps"] == run.job.trainer.batches.make(wanted).timesteps.tolist()
     assert incident["again"] == f"python -m train.replay {folder}"
 
 
@@ -82,12 +83,12 @@ def test_the_weights_of_a_skipped_step_are_those_before_it(
 ) -> None:
     spoil(1)
     job = prepare(small_config(mice, **{"prompt.decay": 0.5}))
-    step.training_step(job, 0)
-    before, moments = weights(job), [s["step"].item() for s in job.optimizer.state_dict()["state"].values()]
-    assert step.training_step(job, 1).skipped
+    step.training_step(job.trainer, 0)
+    before, moments = weights(job), [s["step"].item() for s in job.trainer.optimizer.state_dict()["state"].values()]
+    assert step.training_step(job.trainer, 1).skipped
     assert all(torch.equal(a, b) for a, b in zip(before, weights(job), strict=True))
-    assert [s["step"].item() for s in job.optimizer.state_dict()["state"].values()] == moments
-    assert not step.training_step(job, 2).skipped
+    assert [s["step"].item() for s in job.trainer.optimizer.state_dict()["state"].values()] == moments
+    assert not step.training_step(job.trainer, 2).skipped
 
 
 def test_too_many_in_a_row_stop_the_run_with_the_sound_checkpoint_named(
