@@ -7,6 +7,8 @@ from torch import Tensor
 
 from train.loop import train
 from train.options.config import Config
+from train.report.page import write_report
+from train.report.read import read_story
 from train.setup import prepare
 from train.state.checkpoint import load_checkpoint
 from train.state.run import Job, Run
@@ -14,9 +16,12 @@ from train.state.stop import StopSignal
 
 
 def run_to_end(config: Config, folder: Path, *, resume: bool = False, stop: StopSignal | None = None) -> Run:
-    """A run in this process, from nothing or from its newest checkpoint on."""
+    """A run in this process, from step 0 or from its newest checkpoint on, with its report if that is asked for."""
     state = load_checkpoint(folder) if resume else None
-    return train(prepare(config), folder, state=state, stop=stop or StopSignal())
+    run = train(prepare(config), folder, state=state, stop=stop or StopSignal())
+    if config.export.report:
+        write_report(read_story(folder))
+    return run
 
 
 def series(folder: Path) -> list[dict[str, float]]:

@@ -1,23 +1,30 @@
-"""Device, precision, and what the libraries may print."""
+"""Device, precision, and what the libraries may print. Nothing large is imported before it is needed."""
 
 import os
 import sys
 import warnings
-
-import diffusers
-import torch
-import transformers
+from typing import TYPE_CHECKING
 
 from softprompt.errors import InputError, InputWarning
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+
+def dtype_of(precision: str) -> "torch.dtype":
+    """The dtype of fp32, bf16 or fp16."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def choose_precision(wanted: str, asked: str, *, group: str = "train.") -> tuple[str, str]:
-    """What a device (auto, cpu, cuda) and a precision (auto, fp32, bf16, fp16) come to here, and what to say of it.
+    """Precision for a device (auto, cpu, cuda) and a precision (auto, fp32, bf16, fp16) on this machine, and a note for the user.
 
-    group: of the two options, for errors. Raises: InputError for what this machine has not.
+    group: prefix of the two options, for errors. Raises: InputError for one that this machine does not have.
     """
+    import torch
+
     precision, cuda = asked, torch.cuda.is_available()
     if wanted == "cuda" and not cuda:
         raise InputError(
@@ -36,6 +43,9 @@ def choose_precision(wanted: str, asked: str, *, group: str = "train.") -> tuple
 
 def quiet_libraries(is_main: bool) -> None:
     """Keep the libraries' progress bars and advice out of the output; each warning of this project is one line."""
+    import diffusers
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.set_verbosity_error()
@@ -46,13 +56,13 @@ def quiet_libraries(is_main: bool) -> None:
 
 
 def _show_ours(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """In place of `warnings.showwarning`."""
+    """Replacement of `warnings.showwarning`."""
     if issubclass(category, InputWarning):
         print(f"WARNING    {message}", file=sys.stderr)
 
 
 def calm_environment() -> None:
-    """Before the large libraries are imported: what they would otherwise say and do."""
+    """Set defaults that must hold before the large libraries are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it gives advice while it is imported
     if "OMP_WAIT_POLICY" not in os.environ:
         # Threads that wait by spinning make a step ten times as long where another process uses the same cores.

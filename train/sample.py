@@ -183,7 +183,7 @@ def _sample(options: Options) -> int:
     from softprompt.data.pictures import BACKGROUNDS, composite, load_picture
     from softprompt.micro import MICRO_MODEL
     from softprompt.model.loading import load_pipeline
-    from train.device import DTYPES, choose_precision, quiet_libraries
+    from train.device import choose_precision, dtype_of, quiet_libraries
     from train.export.read import open_lora
 
     quiet_libraries(True)
@@ -194,13 +194,13 @@ def _sample(options: Options) -> int:
     precision, said = choose_precision(options.device, options.precision, group="")
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     folder = MICRO_MODEL if options.model == MICRO else Path(options.model)
-    pipeline = load_pipeline(folder, unet=options.unet, dtype=DTYPES[precision]).to("cuda" if on_gpu else "cpu")
+    pipeline = load_pipeline(folder, unet=options.unet, dtype=dtype_of(precision)).to("cuda" if on_gpu else "cpu")
     longest = len(pipeline.scheduler.alphas_cumprod)
     if options.steps > longest:
         raise InputError(f"steps: is {options.steps}; the model was trained with {longest} timesteps, expected as many at most")
     cases = make_cases(options, pipeline)
     if options.export is not None:
-        pipeline = open_lora(pipeline, Path(options.export), DTYPES[precision])
+        pipeline = open_lora(pipeline, Path(options.export), dtype_of(precision))
     pipeline.unet.eval()
     loaded = {name: load_picture(file, pipeline.picture_size) for name, file in files.items()}
     opaque = [name for name, picture in loaded.items() if bool((picture[3] == 255).all())]

@@ -15,7 +15,7 @@ from softprompt.model.adapted import compile_blocks
 from softprompt.model.pipeline import Pipeline
 from softprompt.model.weights import noted
 from train.build import build_adapted, build_pipeline, build_trainer, build_waypoints, make_curriculum
-from train.device import DTYPES, choose_precision, quiet_libraries
+from train.device import choose_precision, dtype_of, quiet_libraries
 from train.evaluation.evaluator import Evaluator
 from train.export.read import start_from
 from train.objectives.custom import Custom
@@ -62,7 +62,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
     notes = [f"{chosen}; what trains is fp32"]
 
     # The model
-    pipeline = build_pipeline(config, DTYPES[precision], accelerator.device)
+    pipeline = build_pipeline(config, dtype_of(precision), accelerator.device)
     if config.unet is not None:
         notes.append(f"unet       {config.unet}, instead of the one in {config.model}")
     notes += [f"weights    {note}" for note in pipeline.notes]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from softprompt.errors import InputError, base_of
 from softprompt.files import load_pickle
-from softprompt.prompt.templates import TEMPLATES, VIEWS
+from softprompt.prompt.templates import VIEWS
 
 NUM_TOKENS = 77
 """T: the length every CLIP text encoder pads to."""
@@ -210,21 +210,3 @@ def _is_prompt(tensor: Tensor) -> bool:
 def _shape(tensor: Tensor | None) -> str:
     assert tensor is not None, "is only asked of tensors"
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-PROMPT_SUFFIXES = (".pt", ".safetensors")
-"""Of the prompt files that are read as they are."""
-
-
-FOREIGN_SUFFIXES = (".npy", ".npz", ".pth", ".bin", ".ckpt")
-"""Of prompt files as other programs write them; `python -m train.prompts convert` reads them."""
-
-
-_FIELD = re.compile(r"\$\{(?!(?:view|subject|angle)\})\w+\}")
-
-
-def is_prompt_file(spec: str) -> bool:
-    """Whether what names a prompt is a file, neither a template nor a text with {view}. `${DATA}/x` has no field in it."""
-    if Path(spec).suffix in (*PROMPT_SUFFIXES, *FOREIGN_SUFFIXES):
-        return True
-    return spec not in TEMPLATES and "{" not in _FIELD.sub("", spec)

@@ -1,6 +1,8 @@
 """The named prompt templates: one text per view."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from softprompt.errors import InputError
 
@@ -55,3 +57,21 @@ def view_texts(template: str, *, subject: str = "mouse", angle: str = "from abov
 def view_names(num_views: int) -> tuple[str, ...]:
     """FaceLift's names for six views, numbers otherwise."""
     return VIEWS if num_views == len(VIEWS) else tuple(f"view_{v}" for v in range(num_views))
+
+
+PROMPT_SUFFIXES = (".pt", ".safetensors")
+"""Of the prompt files that are read as they are."""
+
+
+FOREIGN_SUFFIXES = (".npy", ".npz", ".pth", ".bin", ".ckpt")
+"""Of prompt files as other programs write them; `python -m train.prompts convert` reads them."""
+
+
+_FIELD = re.compile(r"\$\{(?!(?:view|subject|angle)\})\w+\}")
+
+
+def is_prompt_file(spec: str) -> bool:
+    """Whether what names a prompt is a file, neither a template nor a text with {view}. `${DATA}/x` has no field in it."""
+    if Path(spec).suffix in (*PROMPT_SUFFIXES, *FOREIGN_SUFFIXES):
+        return True
+    return spec not in TEMPLATES and "{" not in _FIELD.sub("", spec)

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
-from train.state.pacing import Pace, position_of
 
 from softprompt.data.batch import seeded
 from softprompt.data.samples import write_source
@@ -23,7 +22,6 @@ from tests.models import PICTURE
 from tests.runs import run_to_end, series
 from train import callbacks, loop
 from train.batches import object_at
-from train.evaluation import evaluator as observe
 from train.evaluation.evaluator import Evaluator
 from train.export import write
 from train.loop import train
@@ -144,7 +142,7 @@ def test_a_step_that_runs_out_of_memory_is_done_again_with_less(small, tmp_path,
     monkeypatch.setattr(AdaptedModel, "forward", needs_checkpointing_at_step_2)
     halfway = ["--curriculum.at=[0, 1]", "--monitor.validate_every=4"]
     run_to_end(small(*halfway), tmp_path / "short_of_memory")
-    assert capsys.readouterr().err.count("out of GPU memory; done again with gradient checkpointing") == 1
+    assert capsys.readouterr().err.count("out of GPU memory; repeated with gradient checkpointing") == 1
     monkeypatch.undo()
     run_to_end(small(*halfway), tmp_path / "enough")
     for ours, theirs in zip(series(tmp_path / "short_of_memory"), series(tmp_path / "enough"), strict=True):
@@ -207,7 +205,8 @@ def test_a_frozen_prompt_stays_on_its_path(small, tmp_path):
     assert torch.equal(prompt(run.position), prompt.waypoints[1])
     positions = [line["curriculum/position"] for line in series(tmp_path / "run") if "curriculum/position" in line]
     assert positions == [0, 1, 1, 1]
-    assert [position_of(config, Pace.start(config), step) for step in (1, 2)] == [0, 1]
+    curriculum = run.job.trainer.curriculum
+    assert [curriculum.position(curriculum.start(), step) for step in (1, 2)] == [0, 1]
 
 
 def test_the_prompt_alone_trains_where_the_lora_has_rank_0(small, tmp_path):
@@ -301,7 +300,7 @@ def test_a_step_is_in_a_checkpoint_before_it_is_evaluated(small, tmp_path, monke
     with pytest.raises(torch.OutOfMemoryError):
         run_to_end(config, tmp_path / "parts")
     assert list_checkpoints(tmp_path / "parts")[-1].name == "step-000004"
-    monkeypatch.setattr(observe, "validation_series", evaluate)
+    monkeypatch.setattr(Evaluator, "validation", evaluate)
     resumed = run_to_end(config, tmp_path / "parts", resume=True)
     assert series(tmp_path / "parts") == series(tmp_path / "whole")
     assert resumed.best == whole.best
@@ -368,13 +367,13 @@ def test_training_that_makes_it_worse_is_named(small, tmp_path, capsys):
 
 
 def test_a_frozen_weight_that_moves_stops_the_run(small, tmp_path, monkeypatch):
-    def training_step_that_moves_it(job, step, pace, *, training_step=loop.training_step):
+    def training_step_that_moves_it(trainer, step, state, *, training_step=loop.training_step):
         if step == 1:
-            job.pipeline.unet.conv_in.weight.data[0, 0, 0, 0] += 1e-3
-        return training_step(job.trainer, step, pace)
+            trainer.context.pipeline.unet.conv_in.weight.data[0, 0, 0, 0] += 1e-3
+        return training_step(trainer, step, state)
 
     monkeypatch.setattr(loop, "training_step", training_step_that_moves_it)
-    with pytest.raises(RunError, match=r"step 2: 1 frozen tensors are not what they were .* e\.g\. unet\.conv_in\.weight"):
+    with pytest.raises(RunError, match=r"step 2: 1 frozen tensors changed since the start, e\.g\. unet\.conv_in\.weight"):
         run_to_end(small(), tmp_path / "run")
 
 
@@ -462,11 +461,11 @@ def test_too_many_bad_samples_stop_the_run(small, spoilt):
 @pytest.mark.usefixtures("without_exports")
 def test_a_sign_of_collapse_is_said_once_and_when_it_is_gone(small, tmp_path, monkeypatch, capsys):
     found = iter([{"views_alike": "too early"}, {"views_alike": "they collapse"}, {"views_alike": "still"}, {}])
-    monkeypatch.setattr(observe, "collapse_signs", lambda series, start: next(found))
+    monkeypatch.setattr(callbacks, "collapse_signs", lambda series, start: next(found))
     run_to_end(small("--monitor.preview_every=1", "--train.steps=3"), tmp_path / "run")
     said = capsys.readouterr().err
     assert said.count("they collapse") == 1 and "too early" not in said and "still" not in said
-    assert "WARNING step 1: views_alike: they collapse" in said and "step 3: views_alike: no longer so" in said
+    assert "WARNING step 1: views_alike: they collapse" in said and "step 3: views_alike: cleared" in said
     watched = [(line["step"], line["watch/views_alike"]) for line in series(tmp_path / "run") if "watch/views_alike" in line]
     assert watched == [(0, 1), (1, 1), (2, 1), (3, 0)]
 

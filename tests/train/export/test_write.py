@@ -371,7 +371,7 @@ def test_a_pipeline_cut_short_in_writing_leaves_prompt_and_lora_exported(
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("softprompt.model.pipeline.save_unet", full)
+    monkeypatch.setattr("softprompt.model.loading.save_unet", full)
     with pytest.raises(OSError, match="no space left"):
         model.export_pipeline(first_step)
     assert contents(first_step) == before

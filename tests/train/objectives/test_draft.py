@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
-from train.objectives.draft import Guard
 from transformers import CLIPVisionModelWithProjection
 
 from softprompt.data.batch import draw, seeded
@@ -22,7 +21,7 @@ from train.batches import Wanted
 from train.loop import train
 from train.objectives import draft as draft_module
 from train.objectives import rewards as rewards_module
-from train.objectives.draft import Draft
+from train.objectives.draft import Draft, Guard
 from train.objectives.rewards import load_reward
 from train.objectives.terms import StepBatch
 from train.options.config import Config
@@ -198,26 +197,26 @@ def test_a_reward_that_is_best_where_nothing_is_left_is_stopped(
 
 def test_the_guard_stops_at_a_share_of_the_first_draft_and_forgives_one_outlier() -> None:
     guard = Guard(0.5)
-    assert guard.look({"edges": 0.6}) is None
-    assert guard.look({"edges": 0.01}) is None, "one draft is no trend"
-    said = [guard.look({"edges": 0.01}) for _ in range(4)]
+    assert guard.inspect({"edges": 0.6}) is None
+    assert guard.inspect({"edges": 0.01}) is None, "one draft is no trend"
+    said = [guard.inspect({"edges": 0.01}) for _ in range(4)]
     assert said[0] is None and said[-1] is not None
     assert (
         "density of edges of the drafted views is 20% of that of the true ones (60% in the first draft; allowed 30% to 200%"
         in said[-1]
     )
     high = Guard(0.5)
-    assert high.look({"colours": 1.0}) is None
-    assert high.look({"colours": 2000.0}) is None, "one draft is no trend, however far off"
-    assert high.look({"colours": 20.0}) is not None
+    assert high.inspect({"colours": 1.0}) is None
+    assert high.inspect({"colours": 2000.0}) is None, "one draft is no trend, however far off"
+    assert high.inspect({"colours": 20.0}) is not None
 
 
 def test_what_the_guard_has_seen_is_in_its_state() -> None:
     guard = Guard(0.5)
     for value in (0.9, 0.3, 0.3):
-        guard.look({"edges": value})
+        guard.inspect({"edges": value})
     other = Guard(0.5, **guard.state())
-    assert [guard.look({"edges": 0.2}) for _ in range(4)] == [other.look({"edges": 0.2}) for _ in range(4)]
+    assert [guard.inspect({"edges": 0.2}) for _ in range(4)] == [other.inspect({"edges": 0.2}) for _ in range(4)]
 
 
 # --------------------------------------------------------------------------------------------------- what is refused

@@ -146,7 +146,7 @@ def test_an_objective_that_is_not_finite_is_named_and_moves_nothing(small):
 def test_a_run_that_one_objective_stops_says_which(small, tmp_path, monkeypatch):
     config = small(**{**CUSTOM, "custom.function": f"{__name__}:nothing", "train.max_skipped": 2, "train.steps": 5})
     monkeypatch.setattr(callbacks, "export", lambda run, folder: None)
-    with pytest.raises(RunError, match=r"not finite in 2 steps in a row .* Likely it is custom itself that gives no number"):
+    with pytest.raises(RunError, match=r"not finite in 2 steps in a row .* Likely custom itself is not finite"):
         run_to_end(config, tmp_path / "run")
 
 

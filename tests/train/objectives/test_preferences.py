@@ -27,7 +27,7 @@ from train.objectives.own_samples import OwnSamples, Sampling, Snapshot, as_it_w
 from train.objectives.pairs import read_pairs
 from train.objectives.preferences import Contest, contest_batch, sampled
 from train.objectives.spin import Spin
-from train.objectives.terms import Shown
+from train.objectives.terms import Context, Shown
 from train.options.config import Config
 from train.options.preferences import DpoConfig, SpinConfig
 from train.setup import Job, make_accelerator, prepare
@@ -114,8 +114,8 @@ def begun(kept_jobs: dict[str, Job]) -> Callable[[str], Job]:
 
     def get(name: str) -> Job:
         job = kept_jobs[name]
-        job.accelerator = make_accelerator(job.config)
-        return job
+        context = replace(job.trainer.context, accelerator=make_accelerator(job.config))
+        return replace(job, trainer=replace(job.trainer, context=context))
 
     return get
 
@@ -197,13 +197,13 @@ def test_dpo_is_held_to_the_untouched_model_and_spin_to_its_last_iterate(begun):
     with torch.no_grad():
         moved(job)
         assert not torch.equal(job.adapted(*inputs, 0.0), job.adapted.reference(*inputs))
-        assert torch.equal(term(job).held_to(job)(*inputs), job.adapted.reference(*inputs))
+        assert torch.equal(term(job).regularised_toward(job.trainer.context)(*inputs), job.adapted.reference(*inputs))
         job = begun("spin")
         term(job).iterate = Snapshot.take(job.adapted, 1, 0.0)
         before = job.adapted(*inputs, 0.0)
         moved(job)
         assert not torch.equal(job.adapted(*inputs, 0.0), before)
-        assert torch.equal(term(job).held_to(job)(*inputs), before)
+        assert torch.equal(term(job).regularised_toward(job.trainer.context)(*inputs), before)
 
 
 def test_the_model_is_itself_again_after_it_was_what_it_was(small):
@@ -306,22 +306,22 @@ def test_samples_that_are_lost_later_are_made_again_as_they_were(begun):
     assert [own.rewards(index) for index in range(2)] == rewards
 
 
-def test_samples_do_not_depend_on_how_many_processes_make_them(begun, tmp_path, monkeypatch):
+def test_samples_do_not_depend_on_how_many_processes_make_them(begun, tmp_path):
     job = begun("spin")
     snapshot = Snapshot.take(job.adapted, 0, 0.0)
 
-    def samples(folder: str) -> OwnSamples:
+    def samples(folder: str, context: Context = job.trainer.context) -> OwnSamples:
         how = Sampling(steps=1, guidance_scales=(1.0,), eta=1.0, seed=0)
         rated = ("psnr", REWARDS["psnr"])
-        return OwnSamples(job, job.train, 3, tmp_path / folder, snapshot, how, sets=1, references=[0, 3], reward=rated)
+        return OwnSamples(context, job.train, 3, tmp_path / folder, snapshot, how, sets=1, references=[0, 3], reward=rated)
 
     alone = samples("alone")
     assert alone.fill(stopped=lambda: False, what="") and len(alone) == 3
     whole = []
     for process in (1, 0):
         fake = SimpleNamespace(process_index=process, num_processes=2, is_main_process=False, wait_for_everyone=lambda: None)
-        monkeypatch.setattr(job, "accelerator", fake)
-        whole.append(samples("shared").fill(stopped=lambda: False, what=""))
+        context = replace(job.trainer.context, accelerator=fake)
+        whole.append(samples("shared", context).fill(stopped=lambda: False, what=""))
     assert whole == [False, True]
     shared = samples("shared")
     assert all(torch.equal(alone.latents(i), shared.latents(i)) for i in range(3))
@@ -628,7 +628,7 @@ def test_what_is_likely_not_meant_is_said(small):
     notes = prepare(small(**{**DPO, "dpo.weight": 0, "spin.weight": 5, "spin.iterations": 1, "spin.objects": 1})).notes
     said = " ".join(notes)
     assert (
-        "WARNING    dpo.samples, dpo.sample_steps, dpo.guidance_scales, dpo.objects, dpo.held_out_objects, dpo.chunks: of no"
+        "WARNING    dpo.samples, dpo.sample_steps, dpo.guidance_scales, dpo.objects, dpo.held_out_objects, dpo.chunks: has no"
         in said
     )
     assert "spin.weight 5: a pair pulls 2500 times as hard as the denoising loss (weight x beta / 4); begin with 0.002" in said
