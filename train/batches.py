@@ -29,7 +29,7 @@ class Wanted:
 class Batches:
     """Batches of this process. A batch is the same whether it was made ahead or not, and in whatever order batches are taken.
 
-    train, replay: training objects, and those of the original domain that the KL is measured on. batch_size: objects of a batch.
+    train, replay: training objects, and those of the original domain for the KL. batch_size: objects of a batch.
     accumulation: batches of training objects in a step. references: views that may be the input picture. drop_rate: r of
     `keep_conditions`.
     """

@@ -19,7 +19,7 @@ def dtype_of(precision: str) -> "torch.dtype":
 
 
 def choose_precision(wanted: str, asked: str, *, group: str = "train.") -> tuple[str, str]:
-    """Precision for a device (auto, cpu, cuda) and a precision (auto, fp32, bf16, fp16) on this machine, and a note for the user.
+    """Precision for a device (auto, cpu, cuda) and a precision (auto, fp32, bf16, fp16) here, and a note for the user.
 
     group: prefix of the two options, for errors. Raises: InputError for one that this machine does not have.
     """

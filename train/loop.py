@@ -190,7 +190,7 @@ def _taken(run: Run, result: StepResult) -> StepResult:
 
 
 def _skipped(run: Run, result: StepResult) -> None:
-    """Print and record why a step was skipped; end the run after too many. An overflow now and then is how fp16 finds its scale.
+    """Print and record why a step was skipped; end the run after too many. Rare overflows are how fp16 finds its scale.
 
     Raises: RunError.
     """

@@ -127,7 +127,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
 
 
 def make_objectives(config: Config, pipeline: Pipeline) -> Objectives:
-    """The objectives that the options give a weight, or evaluate. Raises: InputError for one that cannot work with the model."""
+    """The objectives that are trained or evaluated. Raises: InputError for one that cannot work with the model."""
     terms: list[Term] = []
     if config.uses("draft"):
         terms.append(Draft(config.draft, load_reward(config.draft.reward, config.draft.encoder, pipeline, "draft")))

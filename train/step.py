@@ -176,7 +176,7 @@ def batch_loss(
 ) -> Tensor:
     """The loss of one batch: denoising, KL to the pretrained model, and the objectives that share its forward pass.
 
-    A batch of the original domain has the KL alone. The KL is computed in every `kl.every`-th step with as many times the weight.
+    A batch of the original domain has the KL alone. Every `kl.every`-th step has the KL, with as many times its weight.
     """
     loss, parts = batch.batch.latents.new_zeros(()), trainer.batches.accumulation
     domain, domains = "original" if wanted.original else "new", trainer.kl_domains(batch.step)

@@ -64,7 +64,7 @@ def disk_needed(job: Job) -> int:
 
 
 def dry_run(job: Job, folder: Path) -> None:
-    """Do two steps, the second one timed, and a preview; print what the run will need. Raises: RunError for a number that is not
+    """Do two steps, the second one timed, and a preview; print what the run will need. Raises: RunError where a number is not
     finite."""
     seconds = 0.0
     terms, context = job.trainer.objectives.terms, job.trainer.context

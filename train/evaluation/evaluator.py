@@ -99,7 +99,7 @@ class Evaluator:
         return accelerator.reduce(total, reduction="sum").cpu() / len(items)
 
     def validation(self, position: float, *, with_original: bool) -> dict[str, float]:
-        """Series of a validation: the loss on held-out objects, in all and by view; if asked for, on the original domain too."""
+        """Series of a validation: the loss on held-out objects, in all and by view; if asked for, also on the original doma."""
         losses = self.losses(position, self.held_out, reference=self.reference)
         series = {"loss/validation": float(losses.mean())}
         if with_original and self.original is not None:
@@ -189,7 +189,7 @@ class Evaluator:
         """Views of the previewed objects with prompt and LoRA each alone, and with the prompts shifted by one view.
 
         prompt: E [V, T, D]. shown: its previews.
-        Returns: row => [B, V, 3, S, S]; see train.evaluation.ablation. Without a LoRA there is no `prompt_alone` or `lora_alone`.
+        Returns: row => [B, V, 3, S, S]; see train.evaluation.ablation. The rows of each alone need a LoRA.
         """
         order = view_order(self.reference, self.pipeline.num_views).to(prompt.device)
         own, start = prompt[order], self.adapted.prompt.start[order]

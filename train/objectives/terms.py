@@ -1,13 +1,13 @@
 """The interface of an objective: a term of the loss, computed from a batch of a step.
 
 To add one: an option group with a `weight` in train.options.objectives (its name in OBJECTIVES) and train.options.config, its
-formulas as pure functions in softprompt.objectives, a subclass of `Term` in train.objectives, and a line in `make_objectives` of
-train.setup. The contract:
+formulas as pure functions in softprompt.objectives, a subclass of `Term` in train.objectives, and a line in train.setup's
+`make_objectives`. The contract:
 
-- The gradient of a term is that of weight * the sum of the scalars that `losses` yields, divided by the number of batches of the
+- The gradient of a term is that of weight * the sum of the scalars that `losses` yields, divided by the number of batches in the
   step. `losses` is called for each batch of training objects, never for one of the original domain.
 - `own_passes` False: the term reads `batch.prediction` and shares the backward pass of the denoising loss. True: it runs the
-  model itself (`context.adapted`), before the denoising loss; the backward pass of each scalar follows at once, so that only one
+  model itself (`context.adapted`), before the denoising loss; the backward pass of each scalar follows at once, so only one
   part of a large loss is in memory. Whatever must stay in place for that, such as the encoders on the device, is held by a
   `with` around the `yield`.
 - All randomness comes from `seeded(seed, NAME, step, place, ...)`, where a place is that of an object in the global batch
@@ -256,8 +256,8 @@ class Term(ABC):
         del step, values
 
     def evaluate(self, context: Context, position: float, shown: Shown) -> dict[str, float]:
-        """Evaluate the objective on held-out objects, at an evaluation with previews, on the main process, whether it is trained
-        or not. The model is in evaluation mode, without gradients.
+        """Evaluate the objective on held-out objects, at an evaluation with previews, on the main process, trained or not.
+        The model is in evaluation mode, without gradients.
 
         Returns: values by NAME of the series objective/NAME.
         """

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from softprompt.prompt.embeddings import load_prompt
 from softprompt.prompt.similarity import prompt_cosines
 from softprompt.prompt.templates import VIEWS
+from tests.runs import run_to_end
 from train.evaluation.ablation import ablation_series, views_follow
 from train.log.logger import WORKING
 from train.log.series import read_series
@@ -36,7 +37,7 @@ def reported(small_config, mice, tmp_path_factory) -> Path:
     """A finished run with its report; nothing may change it."""
     AcceleratorState._reset_state(reset_partial_state=True)  # of other modules' tests
     folder = tmp_path_factory.mktemp("reported") / "mice & rats"
-    train(prepare(small_config(mice, **OPTIONS)), folder, state=None, stop=StopSignal())
+    run_to_end(small_config(mice, **OPTIONS), folder)
     return folder
 
 
@@ -104,7 +105,7 @@ def test_the_commands_it_gives_are_understood(reported):
 
 
 def test_a_run_that_is_not_finished_says_so_and_how_to_go_on(small_config, mice, tmp_path, stop_after):
-    run = train(prepare(small_config(mice, **OPTIONS)), tmp_path / "run", state=None, stop=stop_after(1))
+    run = run_to_end(small_config(mice, **OPTIONS), tmp_path / "run", stop=stop_after(1))
     assert run.step == 1
     story, page = read_story(tmp_path / "run"), (tmp_path / "run" / "report.html").read_text()
     assert "The run is not finished: it stands at step 1 of 3." in page
