@@ -76,8 +76,8 @@ def _run(request: Request) -> int:
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of GPU memory ({str(error).split('. ')[0]}); existing checkpoints are sound. Lower train.batch_size and "
-            f"raise train.accumulation by as much, or set train.gradient_checkpointing: always; --dry-run shows the peak, previews "
-            f"included, without a run"
+            f"raise train.accumulation by as much, or set train.gradient_checkpointing: always; --dry-run shows the peak, "
+            f"previews included, without a run"
         ) from error
     if main_process:
         print(outcome(run, stop.number), flush=True)

@@ -4,7 +4,7 @@ To add one: an option group with a `weight` in train.options.objectives (its nam
 formulas as pure functions in softprompt.objectives, a subclass of `Term` in train.objectives, and a line in train.setup's
 `make_objectives`. The contract:
 
-- The gradient of a term is that of weight * the sum of the scalars that `losses` yields, divided by the number of batches in the
+- The gradient of a term is that of weight * the sum of the scalars that `losses` yields, divided by the number of batches of a
   step. `losses` is called for each batch of training objects, never for one of the original domain.
 - `own_passes` False: the term reads `batch.prediction` and shares the backward pass of the denoising loss. True: it runs the
   model itself (`context.adapted`), before the denoising loss; the backward pass of each scalar follows at once, so only one
