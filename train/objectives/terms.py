@@ -32,7 +32,7 @@ from torch import Tensor
 
 from softprompt.data.batch import Batch
 from softprompt.model.conditioning import noisy_and_target
-from softprompt.objectives.convert import clean_latents
+from softprompt.objectives.losses import clean_latents
 from train.batches import Wanted
 
 if TYPE_CHECKING:
