@@ -12,12 +12,12 @@ Matching = Literal["none", "per_view", "shared"]
 
 
 def match_tokens(waypoints: Tensor, matching: Matching) -> Tensor:
-    """Reorder each waypoint's tokens so that they lie nearest to those of the one before, token by token.
+    """Reorder each waypoint's tokens so that they lie nearest to those of the waypoint before, token by token.
 
-    Cross-attention does not see the order of its tokens, so every waypoint means what it meant; what lies between two of them
-    changes: each token then goes to its nearest instead of to whatever stands at its place in another text.
-    waypoints: [S + 1, V, T, D]. matching: `per_view`: an order for each view; `shared`: the same one for all views; `none`.
-    Returns: [S + 1, V, T, D], the first waypoint as it was.
+    Cross-attention does not see the order of its tokens, so every waypoint keeps its meaning; between two of them each token
+    then moves to its nearest one instead of to the one of the same index in another text.
+    waypoints: [S + 1, V, T, D]. matching: `per_view`: an order for each view; `shared`: one order for all views; `none`.
+    Returns: [S + 1, V, T, D], the first waypoint unchanged.
     Source: ours; least sum of squared distances, by scipy's Hungarian assignment.
     """
     if matching == "none":
@@ -37,7 +37,8 @@ def point_on_path(waypoints: Tensor, position: float, interpolation: Interpolati
 
     waypoints: [S + 1, V, T, D]. position: s in [0, S]; at a whole number it is that waypoint exactly.
     Returns: [V, T, D].
-    Source: ours (design.md, the one formula).
+    Raises: ValueError for a position outside [0, S].
+    Source: ours.
     """
     last = len(waypoints) - 1
     if not 0 <= position <= last:
@@ -51,10 +52,10 @@ def point_on_path(waypoints: Tensor, position: float, interpolation: Interpolati
 
 
 def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
-    """Spherical interpolation per token (last axis), with the norm going linearly from one end's to the other's.
+    """Spherical interpolation per token (last axis); the norm goes linearly from one end's to the other's.
 
     A straight line between two tokens of equal norm passes nearer to the origin; this does not.
-    Tokens that (nearly) coincide in direction, where the two agree, and tokens of norm zero are interpolated linearly.
+    Tokens of nearly one direction, where the two agree, and tokens of norm zero are interpolated linearly.
     Source: Shoemake, "Animating rotation with quaternion curves", 1985, applied to directions.
     """
     start_norm, end_norm = start.norm(dim=-1, keepdim=True), end.norm(dim=-1, keepdim=True)

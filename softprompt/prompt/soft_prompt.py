@@ -14,9 +14,9 @@ class SoftPrompt(nn.Module):
     """Six learnable text embeddings on a path from FaceLift's prompt to a realistic one.
 
     waypoints: [S + 1, V, T, D]: W_0 is the pretrained prompt, W_S the last target.
-    carry: how much of what was learned, P - W_0, is carried along: `keep` all of it; `fade` the share 1 - s/S, so that with
+    carry: the share of the learned offset, P - W_0, that is added to the path: `keep` all of it; `fade` 1 - s/S, so that with
     one target E = (1 - s) P + s W_1.
-    P starts at W_0 and is float32 always. Source: ours (design.md, the one formula).
+    P starts at W_0 and is always float32. Source: ours.
     """
 
     waypoints: Tensor
@@ -33,7 +33,7 @@ class SoftPrompt(nn.Module):
 
     @property
     def start(self) -> Tensor:
-        """W_0 [V, T, D]: the prompt of the untouched model."""
+        """W_0 [V, T, D]: the prompt of the pretrained model."""
         return self.waypoints[0]
 
     @property
@@ -42,7 +42,7 @@ class SoftPrompt(nn.Module):
         return len(self.waypoints) - 1
 
     def share(self, position: float) -> float:
-        """carry(s): the share of what was learned that is carried along."""
+        """carry(s): the share of the learned offset that is added to the path, in [0, 1]."""
         return 1.0 if self.carry == "keep" or self.last_position == 0 else 1 - position / self.last_position
 
     def forward(self, position: float = 0.0) -> Tensor:
@@ -53,7 +53,7 @@ class SoftPrompt(nn.Module):
 
     @torch.no_grad()
     def begin_at(self, effective: Tensor, position: float) -> None:
-        """Set P so that E(position) is `effective`, [V, T, D]. Raises: ValueError where nothing learned is in E(position)."""
+        """Set P so that E(position) is `effective`, [V, T, D]. Raises: ValueError where carry(position) is 0."""
         if self.share(position) == 0:
             raise ValueError(f"at position {position:g} nothing of P is in E")
         path = point_on_path(self.waypoints, position, self.interpolation)
@@ -63,18 +63,18 @@ class SoftPrompt(nn.Module):
     def decay_toward_start(self, rate: float) -> None:
         """P <- P - rate (P - W_0), after an optimizer step; rate is learning rate times decay, as AdamW's.
 
-        AdamW's own decay would pull the prompt toward zero instead. Source: methods.md, 9.
+        AdamW's own decay would pull the prompt toward zero instead.
         """
         self.learned.lerp_(self.start, rate)
 
     @torch.no_grad()
     def clamp_norms(self, band: float, position: float = 0.0) -> None:
-        """Bring each token of E(s), what the UNet sees, back into (1 +- band) times the path's norm there, its direction kept.
+        """Bring each token of E(s) back into (1 +- band) times the path's norm there, its direction kept.
 
-        band: share in (0, 1]. Source: the norm prior of methods.md, 9, with the path's own norm as the target.
+        band: share in (0, 1].
         """
         if self.share(position) == 0:
-            return  # nothing of what was learned is in E
+            return  # E does not depend on P
         effective = self(position)
         norm = effective.norm(dim=-1, keepdim=True)
         target = point_on_path(self.waypoints, position, self.interpolation).norm(dim=-1, keepdim=True)

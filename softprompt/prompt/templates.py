@@ -1,4 +1,4 @@
-"""The named prompt templates: one text per view."""
+"""Named prompt templates: one text per view."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ VIEWS = ("front", "front_right", "right", "back", "left", "front_left")
 
 @dataclass(frozen=True)
 class Template:
-    """A text with {view}, and where it uses them {subject} and {angle}."""
+    """A text with {view}, and optionally {subject} and {angle}."""
 
     text: str
     view_spelling: str = "spaces"
@@ -40,14 +40,14 @@ TEMPLATES = {
     "hybrid": Template("a multi-view image of a {subject}, {view} view, elevated camera angle."),
     "simple": Template("a {subject}, {view} view."),
 }
-"""By name. `facelift` is FaceLift's own text, of which its clr_embeds.pt was made."""
+"""Templates by name. `facelift` is FaceLift's own text, of which its clr_embeds.pt was made."""
 
 
 def view_texts(template: str, *, subject: str = "mouse", angle: str = "from above at an angle") -> list[str]:
-    """The texts of a named template, or of one's own (any text with {view}).
+    """Texts of a named template, or of any text with {view}: one per view, in the order of VIEWS.
 
     subject, angle: fill {subject} and {angle} where the template has them.
-    Returns: one text per view, in the order of VIEWS.
+    Raises: InputError as `Template.texts`.
     """
     return TEMPLATES.get(template, Template(template)).texts(subject=subject, angle=angle)
 
