@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +28,7 @@ class MultiViewAttnProcessor:
         self.num_views = num_views
         self.kind = kind
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        prompt_of: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, attn: Attention, hidden_states: Tensor, prompt_of: Tensor | None = None, **unused: Any) -> Tensor:
         del prompt_of  # for cross-attention; diffusers passes it to both
         views = self.num_views
         if hidden_states.shape[0] % views:
@@ -64,10 +56,9 @@ class SharedPromptAttnProcessor:
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        encoder_hidden_states: Tensor,
         prompt_of: Tensor | None = None,
+        **unused: Any,
     ) -> Tensor:
         query, key, value = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         if prompt_of is not None:

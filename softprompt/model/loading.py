@@ -20,10 +20,9 @@ from softprompt.model.weights import (
     TRANSFORMERS,
     as_saved_plainly,
     find_weights,
-    how_they_fit,
     noted,
     read_weights,
-    why_not,
+    refuse_misfit,
 )
 
 _PARTS = {
@@ -113,10 +112,7 @@ def load_unet(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> UNet
         weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, 4))  # new inputs start at zero
     with torch.device("meta"):  # random weights, soon replaced, would take a minute
         unet = build_unet(config, origin=str(folder / "config.json"))
-    if misfit := how_they_fit(weights, unet.state_dict()):
-        raise InputError(
-            f"{folder}: weights and config.json do not belong together: {misfit}; {why_not(weights, unet.state_dict())}"
-        )
+    refuse_misfit(folder, weights, unet.state_dict())
     unet.load_state_dict(weights, strict=True, assign=True)
     return unet.requires_grad_(False).eval()
 
@@ -145,28 +141,15 @@ def load_frozen(cls: Any, folder: Path, *, left_over: bool = False) -> Any:
     Raises: InputError, also where the libraries only warn: weights missing, of another shape, or left over.
     """
     stems = (DIFFUSERS,) if issubclass(cls, ModelMixin) else TRANSFORMERS
-    with as_saved_plainly(folder, *stems) as (plain, found):
-        options = {"variant": found.variant, "use_safetensors": found.is_safe, "torch_dtype": torch.float32}
+    with as_saved_plainly(folder, *stems) as (plain, files):
+        options = {"variant": files.variant, "use_safetensors": files.is_safe, "torch_dtype": torch.float32}
         model, info = _from_pretrained(cls, plain, shown=folder, output_loading_info=True, **options)
+    wanted = model.state_dict()
+    left = () if left_over else info["unexpected_keys"]
     # Checkpoints of transformers < 4.31 carry position_ids, a constant that is no weight.
-    problems = {
-        kind: sorted(str(k) for k in keys if "position_ids" not in str(k))
-        for kind, keys in info.items()
-        if kind in ("missing_keys", "mismatched_keys") or (kind == "unexpected_keys" and not left_over)
-    }
-    if any(problems.values()):
-        said = "; ".join(
-            f"{len(keys)} {kind.replace('_', ' ')} in its weights ({', '.join(keys[:3])})"
-            for kind, keys in problems.items()
-            if keys
-        )
-        wanted = list(model.state_dict())
-        lacking = {*problems["missing_keys"], *problems.get("mismatched_keys", ())}
-        found_names = [name for name in wanted if name not in problems["missing_keys"]] + problems.get("unexpected_keys", [])
-        raise InputError(
-            f"{folder}: {said}; {len(wanted) - len(lacking)} of the {len(wanted)} of its config.json fit; "
-            f"{why_not(found_names, wanted)}"
-        )
+    found = {name: weight for name, weight in wanted.items() if name not in info["missing_keys"] or "position_ids" in name}
+    others = {str(name): torch.empty(0) for name in (*info["mismatched_keys"], *left) if "position_ids" not in str(name)}
+    refuse_misfit(folder, found | others, wanted)
     return model.requires_grad_(False).eval()
 
 

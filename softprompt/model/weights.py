@@ -114,7 +114,7 @@ def unwrapped(weights: Mapping[str, Tensor], origin: Path) -> dict[str, Tensor]:
         return dict(weights)
     number, first = sum(a != b for a, b in names.items()), next(a for a, b in names.items() if a != b)
     warnings.warn(
-        f"{origin}: {number} of its {len(names)} weights are named as {first}; the wrapper's prefix is removed (saved "
+        f"{origin}: {number} of its {len(names)} weights are named as {first}; the wrapper's prefix is taken off (saved "
         f"compiled, or under DDP or FSDP)",
         WeightsNote,
         stacklevel=3,
@@ -154,8 +154,14 @@ def how_they_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
     return ", ".join(parts)
 
 
-def why_not(weights: Collection[str], wanted: Collection[str]) -> str:
-    """The likely cause of weights that do not fit a model, by their names."""
+def refuse_misfit(folder: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raises: InputError, with the likely cause, for weights that do not fit the model of the folder's config.json."""
+    if misfit := how_they_fit(weights, wanted):
+        raise InputError(f"{folder}: weights and config.json do not belong together: {misfit}; {_why_not(weights, wanted)}")
+
+
+def _why_not(weights: Collection[str], wanted: Collection[str]) -> str:
+    """The likely cause, by the names."""
     left = [name for name in weights if name not in wanted]
     inside = re.match(r"\w+\.", left[0]) if left else None
     if inside and all(name.removeprefix(inside[0]) in wanted for name in weights if name.startswith(inside[0])):

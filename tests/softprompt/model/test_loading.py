@@ -104,13 +104,17 @@ def no_class_labels(folder: Path) -> None:
         (no_class_labels, r"class_embed_type is None; FaceLift passes the input picture through 'projection'"),
         (
             lambda f: without(f / "vae" / WEIGHTS, "quant_conv.bias"),
-            r"vae: 1 missing keys in its weights \(quant_conv\.bias\); \d+ of the \d+ of its config\.json fit; likely",
+            r"vae: weights and config\.json do not belong .*: \d+ of \d+ fit, 1 are missing \(quant_conv\.bias\); likely",
+        ),
+        (
+            lambda f: edit_weights(f / "vae" / WEIGHTS, lambda w: w.update({"more": torch.ones(2)})),
+            r"vae: .*: (\d+) of \1 fit, 1 have no place \(more\); likely they are of two models",
         ),
         (
             lambda f: without(f / "image_encoder" / "model.safetensors", "visual_projection.weight"),
-            r"image_encoder: 1 missing keys in its weights \(visual_projection\.weight\)",
+            r"image_encoder: .*1 are missing \(visual_projection\.weight\)",
         ),
-        (lambda f: without(f / "image_normalizer" / WEIGHTS, "std"), r"image_normalizer: 1 missing keys .* \(std\)"),
+        (lambda f: without(f / "image_normalizer" / WEIGHTS, "std"), r"image_normalizer: .*1 are missing \(std\)"),
         (lambda f: (f / "vae" / WEIGHTS).unlink(), r"vae: the weights are missing; expected diffusion_pyt"),
         (lambda f: (f / "image_encoder/model.safetensors").unlink(), r"image_encoder: the weights are missing; expected mod"),
         (lambda f: (f / "vae" / "config.json").write_text("{"), r"vae: cannot be loaded as AutoencoderKL"),
