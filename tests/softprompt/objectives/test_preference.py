@@ -39,9 +39,6 @@ def slow_dpo(winner: list[float], loser: list[float], ref_winner: list[float], r
     return sum(-math.log(1 / (1 + math.exp(0.5 * beta * d))) for d in differences) / len(differences)
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
-
-
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_error_of_an_object_is_that_of_a_loop_over_its_views(prediction_type: str, weighted: bool) -> None:
@@ -73,23 +70,11 @@ def test_errors_of_half_precision_predictions_do_not_overflow() -> None:
     assert found.tolist() == [90_000]
 
 
-# ---------------------------------------------------------------------------------------------------------------- losses
-
-
 @pytest.mark.parametrize("beta", [1.0, 200.0, 5000.0])
 def test_the_loss_is_that_of_its_formula(beta: float) -> None:
     errors = [0.1 + 0.002 * x for x in tensors(7, count=4)]
     expected = slow_dpo(*(e.tolist() for e in errors), beta=beta)
     assert float(dpo_loss(*errors, beta=beta)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
-
-
-def test_the_loss_is_that_of_its_formula_from_predictions_on() -> None:
-    (w, x), (rw, rx), (tw, tx) = (tensors(2, 3, 4, 2, 2, count=2, seed=seed) for seed in (0, 1, 2))
-    alphabar = torch.tensor([0.6, 0.2])
-    pairs = ((w, tw), (x, tx), (rw, tw), (rx, tx))
-    errors = [item_errors(prediction, target, alphabar) for prediction, target in pairs]
-    slow = [[slow_error(p[b], t[b], float(alphabar[b])) for b in range(2)] for p, t in pairs]
-    assert float(dpo_loss(*errors, beta=20.0)) == pytest.approx(slow_dpo(*slow, beta=20.0), rel=1e-5, abs=1e-5)
 
 
 def test_the_loss_is_log_2_where_model_and_reference_are_one_and_nothing_is_preferred() -> None:
@@ -119,9 +104,6 @@ def test_a_margin_of_thousands_of_beta_neither_overflows_nor_loses_its_gradient(
 def test_shares_are_counted_as_written() -> None:
     assert float(prefers_winner(torch.tensor([0.1, -0.1, 0.0, 2.0]))) == 0.5
     assert float(share_won(torch.tensor([3.0, 1.0, 2.0, 2.0]), torch.tensor([1.0, 3.0, 2.0, 1.0]))) == 0.625
-
-
-# ----------------------------------------------------------------------------------------------------------------- pairs
 
 
 def test_pairs_are_all_but_the_near_ties_the_better_first() -> None:
