@@ -41,6 +41,10 @@ class SoftPrompt(nn.Module):
         """S."""
         return len(self.waypoints) - 1
 
+    def path(self, position: float) -> Tensor:
+        """path(s) [V, T, D]. position: s in [0, S]."""
+        return point_on_path(self.waypoints, position, self.interpolation)
+
     def share(self, position: float) -> float:
         """carry(s): the share of the learned offset that is added to the path, in [0, 1]."""
         return 1.0 if self.carry == "keep" or self.last_position == 0 else 1 - position / self.last_position
@@ -48,15 +52,14 @@ class SoftPrompt(nn.Module):
     def forward(self, position: float = 0.0) -> Tensor:
         """E(s) [V, T, D], float32. position: s in [0, S]."""
         assert self.learned.dtype == torch.float32, "the prompt is trained in float32: float16 rounds its updates away"
-        path = point_on_path(self.waypoints, position, self.interpolation)
-        return path + self.share(position) * (self.learned - self.start)
+        return self.path(position) + self.share(position) * (self.learned - self.start)
 
     @torch.no_grad()
     def begin_at(self, effective: Tensor, position: float) -> None:
         """Set P so that E(position) is `effective`, [V, T, D]. Raises: ValueError where carry(position) is 0."""
         if self.share(position) == 0:
             raise ValueError(f"at position {position:g} nothing of P is in E")
-        path = point_on_path(self.waypoints, position, self.interpolation)
+        path = self.path(position)
         self.learned.copy_(self.start + (effective.to(path) - path) / self.share(position))
 
     @torch.no_grad()
@@ -77,6 +80,6 @@ class SoftPrompt(nn.Module):
             return  # E does not depend on P
         effective = self(position)
         norm = effective.norm(dim=-1, keepdim=True)
-        target = point_on_path(self.waypoints, position, self.interpolation).norm(dim=-1, keepdim=True)
+        target = self.path(position).norm(dim=-1, keepdim=True)
         factor = norm.clamp(target * (1 - band), target * (1 + band)) / norm.clamp(min=1e-12)
         self.learned.add_(effective * (factor - 1) / self.share(position))

@@ -42,9 +42,6 @@ def adapted(pipeline: Pipeline, **options: float) -> AdaptedModel:
     return AdaptedModel(pipeline.unet, SoftPrompt(waypoints())).train()
 
 
-# ----------------------------------------------------------------------------------------------- the pretrained model
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kl_is_exactly_zero_before_the_first_step(micro: Pipeline, dtype: torch.dtype) -> None:
@@ -115,9 +112,6 @@ def test_adapters_off_without_a_lora_is_the_model_itself(micro_models: Pipeline)
     assert torch.equal(model.reference(*batch), predict(micro_models.unet, waypoints()[0], *batch))
 
 
-# -------------------------------------------------------------------------------------------------------- prediction
-
-
 @torch.no_grad()
 def test_each_object_s_prompt_is_taken_in_its_own_order(micro_models: Pipeline) -> None:
     unet = micro_models.unet
@@ -140,9 +134,6 @@ def test_the_adapted_model_uses_the_prompt_at_its_position(micro: Pipeline) -> N
     for position in (0.0, 0.7):
         expected = predict(micro.unet, model.prompt(position), *batch)
         assert torch.equal(model(*batch, position), expected)
-
-
-# ---------------------------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

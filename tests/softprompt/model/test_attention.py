@@ -63,9 +63,6 @@ def test_a_shared_prompt_gives_the_results_of_a_prompt_for_each_picture(tiny: Pi
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------------------- maps
-
-
 def inputs(pipeline: Pipeline) -> tuple[Tensor, ...]:
     """Of two objects, one of them with its views rotated; the prompt requires a gradient."""
     generator = torch.Generator().manual_seed(0)

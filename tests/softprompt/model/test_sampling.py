@@ -119,9 +119,6 @@ def test_decoding_is_the_vae_s_one_picture_at_a_time(micro_models: Pipeline) -> 
     torch.testing.assert_close(found[1, 4], expected.clamp(0, 1), atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------- annealed importance guidance
-
-
 @pytest.fixture(scope="module")
 def adapted(micro_models: Pipeline) -> Pipeline:
     """The packaged pipeline with a LoRA that changes what it samples."""

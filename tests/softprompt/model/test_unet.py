@@ -42,9 +42,6 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------------------------ numbers
-
-
 def test_output_matches_facelift_s(tiny_models: Pipeline, golden: dict[str, Tensor]) -> None:
     torch.testing.assert_close(forward(tiny_models.unet, golden), golden["output"], atol=1e-4, rtol=0)
 
@@ -62,9 +59,6 @@ def test_swapping_two_views_prompts_changes_the_output(tiny_models: Pipeline, go
     change = (forward(tiny_models.unet, golden, tokens) - golden["output"]).abs().amax(dim=(1, 2, 3))
     assert (change[[2, 4]] > 1e-3).all()
     assert (change[6:] < 1e-5).all(), "the other object's views changed"
-
-
-# -------------------------------------------------------------------------------------------------------------- flags
 
 
 @pytest.mark.parametrize(
@@ -98,9 +92,6 @@ def test_attention_kinds_give_different_outputs(copy_of: Copy, tiny_folder: Path
 def test_flags_that_are_not_supported_are_refused_by_name(flag: str, value: Any) -> None:
     with pytest.raises(InputError, match=rf"config\.json: {flag} is {value!r}; only .* is supported"):
         build_unet(config_of(MICRO_MODEL / "unet") | {flag: value}, origin="config.json")
-
-
-# ------------------------------------------------------------------------------------------------------------- saving
 
 
 def test_facelift_layout_saved_and_loaded_again_is_exact(tiny: Pipeline, tiny_folder: Path, tmp_path: Path) -> None:

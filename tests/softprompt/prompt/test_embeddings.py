@@ -32,9 +32,6 @@ def saved(content: Any, path: Path) -> Path:
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------- loading
-
-
 def test_facelift_s_prompt_is_read_and_its_closest_views_are_known(facelift: Path) -> None:
     path = facelift / "clr_embeds.pt"
     prompt = load_prompt(path, width=1024)
@@ -107,9 +104,6 @@ def test_a_prompt_of_another_program_is_refused_with_the_command_that_converts_i
         f"program wrote it"
     )
     assert command == f"python -m train.prompts convert '{path}' '{tmp_path / 'my p_converted.pt'}'"
-
-
-# ------------------------------------------------------------------------------------------------------------ saving
 
 
 def test_a_saved_prompt_is_what_facelift_loads(tmp_path: Path) -> None:
