@@ -15,9 +15,9 @@ from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.files import new_file, write_json
-from softprompt.prompt.prompt_files import NUM_TOKENS, PROMPT_SUFFIXES, Content, convert_command, read_prompt_file
+from softprompt.prompt.prompt_files import NUM_TOKENS, Content, convert_command, read_prompt_file
 from softprompt.prompt.similarity import closest_pair, mean_pairwise_cosine, prompt_cosines
-from softprompt.prompt.templates import view_names
+from softprompt.prompt.templates import PROMPT_SUFFIXES, view_names
 
 _MAKE = "python -m train.prompts make --text TEXT --model PIPECKPTS --output FILE.pt"
 _OTHER_CLIP = {

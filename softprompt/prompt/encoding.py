@@ -13,8 +13,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from softprompt.errors import InputError, InputWarning
 from softprompt.model.loading import load_text_encoder
 from softprompt.prompt.embeddings import check_prompt, load_prompt
-from softprompt.prompt.prompt_files import FOREIGN_SUFFIXES, NUM_TOKENS, PROMPT_SUFFIXES
-from softprompt.prompt.templates import TEMPLATES, view_texts
+from softprompt.prompt.prompt_files import NUM_TOKENS
+from softprompt.prompt.templates import FOREIGN_SUFFIXES, PROMPT_SUFFIXES, TEMPLATES, view_texts
 
 _IN_FOLDERS = ("clr_embeds.safetensors", "clr_embeds.pt", "export/clr_embeds.safetensors", "export/clr_embeds.pt")
 """Prompt files in an export, in FaceLift's fixed_prompt_embeds_6view, and in a run's folder."""

@@ -20,17 +20,11 @@ from torch import Tensor
 
 from softprompt.errors import InputError, base_of
 from softprompt.files import load_pickle
-from softprompt.prompt.templates import TEMPLATES, VIEWS
+from softprompt.prompt.templates import VIEWS
 
 NUM_TOKENS = 77
 """T: the length to which every CLIP text encoder pads."""
-PROMPT_SUFFIXES = (".pt", ".safetensors")
-"""Suffixes of prompt files that are read as they are."""
-FOREIGN_SUFFIXES = (".npy", ".npz", ".pth", ".bin", ".ckpt")
-"""Suffixes of other programs' prompt files; `python -m train.prompts convert` reads them."""
 _EXPECTED = "expected one bare tensor [6, 77, D] (views, tokens, width)"
-_FIELD = re.compile(r"\$\{(?!(?:view|subject|angle)\})\w+\}")
-"""A variable in a path, not a field of a template."""
 _PREFIX = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
 """Prefixes of DistributedDataParallel and torch.compile in the names of a state dict."""
 _MEANT = ("prompt", "prompt_embeds", "clr_embeds", "embeddings")
@@ -49,13 +43,6 @@ class Content:
     """The form in words, for errors."""
     is_bare: bool
     """Whether the file is in the form that training reads."""
-
-
-def is_prompt_file(spec: str) -> bool:
-    """Whether the name of a prompt is a file, neither a template nor a text with {view}. `${DATA}/x` has no field in it."""
-    if Path(spec).suffix in (*PROMPT_SUFFIXES, *FOREIGN_SUFFIXES):
-        return True
-    return spec not in TEMPLATES and "{" not in _FIELD.sub("", spec)
 
 
 def read_prompt_file(path: str | Path) -> Content:

@@ -1,11 +1,19 @@
-"""Named prompt templates: one text per view."""
+"""Names of prompts: a template, a text with {view}, or a file. Nothing large is imported, so options can be checked quickly."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from softprompt.errors import InputError
 
 VIEWS = ("front", "front_right", "right", "back", "left", "front_left")
 """FaceLift's view names, in its order: azimuths 0, 45, 90, 180, 270, 315 degrees."""
+PROMPT_SUFFIXES = (".pt", ".safetensors")
+"""Suffixes of prompt files that are read as they are."""
+FOREIGN_SUFFIXES = (".npy", ".npz", ".pth", ".bin", ".ckpt")
+"""Suffixes of other programs' prompt files; `python -m train.prompts convert` reads them."""
+_FIELD = re.compile(r"\$\{(?!(?:view|subject|angle)\})\w+\}")
+"""A variable in a path, not a field of a template."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +63,10 @@ def view_texts(template: str, *, subject: str = "mouse", angle: str = "from abov
 def view_names(num_views: int) -> tuple[str, ...]:
     """FaceLift's names for six views, numbers otherwise."""
     return VIEWS if num_views == len(VIEWS) else tuple(f"view_{v}" for v in range(num_views))
+
+
+def is_prompt_file(spec: str) -> bool:
+    """Whether the name of a prompt is a file, neither a template nor a text with {view}. `${DATA}/x` has no field in it."""
+    if Path(spec).suffix in (*PROMPT_SUFFIXES, *FOREIGN_SUFFIXES):
+        return True
+    return spec not in TEMPLATES and "{" not in _FIELD.sub("", spec)

@@ -6,7 +6,7 @@ import pytest
 
 from softprompt.errors import InputError, base_of, no_folder
 from softprompt.files import expanded
-from softprompt.prompt.prompt_files import is_prompt_file
+from softprompt.prompt.templates import is_prompt_file
 
 
 @pytest.fixture(autouse=True)

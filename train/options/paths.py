@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from softprompt.files import expanded
-from softprompt.prompt.prompt_files import is_prompt_file
+from softprompt.prompt.templates import is_prompt_file
 
 PATHS = frozenset(
     {

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softprompt.errors import InputError
-from softprompt.prompt.prompt_files import FOREIGN_SUFFIXES, PROMPT_SUFFIXES
-from softprompt.prompt.templates import TEMPLATES, VIEWS
+from softprompt.prompt.templates import FOREIGN_SUFFIXES, PROMPT_SUFFIXES, TEMPLATES, VIEWS
 from train.options.command_line import PlainParser
 
 if TYPE_CHECKING:

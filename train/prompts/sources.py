@@ -17,8 +17,8 @@ from softprompt.micro import MICRO_MODEL
 from softprompt.model.loading import load_text_encoder
 from softprompt.prompt.embeddings import check_prompt, refuse_foreign
 from softprompt.prompt.encoding import encode_texts
-from softprompt.prompt.prompt_files import PROMPT_SUFFIXES, read_prompt_file
-from softprompt.prompt.templates import TEMPLATES, VIEWS, Template, view_names
+from softprompt.prompt.prompt_files import read_prompt_file
+from softprompt.prompt.templates import PROMPT_SUFFIXES, TEMPLATES, VIEWS, Template, view_names
 from train.options.command_line import suggestion
 
 if TYPE_CHECKING:
