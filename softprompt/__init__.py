@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 _HOME = {
     "InputError": "errors",
-    "SoftPrompt": "prompt",
-    "load_pipeline": "pipeline",
-    "load_prompt": "embeddings",
-    "load_unet": "unet",
-    "sample_views": "sampling",
-    "save_prompt": "embeddings",
-    "save_unet": "unet",
+    "SoftPrompt": "prompt.soft_prompt",
+    "load_pipeline": "model.loading",
+    "load_prompt": "prompt.embeddings",
+    "load_unet": "model.loading",
+    "sample_views": "model.sampling",
+    "save_prompt": "prompt.embeddings",
+    "save_unet": "model.unet",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # Names are fetched when asked for, so that `--help` does not wait for diffusers.
+    # Imported on first use, so that `--help` does not wait for diffusers.
     if name not in _HOME:
         raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
     return getattr(importlib.import_module(f"softprompt.{_HOME[name]}"), name)

@@ -137,9 +137,9 @@ def _diagnose(run: Run, series: dict[str, float], *, with_preview: bool) -> dict
     Returns: series of the diagnostics, 1 for each that stands, and what was measured for them.
     """
     job, found = run.job, {}
-    if with_preview and _trained_since(run, "prompt", 0):
-        if (effect := job.evaluator.learned_effect(run.position)) is not None:
-            found["prompt_effect/of_learned"] = effect
+    has_learned = with_preview and _trained_since(run, "prompt", 0)
+    if has_learned and (effect := job.evaluator.learned_effect(run.position)) is not None:
+        found["prompt_effect/of_learned"] = effect
     seen = {**series, **prompt_series(job.adapted.prompt, run.position), **found}
     start = run.first or series
     run.worse = run.worse + 1 if series["loss/validation"] > start["loss/validation"] else 0

@@ -1,4 +1,4 @@
-"""The adapted model (prompt + LoRA on the UNet), and the untouched one inside it."""
+"""The adapted model (prompt + LoRA on the UNet), and the pretrained model inside it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from softprompt.prompt.soft_prompt import SoftPrompt
 
 
 class AdaptedModel(nn.Module):
-    """UNet, LoRA and prompt as one module: what is trained, wrapped for many processes, and saved."""
+    """UNet, LoRA and prompt as one module: trained, distributed over processes and saved as a whole."""
 
     def __init__(self, unet: UNet2DConditionModel, prompt: SoftPrompt) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ class AdaptedModel(nn.Module):
 
     @torch.no_grad()
     def reference(self, noisy: Tensor, given: Tensor, timesteps: Tensor, labels: Tensor, order: Tensor) -> Tensor:
-        """The untouched model's prediction on the same input: adapters off AND the prompt W_0; no gradient."""
+        """The pretrained model's prediction on the same input: adapters off AND the prompt W_0; no gradient."""
         with adapters_off(self.unet):
             return predict(self.unet, self.prompt.start, noisy, given, timesteps, labels, order)
 
     def trainable(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Parameters that require a gradient, by group (`prompt`, `lora`) and name. The one place that says what trains."""
+        """Parameters that require a gradient, by group (`prompt`, `lora`) and name; nothing else decides what trains."""
         groups: dict[str, dict[str, nn.Parameter]] = {"prompt": {}, "lora": {}}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -48,27 +48,25 @@ class AdaptedModel(nn.Module):
         return {group: parameters for group, parameters in groups.items() if parameters}
 
     def all_trainable(self) -> dict[str, nn.Parameter]:
-        """The same, the groups joined."""
+        """Parameters that require a gradient, by name."""
         return {name: p for group in self.trainable().values() for name, p in group.items()}
 
     @torch.no_grad()
     def frozen_sums(self) -> dict[str, list[float]]:
-        """Of each tensor that does not train, its sum and its norm: whether one has moved shows in them."""
+        """Sum and norm of each tensor that does not train, to show whether one has changed."""
         frozen = {n: t for n, t in (*self.named_parameters(), *self.named_buffers()) if not t.requires_grad}
         sums = [torch.stack([t.sum(dtype=torch.float64), t.norm(dtype=torch.float64)]) for t in frozen.values()]
         return dict(zip(frozen, torch.stack(sums).tolist(), strict=True))
 
 
 def predict(
-    unet: UNet2DConditionModel,
-    prompt: Tensor,
-    noisy: Tensor,
-    given: Tensor,
-    timesteps: Tensor,
-    labels: Tensor,
-    order: Tensor,
+    unet: UNet2DConditionModel, prompt: Tensor, noisy: Tensor, given: Tensor, timesteps: Tensor, labels: Tensor, order: Tensor
 ) -> Tensor:
-    """One pass of the UNet over B objects of V views. prompt: [V, T, D], taken in each object's `order`; the rest as above."""
+    """One pass of the UNet over B objects of V views.
+
+    prompt: [V, T, D], taken in each object's `order`; the other arguments as of `AdaptedModel.forward`.
+    Returns: [B, V, C, H, W].
+    """
     num_views = noisy.shape[1]
     sample = torch.cat([noisy, given], dim=2)
     out = unet(
@@ -84,10 +82,10 @@ def predict(
 def add_lora(
     unet: UNet2DConditionModel, *, rank: int, alpha: float, dropout: float = 0.0, targets: list[str], seed: int = 0
 ) -> None:
-    """Put a fresh LoRA on the UNet: it changes nothing until it is trained. Its weights are float32 whatever the UNet's are.
+    """Add a new LoRA to the UNet, float32 whatever the UNet's type; it changes nothing until it is trained.
 
-    targets: endings of module names, e.g. to_q. seed: of its random half.
-    Raises: InputError when no module has one of these names.
+    targets: endings of module names, e.g. to_q. seed: of its random matrices A.
+    Raises: InputError when a target ends no module's name, or there is none.
     """
     layers = [name for name, _ in unet.named_modules()]
     unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
@@ -101,20 +99,17 @@ def add_lora(
 
 
 def compile_blocks(unet: UNet2DConditionModel, *, backend: str = "inductor") -> None:
-    """Compile the UNet's transformer blocks, when each is first used. What they compute stays the same.
+    """Compile the UNet's transformer blocks, each when it is first used. Their results stay the same."""
+    import torch._dynamo.config  # takes a second or more, and is seldom needed
 
-    A block is compiled once for each of its shapes, with and without adapters, with and without gradients: far more than
-    torch takes for normal before it gives up on a function.
-    """
-    import torch._dynamo.config  # a second or more, which only those who compile should wait for
-
+    # A block is compiled for each of its shapes, with and without adapters and gradients: more often than torch's limit.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     unet.compile_repeated_blocks(backend=backend)
 
 
 @contextmanager
 def adapters_off(unet: UNet2DConditionModel) -> Iterator[None]:
-    """The UNet without its LoRA, bit for bit, inside the block; of nested blocks the outermost switches."""
+    """Use the UNet without its LoRA, bit for bit, inside the block; blocks may be nested."""
     layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
     if not layers or layers[0].disable_adapters:
         yield

@@ -1,4 +1,4 @@
-"""Pictures to what the UNet is conditioned on and trained toward: latents, class labels, condition dropout."""
+"""From pictures to the UNet's inputs and targets: latents, class labels, batches."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,7 @@ from softprompt.model.pipeline import Pipeline
 
 @torch.no_grad()
 def encode_views(pipeline: Pipeline, pictures: Tensor) -> EncodedViews:
-    """Run the VAE's encoder and CLIP over the pictures of one object.
-
-    pictures: [V, 3, S, S] in [0, 1], on a background.
-    """
+    """Encode the pictures of one object with VAE and CLIP. pictures: [V, 3, S, S] in [0, 1], on a background."""
     with pipeline.encoders_on_device():
         parts = [_posterior(pipeline, part) for part in pictures.split(pipeline.pictures_at_once)]
         return EncodedViews(
@@ -29,16 +26,11 @@ def encode_views(pipeline: Pipeline, pictures: Tensor) -> EncodedViews:
         )
 
 
-def _posterior(pipeline: Pipeline, pictures: Tensor) -> DiagonalGaussianDistribution:
-    vae = pipeline.vae
-    return vae.encode(pictures.to(vae.device, vae.dtype) * 2 - 1).latent_dist
-
-
 @torch.no_grad()
 def image_embeddings(pipeline: Pipeline, pictures: Tensor) -> Tensor:
     """[N, 3, S, S] in [0, 1] => [N, E] CLIP image embeddings, float32, on the image encoder's device."""
     encoder = pipeline.image_encoder
-    pixels = (pictures.clamp(0, 1) * 255).round().to("cpu", torch.uint8)  # what a PNG would hold
+    pixels = (pictures.clamp(0, 1) * 255).round().to("cpu", torch.uint8)  # as in a PNG
     images = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
     features = pipeline.feature_extractor(images=images, return_tensors="pt").pixel_values
     return encoder(features.to(encoder.device, encoder.dtype)).image_embeds.float()
@@ -46,13 +38,13 @@ def image_embeddings(pipeline: Pipeline, pictures: Tensor) -> Tensor:
 
 @torch.no_grad()
 def input_latents(pipeline: Pipeline, pictures: Tensor) -> Tensor:
-    """[N, 3, S, S] in [0, 1] => [N, C, H, W] latents of given pictures: the posterior's mode, scaled, float32."""
+    """[N, 3, S, S] in [0, 1] => [N, C, H, W] latents of input pictures: the posterior's mode, scaled, float32."""
     mode = torch.cat([_posterior(pipeline, part).mode() for part in pictures.split(pipeline.pictures_at_once)])
     return mode.float() * pipeline.vae.config.scaling_factor
 
 
 def class_labels(pipeline: Pipeline, embeds: Tensor, noise: Tensor) -> Tensor:
-    """The UNet's class labels: image embeddings noised at level 0, the level's sinusoid appended.
+    """Class labels of the UNet: image embeddings noised at level 0, the level's sinusoid appended.
 
     embeds, noise: [N, E], noise standard normal. Returns: [N, 2E], float32.
     Source: Stable unCLIP's `noise_image_embeddings`, as FaceLift calls it with noise_level 0.
@@ -66,10 +58,10 @@ def class_labels(pipeline: Pipeline, embeds: Tensor, noise: Tensor) -> Tensor:
 
 @torch.no_grad()
 def make_batch(pipeline: Pipeline, objects: Sequence[EncodedViews], draws: Sequence[Draw]) -> Batch:
-    """Put objects and their draws together, on the pipeline's device.
+    """Make a batch of objects and their draws, on the pipeline's device.
 
-    With a reference other than view 0 the views, and their prompts with them, are rotated so that it comes first: FaceLift's
-    attention takes view 0 as the reference.
+    With a reference view other than 0 the views, and their prompts with them, are rotated so that it comes first: FaceLift's
+    attention takes slot 0 as the reference.
     """
     device = pipeline.device
     scale = pipeline.vae.config.scaling_factor
@@ -95,8 +87,13 @@ def make_batch(pipeline: Pipeline, objects: Sequence[EncodedViews], draws: Seque
 
 
 def noisy_and_target(scheduler: DDIMScheduler, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The noised latents z_t, and what the model is to predict from them (v or epsilon), both [B, V, C, H, W]."""
+    """The noised latents z_t and the target of the prediction (v or epsilon), both [B, V, C, H, W]."""
     noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     if scheduler.config["prediction_type"] == "epsilon":
         return noisy, batch.noise
     return noisy, scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+
+
+def _posterior(pipeline: Pipeline, pictures: Tensor) -> DiagonalGaussianDistribution:
+    vae = pipeline.vae
+    return vae.encode(pictures.to(vae.device, vae.dtype) * 2 - 1).latent_dist

@@ -1,4 +1,4 @@
-"""FaceLift's pipeline folder (`pipeckpts`) in and out, as one dataclass of models."""
+"""The models of FaceLift's pipeline folder (`pipeckpts`) as one dataclass."""
 
 import math
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ _MOVING = Lock()
 
 @dataclass
 class Pipeline:
-    """What FaceLift needs to turn one picture into six, all frozen and in evaluation mode."""
+    """The models that turn one picture into six views, all frozen and in evaluation mode."""
 
     unet: UNet2DConditionModel
-    """Denoiser; 8 input channels: the noisy latents, then those of the given picture."""
+    """Denoiser; 8 input channels: the noisy latents, then those of the input picture."""
     vae: AutoencoderKL
     """Pictures to latents and back."""
     image_encoder: CLIPVisionModelWithProjection
@@ -28,7 +28,7 @@ class Pipeline:
     feature_extractor: CLIPImageProcessorPil
     """Resizes and normalises pictures for the image encoder."""
     image_normalizer: StableUnCLIPImageNormalizer
-    """Mean and spread of CLIP image embeddings."""
+    """Mean and standard deviation of CLIP image embeddings."""
     image_noising_scheduler: DDPMScheduler
     """Noises image embeddings (FaceLift: at level 0 always)."""
     scheduler: DDIMScheduler
@@ -38,15 +38,15 @@ class Pipeline:
     other_unet: Path | None = None
     """Where the UNet was loaded from, if that is not the folder's own."""
     notes: list[str] = field(default_factory=list)
-    """What is to be said of how its weights were read: variants, and names that were taken otherwise."""
+    """Remarks for the user on how the weights were read: variants, names with a wrapper's prefix."""
     encoders_rest: bool = False
-    """Whether VAE and image encoder wait on the CPU while nobody uses them: training has their 3 GB then."""
+    """Whether VAE and image encoder wait on the CPU while they are not used, which frees 3 GB for training."""
     _users: int = field(default=0, init=False, repr=False)
-    """Of the encoders, at present."""
+    """Number of blocks that use the encoders at present."""
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
+        """Device of the UNet."""
         return self.unet.device
 
     @property
@@ -61,7 +61,7 @@ class Pipeline:
 
     @property
     def prompt_width(self) -> int:
-        """D: the width of a prompt token that the UNet's cross-attention takes."""
+        """D: width of a prompt token in the UNet's cross-attention."""
         return int(self.unet.config["cross_attention_dim"])
 
     @property
@@ -72,7 +72,7 @@ class Pipeline:
 
     @property
     def pictures_at_once(self) -> int:
-        """How many pictures the VAE takes in one pass: one of 512x512 needs about 0.8 GB, six would need 5."""
+        """Number of pictures in one pass of the VAE: one of 512x512 needs about 0.8 GB."""
         return max(1, 512 * 512 // self.picture_size**2)
 
     @property
@@ -82,12 +82,12 @@ class Pipeline:
 
     @property
     def encoded_bytes(self) -> int:
-        """Of one picture's latents (mean and deviation) and image embedding, float32."""
+        """Size of one picture's latents (mean and deviation) and image embedding, float32."""
         return 4 * (2 * math.prod(self.latent_shape) + int(self.image_encoder.config.projection_dim))
 
     @contextmanager
     def encoders_on_device(self) -> Iterator[None]:
-        """VAE and image encoder are where the UNet is inside the block, for any thread; blocks may be nested."""
+        """Keep VAE and image encoder on the UNet's device inside the block, for any thread; blocks may be nested."""
         with _MOVING:
             self._users += 1
             self._move_encoders(self.device)
@@ -113,10 +113,7 @@ class Pipeline:
 
 
 def place(unet: UNet2DConditionModel, device: torch.device | str) -> UNet2DConditionModel:
-    """Move a UNet; on a GPU its weights are kept with channels last, which convolutions there take without a copy.
-
-    What it computes stays the same. Returns: itself.
-    """
+    """Move a UNet; returns itself. On a GPU its weights get channels last, which convolutions there take without a copy."""
     unet.to(device)
     if torch.device(device).type == "cuda":
         unet.to(memory_format=torch.channels_last)

@@ -1,8 +1,8 @@
-"""Six views from one picture: the one path that previews, commands and tests share."""
+"""Six views from one picture: the sampling of previews, commands and tests alike."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler
@@ -21,27 +21,34 @@ RISES: Mapping[Rise, Callable[[float], float]] = {
     "fourth": lambda done: done**4,
     "step": lambda done: float(done >= 0.6),
 }
-"""Weights of the adapted model, by the share i/N of the sampling steps that are done: 0 at the noisiest, below 1 at the last.
+"""Weight of the adapted model by the share i/N of the sampling steps that are done: 0 at the noisiest, below 1 at the last.
 Source: annealed importance guidance (2409.06493), as in NVIDIA/NeMo-Aligner af2b3bd9."""
-
-
-def with_guidance(without: Tensor, with_picture: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: u + w (c - u), of v or of epsilon alike."""
-    return without + scale * (with_picture - without)
 
 
 @dataclass(frozen=True)
 class Annealed:
-    """Sampling that begins with the untouched model and goes over to the adapted one: what is large in a picture is decided
-    in the first steps, and stays the pretrained model's."""
+    """Sampling that begins with the pretrained model and ends with the adapted one: the first steps, which decide the layout,
+    stay the pretrained model's."""
 
     pretrained: Tensor
-    """The prompt W_0 of the untouched model, shaped as the adapted one's may be."""
+    """The prompt W_0 of the pretrained model, [V, T, D] or [B, V, T, D]."""
     weight: Callable[[float], float]
-    """Of the adapted model, by the share of the steps that are done; one of RISES, or any other."""
+    """Weight of the adapted model by the share of the steps that are done, as in RISES."""
 
 
-def sample_views(
+def sample_views(pipeline: Pipeline, prompt: Tensor, pictures: Tensor, **options: Any) -> Tensor:
+    """Sample six views of each input picture.
+
+    prompt, pictures, options (steps, guidance_scale, eta, seed ...): as of `sample_latents`.
+    Returns: [B, V, 3, S, S] in [0, 1], float32, on the UNet's device.
+    Source: FaceLift's pipeline_mvdiffusion_unclip.py; the defaults of guidance, steps and eta are those of its inference.py.
+    """
+    with pipeline.encoders_on_device():
+        return decode_latents(pipeline, sample_latents(pipeline, prompt, pictures, **options))
+
+
+@torch.no_grad()
+def sample_latents(
     pipeline: Pipeline,
     prompt: Tensor,
     pictures: Tensor,
@@ -54,48 +61,17 @@ def sample_views(
     embed_noise: Tensor | None = None,
     annealed: Annealed | None = None,
 ) -> Tensor:
-    """Six views of each given picture.
+    """Sample the latents of six views of each input picture; the encoders must be on the device.
 
     prompt: [V, T, D], or [B, V, T, D] for a prompt of its own per object.
     pictures: [3, S, S] or [B, 3, S, S] in [0, 1], each on its background; the reference view (view 0) of its object.
     steps: DDIM steps. guidance_scale: 1 is no guidance. eta: 0 deterministic DDIM .. 1 as noisy as DDPM.
     seed: of all noise. Every object gets the same noise, so its views do not depend on what else is in the batch.
     latents: [V, C, H, W] starting noise, embed_noise: [V, E] noise of the class labels; drawn from `seed` if not given.
-    annealed: mixes the untouched model in; such a step takes twice as long, but for where the weight is 0 or 1.
-    Returns: [B, V, 3, S, S] in [0, 1], float32, on the UNet's device.
-    Source: FaceLift's pipeline_mvdiffusion_unclip.py; its defaults for guidance, steps and eta are those of its inference.py.
+    annealed: mixes in the pretrained model; such a step takes twice as long, except where the weight is 0 or 1.
+    Returns: [B, V, C, H, W], float32.
+    Raises: ValueError for a prompt of another shape.
     """
-    with pipeline.encoders_on_device():
-        z = sample_latents(
-            pipeline,
-            prompt,
-            pictures,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            eta=eta,
-            seed=seed,
-            latents=latents,
-            embed_noise=embed_noise,
-            annealed=annealed,
-        )
-        return decode_latents(pipeline, z)
-
-
-@torch.no_grad()
-def sample_latents(
-    pipeline: Pipeline,
-    prompt: Tensor,
-    pictures: Tensor,
-    *,
-    steps: int,
-    guidance_scale: float,
-    eta: float,
-    seed: int,
-    latents: Tensor | None = None,
-    embed_noise: Tensor | None = None,
-    annealed: Annealed | None = None,
-) -> Tensor:
-    """As `sample_views`, before decoding. Returns: [B, V, C, H, W], float32."""
     unet, views, device = pipeline.unet, pipeline.num_views, pipeline.device
     pictures = (pictures if pictures.ndim == 4 else pictures[None]).to(device)
     num_objects = len(pictures)
@@ -137,10 +113,10 @@ def sample_latents(
             class_labels=labels,
             cross_attention_kwargs={"prompt_of": torch.cat([prompt_of, prompt_of]) if guided else prompt_of},
         ).sample.float()
-        if guided:
-            without, with_picture = predicted.chunk(2)
-            predicted = with_guidance(without, with_picture, guidance_scale)
-        return predicted
+        if not guided:
+            return predicted
+        without, with_picture = predicted.chunk(2)
+        return with_guidance(without, with_picture, guidance_scale)
 
     for step, t in enumerate(scheduler.timesteps):
         weight = 1.0 if annealed is None else annealed.weight(step / steps)
@@ -150,17 +126,17 @@ def sample_latents(
             with adapters_off(unet):
                 predicted = predict(pretrained, z, t)
             if weight != 0:
-                # eps = a v + s z: at one (z, t), and with weights of sum 1, to mix v is to mix eps.
+                # eps = a v + s z: at one (z, t), with weights of sum 1, mixing v is mixing eps.
                 predicted = (1 - weight) * predicted + weight * predict(tokens, z, t)
         fresh = torch.randn(views, *pipeline.latent_shape, generator=generator) if eta > 0 else None
-        z = scheduler.step(
-            predicted,
-            t,
-            z,
-            eta=eta,
-            variance_noise=None if fresh is None else repeat(fresh.to(device), "v c h w -> (b v) c h w", b=num_objects),
-        ).prev_sample
+        noise = None if fresh is None else repeat(fresh.to(device), "v c h w -> (b v) c h w", b=num_objects)
+        z = scheduler.step(predicted, t, z, eta=eta, variance_noise=noise).prev_sample
     return rearrange(z, "(b v) c h w -> b v c h w", v=views)
+
+
+def with_guidance(without: Tensor, with_picture: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: u + w (c - u), of v or of epsilon alike."""
+    return without + scale * (with_picture - without)
 
 
 @torch.no_grad()
@@ -170,8 +146,11 @@ def decode_latents(pipeline: Pipeline, latents: Tensor) -> Tensor:
 
 
 def decode_with_gradient(pipeline: Pipeline, latents: Tensor) -> Tensor:
-    """The same, for objectives that judge pictures. What the decoder computes on the way is not kept but computed anew on the
-    way back, a few pictures at a time: so the encoders must be on the device until the gradient is made."""
+    """`decode_latents` with a gradient, for objectives on pictures.
+
+    The decoder's activations are not kept but computed again in the backward pass, a few pictures at a time: the encoders
+    must stay on the device until then.
+    """
     vae = pipeline.vae
     z = rearrange(latents, "b v c h w -> (b v) c h w").to(vae.device, vae.dtype) / vae.config.scaling_factor
 

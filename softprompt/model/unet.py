@@ -1,8 +1,8 @@
-"""FaceLift's UNet on stock parts: `diffusers.UNet2DConditionModel` with one attention processor of ours.
+"""Building and saving FaceLift's UNet: `diffusers.UNet2DConditionModel` with our attention processors.
 
-FaceLift's fork of the UNet has the stock parameters, name for name; it differs in what self-attention attends to, and in
-the names of its blocks (`...MV2D`). Here that is an attention processor and a renaming, so LoRA, checkpointing and every
-later improvement of diffusers work unchanged, and weights go both ways.
+FaceLift's fork of the UNet has the stock parameters, name for name; it differs in its self-attention and in the names of its
+blocks (`...MV2D`). Here that is an attention processor and a renaming, so LoRA, checkpointing and every later improvement of
+diffusers work unchanged, and weights go both ways.
 """
 
 import inspect
@@ -12,18 +12,17 @@ from typing import Any, Literal
 
 import diffusers
 from diffusers import UNet2DConditionModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.files import new_folder, write_json
-from softprompt.model.attention import MultiViewAttnProcessor, SharedPromptAttnProcessor, attention_kind
-from softprompt.model.weights import DIFFUSERS
+from softprompt.model.attention import AttentionKind, MultiViewAttnProcessor, SharedPromptAttnProcessor
 
 UNET_CLASSES = ("UNetMV2DConditionModel", "UNet2DConditionModel")
-"""In a config.json: FaceLift's, and the stock one."""
-
+"""Class names in a config.json: FaceLift's, and the stock one."""
 FACELIFT_DEFAULTS: dict[str, Any] = {
     "num_views": 6,
     "multiview_attention": True,
@@ -34,26 +33,25 @@ FACELIFT_DEFAULTS: dict[str, Any] = {
     "addition_downsample": False,
     "addition_channels": [1280, 1280, 1280],
 }
-"""What FaceLift adds to the stock configuration, with the values it ships. They hold only where a folder has none of
-these keys (base Stable Diffusion); a folder's own flags always decide."""
-
+"""FaceLift's additions to the stock configuration, with the values it ships: used where a folder has no such key (base Stable
+Diffusion); a folder's own flags always decide."""
 _UNKNOWN_TO_FACELIFT = ("dropout", "attention_type", "reverse_transformer_layers_per_block")
 """Stock options that the fork's constructor, that of an older UNet, does not take."""
-_UNSUPPORTED = {"cd_attention_last": False, "cd_attention_mid": False, "addition_downsample": False, "selfattn_block": "custom"}
+_FIXED = ("cd_attention_last", "cd_attention_mid", "addition_downsample", "selfattn_block")
+"""Flags that must have the value that FaceLift ships."""
 
 
 def build_unet(config: Mapping[str, Any], *, origin: str = "configuration") -> UNet2DConditionModel:
-    """A UNet with multi-view attention and random weights.
+    """Build a UNet with multi-view attention and random weights.
 
-    config: the content of a `unet/config.json`, FaceLift's or a stock one.
-    origin: named in errors.
-    Raises: InputError when the flags ask for what is not supported.
+    config: the content of a `unet/config.json`, FaceLift's or a stock one. origin: named in errors.
+    Raises: InputError for flags that are not supported, or a configuration of which no UNet can be built.
     """
     extras = FACELIFT_DEFAULTS | {k: v for k, v in config.items() if k in FACELIFT_DEFAULTS}
-    for flag, supported in _UNSUPPORTED.items():
-        if extras[flag] != supported:
+    for flag in _FIXED:
+        if extras[flag] != FACELIFT_DEFAULTS[flag]:
             raise InputError(
-                f"{origin}: {flag} is {extras[flag]!r}; only {supported!r} (what FaceLift ships) is supported, "
+                f"{origin}: {flag} is {extras[flag]!r}; only {FACELIFT_DEFAULTS[flag]!r} (what FaceLift ships) is supported, "
                 f"since these layers are not in the stock UNet"
             )
     known = inspect.signature(UNet2DConditionModel.__init__).parameters
@@ -64,14 +62,16 @@ def build_unet(config: Mapping[str, Any], *, origin: str = "configuration") -> U
         problem = " ".join(f"{type(error).__name__} {error}".split())
         raise InputError(f"{origin}: no UNet can be built from it ({problem[:400]})") from error
     unet.register_to_config(**extras)
-    processor = MultiViewAttnProcessor(extras["num_views"], attention_kind(extras))
-    cross = SharedPromptAttnProcessor()
-    unet.set_attn_processor({name: processor if ".attn1." in name else cross for name in unet.attn_processors})
+    kind: AttentionKind = "single"
+    if extras["multiview_attention"]:
+        kind = "sparse" if extras["sparse_mv_attention"] else "full"
+    own, cross = MultiViewAttnProcessor(extras["num_views"], kind), SharedPromptAttnProcessor()
+    unet.set_attn_processor({name: own if ".attn1." in name else cross for name in unet.attn_processors})
     return unet
 
 
 def _rename_blocks(value: Any, old: str, new: str) -> Any:
-    """Names of the blocks that attend from one layout to the other; any other value as it is."""
+    """Block types with cross-attention from one layout's names to the other's; any other value unchanged."""
     if isinstance(value, str):
         return value.replace(old, new) if "CrossAttn" in value else value
     if isinstance(value, list | tuple):
@@ -97,12 +97,13 @@ def save_unet(
     config["_class_name"] = "UNetMV2DConditionModel" if layout == "facelift" else "UNet2DConditionModel"
     config["_diffusers_version"] = diffusers.__version__
     with new_folder(folder) as partial:
-        save_file(base_state(unet, merge_lora=merge_lora), partial / f"{DIFFUSERS}.safetensors", metadata={"format": "pt"})
+        save_file(_base_state(unet, merge_lora=merge_lora), partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         write_json(partial / "config.json", dict(sorted(config.items())))
 
 
-def base_state(unet: UNet2DConditionModel, *, merge_lora: bool) -> dict[str, Tensor]:
-    """The UNet's weights under their stock names: without the LoRA layers, or with the active ones added in."""
+def _base_state(unet: UNet2DConditionModel, *, merge_lora: bool) -> dict[str, Tensor]:
+    """The UNet's weights on the CPU under their stock names: without the LoRA layers, or with the active ones added in."""
+    # Not fuse_lora, which would need a float32 copy of the whole UNet on its device.
     deltas: dict[str, Tensor] = {}
     if merge_lora:
         for name, module in unet.named_modules():

@@ -1,5 +1,5 @@
-"""DomainStudio: a few new objects must not be drawn together; how unlike they are to each other stays as the source model has
-it.
+"""DomainStudio: adapting to a few objects must not make their pictures alike; their pairwise similarities stay those of the
+source model.
 
     L = pairs * L_img + detail_pairs * L_hf + detail * L_hfmse
 
@@ -13,7 +13,7 @@ code, in which the source model is frozen and the target is that of the item: 4,
 100, 0.1) takes the trained network under another prompt for the source, and other pictures for targets; it is not followed.
 The paper's FID and Intra-LPIPS are not verified.
 
-An item is one view of an object, so what is compared is the same view of N objects, or the N views of one object.
+An item is one view of an object: the same view of N objects is compared, or the N views of one object.
 """
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 
 def log_similarities(items: Tensor) -> Tensor:
-    """log p. items: [N, ...], N at least 3 (with 2 there is one other, and p is 1). Returns: [N, N - 1], row i without i."""
+    """log p. items: [N, ...], N at least 3. Returns: [N, N - 1], row i without i. Raises: ValueError below 3 items."""
     count = len(items)
     if count < 3:
         raise ValueError(f"{count} items; pairwise similarity needs 3 or more: of two, each has one other, at probability 1")
@@ -33,8 +33,7 @@ def log_similarities(items: Tensor) -> Tensor:
 
 
 def pair_loss(items: Tensor, source: Tensor) -> Tensor:
-    """L_img, or L_hf of their high frequencies. items, source: [N, ...]; source has no gradient. Returns: a scalar, 0 or
-    more."""
+    """L_img, or L_hf of high frequencies. items, source: [N, ...]; source has no gradient. Returns: a scalar, at least 0."""
     log_p, log_p0 = log_similarities(items), log_similarities(source.detach())
     return F.kl_div(log_p, log_p0, log_target=True, reduction="none").mean()
 

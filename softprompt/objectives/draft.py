@@ -2,20 +2,18 @@
 
     L = - mean_b r(x_b) + kl * KL,    KL = 1/K sum_{i in last K steps} mean (eps_theta(z_i) - sg[eps_0(z_i)])^2
 
-x_b are the drafted pictures, decoded from the last step's clean estimate; z_i lies on the draft's own way; eps is with
-guidance, (1 - w) eps_u + w eps_c; eps_0 is that of the untouched model at the same z_i. It is the KL of Gaussians of one
-variance without its factor for the step and without its 1/2.
+x_b are the drafted pictures, decoded from the last step's clean estimate; z_i lies on the draft's own trajectory; eps is with
+guidance, (1 - w) eps_u + w eps_c; eps_0 is that of the pretrained model at the same z_i. It is the KL of Gaussians of one
+variance without its factor for the step and without its 1/2. Here an item is an object's V views: `mean` is over them too.
 Source: NVIDIA/NeMo-Aligner af2b3bd9, megatron_sd_draftp_model.py and megatron_sdxl_draftp_model.py. That the code's eps there
-is the one with guidance was read in its sampler, not in the thin wrapper that hands it on. No number of theirs is verified.
+is the one with guidance was read in its sampler, not in the thin wrapper that passes it on. No number of theirs is verified.
 DRaFT (Clark et al., 2309.17400) is the same without the KL.
-
-Here an item is an object's V views: `mean` is over them too. These functions are in the order in which a draft uses them.
 """
 
 import torch
 from torch import Tensor
 
-from softprompt.objectives.convert import epsilon
+from softprompt.objectives.losses import epsilon
 
 ALIGNPROP = (0.84, 0.1)
 """Mean and standard deviation of the first step with a gradient, as shares of all steps: 42 and 5 of 50 in AlignProp's
@@ -37,21 +35,21 @@ def steps_with_gradient(steps: int, last: int, generator: torch.Generator | None
 
 
 def trajectory_kl(
-    noisy: Tensor, ours: Tensor, untouched: Tensor, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str
+    noisy: Tensor, ours: Tensor, pretrained: Tensor, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str
 ) -> Tensor:
     """One step's term of the KL: mean (eps_theta - sg[eps_0])^2 of an object's views, = alphabar_t mean (v_theta - v_0)^2.
 
     The equality is of values: eps_0 is held fixed as a whole, of a v-model also its share of z_i, through which eps_theta has a
     gradient.
-    noisy, ours, untouched: [B, V, C, H, W], z_i and the predictions with guidance. timesteps: [B]. Returns: [B].
+    noisy, ours, pretrained: [B, V, C, H, W], z_i and the predictions with guidance. timesteps: [B]. Returns: [B].
     """
     eps = epsilon(noisy, ours, alphas_cumprod, timesteps, prediction_type)
-    eps_0 = epsilon(noisy.detach(), untouched.detach(), alphas_cumprod, timesteps, prediction_type)
+    eps_0 = epsilon(noisy.detach(), pretrained.detach(), alphas_cumprod, timesteps, prediction_type)
     return (eps - eps_0).square().mean(dim=(1, 2, 3, 4))
 
 
 def renoised(clean: Tensor, noise: Tensor, alphabar: Tensor) -> Tensor:
-    """DRaFT-LV: the drafted latents noised anew to the last step's level, a sg(z_0) + s eps; K = 1 and a mean over noises.
+    """DRaFT-LV: the drafted latents noised again to the last step's level, a sg(z_0) + s eps; K = 1 and a mean over noises.
 
     alphabar: of the sampler's last timestep, a scalar.
     Source: DRaFT's low-variance variant (2309.17400); the idea is the paper's, the formula recalled and not verified.

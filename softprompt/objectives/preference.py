@@ -1,4 +1,4 @@
-"""Preferring one set of views to another: Diffusion-DPO, its curriculum, SPIN-Diffusion. Pure functions.
+"""Preferring one set of views to another: Diffusion-DPO, its curriculum, SPIN-Diffusion.
 
 One item is the six views of an object; its error is one number, so a preference is between whole objects, not between views.
 Everything is computed in float64: beta makes thousands of a difference of errors that are nearly equal.
@@ -13,7 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Edges = Literal["equal_width", "equal_count"]
+from softprompt.objectives.losses import PredictionType
+
+ChunkBy = Literal["equal_width", "equal_count"]
+
+
+@dataclass(frozen=True)
+class RankedPair:
+    """Two sample sets of one object, as indices, the better one first."""
+
+    winner: int
+    loser: int
+    ranks: int
+    """Difference of their ranks: 1 for neighbours."""
+    reward: float
+    """Difference of their rewards."""
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -24,16 +38,16 @@ def item_errors(
     target: Tensor,
     alphabar: Tensor,
     *,
-    prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction",
+    prediction_type: PredictionType = "v_prediction",
     view_weights: Tensor | None = None,
 ) -> Tensor:
     """D: mean squared error of the predicted noise, of each object.
 
-    prediction, target: [B, V, C, H, W], of what the model predicts. An error of v is alphabar times as large as one of v
-    (exactly: eps = a v + s z, so eps - eps' = a (v - v')), which is what it is multiplied by.
+    prediction, target: [B, V, C, H, W], of the model's type. An error of v is alphabar times as large as one of the noise
+    (exactly: eps = a v + s z, so eps - eps' = a (v - v')), so it is multiplied by that.
     alphabar: [B], of each object's timestep. view_weights: [B, V], 0 leaves a view out of the mean.
     Returns: [B], float64: mean over views, channels and pixels.
-    Source: Wallace et al. 2311.12908; the factor for v: ours, checked numerically (methods.md, notation).
+    Source: Wallace et al. 2311.12908; the factor for v: ours, checked numerically.
     """
     per_view = (prediction.double() - target.double()).square().mean(dim=(2, 3, 4))  # B V
     weights = torch.ones_like(per_view) if view_weights is None else view_weights
@@ -67,20 +81,25 @@ def dpo_loss(
     return -F.logsigmoid(0.5 * beta * preferred.double()).mean()
 
 
-# ------------------------------------------------------------------------------------------------------------ the pairs
+def prefers_winner(preferred: Tensor) -> Tensor:
+    """The implicit accuracy: share of pairs whose winner the model prefers by more than the reference does.
+
+    preferred: of `preference`, [B] or [B, ...]. Returns: a scalar in [0, 1], float64. At the start, where model and reference
+    are one, it is 0, not a half: nothing is preferred yet.
+    Source: SalesforceAIResearch/DiffusionDPO 5233e75.
+    """
+    return (preferred > 0).double().mean()
 
 
-@dataclass(frozen=True)
-class RankedPair:
-    """Two sample sets of one object, the better one first."""
+def share_won(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Share of objects on which our sample is closer to the true views than theirs; a draw counts a half.
 
-    winner: int
-    loser: int
-    """Which of the object's sample sets."""
-    ranks: int
-    """How many places the loser is behind the winner: 1 for neighbours."""
-    reward: float
-    """How much more reward the winner has."""
+    ours, theirs: [B], larger is closer. Returns: a scalar in [0, 1]; a half where both are equally good.
+    """
+    return torch.sign(ours.double() - theirs.double()).add(1).div(2).mean()
+
+
+# ------------------------------------------------------------------------------------------- the pairs, from easy to hard
 
 
 def ranked_pairs(rewards: Sequence[float], *, min_gap: float = 0.0) -> list[RankedPair]:
@@ -102,18 +121,18 @@ def ranked_pairs(rewards: Sequence[float], *, min_gap: float = 0.0) -> list[Rank
 
 
 def stages_by_rank(gaps: Sequence[int], samples: int, chunks: int) -> list[int]:
-    """In which stage of a curriculum, counted from 0, each pair joins, by how many ranks lie between its two.
+    """Stage of a curriculum, from 0, in which each pair joins, by its difference of ranks.
 
     Chunk k of B (k = 1 the easiest) holds the gaps in (L_k, R_k], L_k = (M - 1)(B - k)/B, R_k = (M - 1)(B - k + 1)/B. Closed
-    above: so the chunks share out the gaps 1 .. M - 1, each once. Which end the paper closes is not verified.
+    above, so each of the gaps 1 .. M - 1 is in one chunk. Which end the paper closes is not verified.
     gaps: of each pair, 1 .. M - 1. samples: M. chunks: B.
     Source: Croitoru et al. 2405.13637, from secondary notes.
     """
     return [next(k for k in range(1, chunks + 1) if gap * chunks > (samples - 1) * (chunks - k)) - 1 for gap in gaps]
 
 
-def stages_by_reward(gaps: Sequence[float], chunks: int, edges: Edges) -> list[int]:
-    """In which stage of a curriculum, counted from 0, each pair joins, by the difference of its two rewards, or any other gap.
+def stages_by_reward(gaps: Sequence[float], chunks: int, edges: ChunkBy) -> list[int]:
+    """Stage of a curriculum, from 0, in which each pair joins, by its difference of rewards, or any other gap.
 
     edges: `equal_width`: stage k of B trains the gaps of at least max - k (max - min)/B; `equal_count`: the k/B of the pairs
     with the largest gaps, rounded up.
@@ -126,36 +145,15 @@ def stages_by_reward(gaps: Sequence[float], chunks: int, edges: Edges) -> list[i
         ends = [math.ceil(len(gaps) * k / chunks) for k in range(1, chunks + 1)]
         return [next(k for k, end in enumerate(ends) if places[index] < end) for index in range(len(gaps))]
     most, least = max(gaps, default=0.0), min(gaps, default=0.0)
-    bounds = [*(most - (most - least) * k / chunks for k in range(1, chunks)), least]  # the last is met exactly
+    bounds = [*(most - (most - least) * k / chunks for k in range(1, chunks)), least]  # the last without rounding error
     return [next(k for k, bound in enumerate(bounds) if gap >= bound) for gap in gaps]
 
 
 def stage_at(steps: int, stage_steps: int, stages: int) -> int:
-    """The stage, counted from 0, so many steps after the first began."""
+    """The stage, from 0, `steps` steps after the first began."""
     return min(stages - 1, steps // stage_steps)
 
 
 def open_pairs(joins: Sequence[int], stage: int) -> list[int]:
-    """Which pairs a stage trains on: its own and all easier ones (P_k = S_1 u ... u S_k). joins: when each does."""
+    """Pairs that a stage trains on: its own and all easier ones (P_k = S_1 u ... u S_k). joins: stage of each pair."""
     return [index for index, join in enumerate(joins) if join <= stage]
-
-
-# ------------------------------------------------------------------------------------------------------- what it shows
-
-
-def prefers_winner(preferred: Tensor) -> Tensor:
-    """The implicit accuracy: share of pairs whose winner the model prefers by more than the reference does.
-
-    preferred: of `preference`, [B] or [B, ...]. Returns: a scalar in [0, 1], float64. At the start, where model and reference
-    are one, it is 0, not a half: nothing is preferred yet.
-    Source: SalesforceAIResearch/DiffusionDPO 5233e75.
-    """
-    return (preferred > 0).double().mean()
-
-
-def share_won(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Share of objects on which our sample is closer to the true views than theirs; a draw counts a half.
-
-    ours, theirs: [B], larger is closer. Returns: a scalar in [0, 1]; a half where both are equally good.
-    """
-    return torch.sign(ours.double() - theirs.double()).add(1).div(2).mean()

@@ -1,6 +1,6 @@
-"""View prompts: tensors [V, T, D] in and out of files, made from texts, checked and described.
+"""View prompts in and out of files: loaded, checked, saved and described.
 
-A *view prompt* is one text embedding per view. FaceLift's is `clr_embeds.pt`: a bare float16 tensor [6, 77, 1024].
+A *view prompt* is one text embedding per view, [V, T, D]. FaceLift's is `clr_embeds.pt`: a bare float16 tensor [6, 77, 1024].
 """
 
 import json
@@ -20,22 +20,21 @@ from softprompt.prompt.similarity import closest_pair, mean_pairwise_cosine, pro
 from softprompt.prompt.templates import PROMPT_SUFFIXES, view_names
 
 _MAKE = "python -m train.prompts make --text TEXT --model PIPECKPTS --output FILE.pt"
-
 _OTHER_CLIP = {
-    512: "CLIP ViT-B",
-    768: "CLIP ViT-L/14 (Stable Diffusion 1.x)",
-    1024: "OpenCLIP ViT-H (Stable Diffusion 2.x)",
-    1280: "OpenCLIP bigG (Stable Diffusion XL)",
+    512: ", CLIP ViT-B",
+    768: ", CLIP ViT-L/14 (Stable Diffusion 1.x)",
+    1024: ", OpenCLIP ViT-H (Stable Diffusion 2.x)",
+    1280: ", OpenCLIP bigG (Stable Diffusion XL)",
 }
 
 
 def load_prompt(path: str | Path, *, num_views: int = 6, width: int | None = None) -> Tensor:
     """Read a view prompt from a `.pt` (bare tensor) or `.safetensors` (one tensor) file.
 
-    num_views: V expected. width: D that the model takes; None leaves the width unchecked.
+    num_views: V of the model. width: D of the model; None leaves the width unchecked.
     Returns: [V, T, D], float32, on the CPU, without gradient. Pickled code is never run.
-    Raises: InputError (a ValueError) with what was found and what was expected, and for a prompt as other programs write it the
-    command that converts it; a missing file is never replaced by zeros.
+    Raises: InputError (a ValueError) with what was found and what was expected, and for another program's format the command
+    that converts it; a missing file is never replaced by zeros.
     """
     content = read_prompt_file(path)
     prompt = check_prompt(content.tensor, num_views=num_views, width=width, origin=str(path))
@@ -44,7 +43,7 @@ def load_prompt(path: str | Path, *, num_views: int = 6, width: int | None = Non
 
 
 def refuse_foreign(path: str | Path, content: Content, *, num_views: int, width: int | None = None) -> None:
-    """Raises: InputError that ends in the command that converts a file, where what lies in it is no bare tensor."""
+    """Raises: InputError with the command that converts the file, unless it holds a bare tensor."""
     if not content.is_bare:
         raise InputError(
             f"{path}: holds {content.found}; expected one bare tensor [{num_views}, {NUM_TOKENS}, {width or 'D'}]; likely "
@@ -53,16 +52,16 @@ def refuse_foreign(path: str | Path, content: Content, *, num_views: int, width:
 
 
 def check_prompt(prompt: Tensor, *, num_views: int = 6, width: int | None = None, origin: str = "prompt") -> Tensor:
-    """Refuse a tensor that cannot be a view prompt.
+    """Refuse a tensor that cannot be a view prompt. origin: named in errors.
 
     Returns: [V, T, D], float32.
-    Raises: InputError when its shape is another, a value is not finite, a view is all zero, or two views are identical.
+    Raises: InputError for another shape, a value that is not finite, a view of zeros, or two identical views.
     """
-    expected = f"[{num_views}, {NUM_TOKENS}, {width or 'D'}]"
     found = f"{list(prompt.shape)} {str(prompt.dtype).removeprefix('torch.')}"
     if prompt.ndim != 3 or not prompt.is_floating_point():
-        cause = f"; likely one view's alone; make one a view with {_MAKE}" if prompt.ndim == 2 else ""
-        raise InputError(f"{origin}: holds a tensor {found}; expected floating-point {expected} (views, tokens, width){cause}")
+        expected = f"floating-point [{num_views}, {NUM_TOKENS}, {width or 'D'}] (views, tokens, width)"
+        cause = f"; likely the prompt of one view; make one for each view with {_MAKE}" if prompt.ndim == 2 else ""
+        raise InputError(f"{origin}: holds a tensor {found}; expected {expected}{cause}")
     if prompt.shape[0] != num_views:
         raise InputError(f"{origin}: has {prompt.shape[0]} views ({found}); the model has {num_views}")
     if prompt.shape[1] != NUM_TOKENS:
@@ -71,21 +70,17 @@ def check_prompt(prompt: Tensor, *, num_views: int = 6, width: int | None = None
             f"padding='max_length', or with {_MAKE}"
         )
     if width is not None and prompt.shape[2] != width:
-        made_by = _OTHER_CLIP.get(prompt.shape[2])
-        cause = f"it was made with another text encoder, {made_by}" if made_by else "it was made with another text encoder"
         raise InputError(
-            f"{origin}: is {prompt.shape[2]} wide ({found}); the UNet's cross-attention takes {width}. Likely {cause}; encode "
-            f"the texts with the pipeline's own: {_MAKE}"
+            f"{origin}: is {prompt.shape[2]} wide ({found}); the UNet's cross-attention takes {width}. Likely it was made with "
+            f"another text encoder{_OTHER_CLIP.get(prompt.shape[2], '')}; encode the texts with the pipeline's own: {_MAKE}"
         )
     prompt, names = prompt.float(), view_names(num_views)
-    broken = [names[v] for v in range(num_views) if not prompt[v].isfinite().all()]
-    if broken:
+    if broken := [name for name, view in zip(names, prompt, strict=True) if not view.isfinite().all()]:
         raise InputError(
-            f"{origin}: NaN or infinite values in view {', '.join(broken)}; the file comes from a run that diverged; an "
+            f"{origin}: NaN or infinite values in view {', '.join(broken)}; likely the run that wrote it diverged; export an "
             f"earlier checkpoint of it: python -m train.export RUN --step best --output FOLDER"
         )
-    empty = [names[v] for v in range(num_views) if not prompt[v].any()]
-    if empty:
+    if empty := [name for name, view in zip(names, prompt, strict=True) if not view.any()]:
         raise InputError(
             f"{origin}: all zero in view {', '.join(empty)}; the file is a placeholder, not an encoded text; make one "
             f"with {_MAKE}"
@@ -93,20 +88,20 @@ def check_prompt(prompt: Tensor, *, num_views: int = 6, width: int | None = None
     for a, b in combinations(range(num_views), 2):
         if torch.equal(prompt[a], prompt[b]):
             raise InputError(
-                f"{origin}: views {names[a]} and {names[b]} are identical, so the model could not "
-                f"tell them apart; likely the text had no view name in it"
+                f"{origin}: views {names[a]} and {names[b]} are identical, so the model could not distinguish them; likely the "
+                f"text had no view name in it"
             )
     return prompt
 
 
 def save_prompt(prompt: Tensor, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> Path:
-    """Write a view prompt, and a JSON of the same name beside it that says what it is.
+    """Write a view prompt, and a JSON of the same name beside it that describes it.
 
     prompt: [V, T, D].
     path: `.pt` writes a bare float16 tensor, what FaceLift loads; `.safetensors` writes float32 under the key `prompt`.
     metadata: added to the JSON (origin, waypoints, position, steps, model ...).
     Returns: the path of the JSON.
-    Raises: InputError when the prompt is none (see `check_prompt`), before or after rounding, or the suffix is another.
+    Raises: InputError as `check_prompt`, before or after rounding, or for another suffix.
     """
     path = Path(path)
     if path.suffix not in PROMPT_SUFFIXES:
@@ -128,12 +123,11 @@ def save_prompt(prompt: Tensor, path: str | Path, *, metadata: Mapping[str, Any]
 
 
 def describe_prompt(prompt: Tensor, stored: Tensor | None = None) -> dict[str, Any]:
-    """What a person wants to know of a prompt, as JSON values.
+    """Shape, norms and similarities of a prompt, as JSON values.
 
     prompt: [V, T, D]. stored: the same as a file holds it, for the rounding error.
     """
-    num_views = len(prompt)
-    names = view_names(num_views)
+    names = view_names(len(prompt))
     norms = prompt.norm(dim=-1)  # V T
     a, b, cosine = closest_pair(prompt, names)
     described: dict[str, Any] = {

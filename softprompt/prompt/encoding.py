@@ -1,4 +1,4 @@
-"""Texts to view prompts, and the waypoints of a path from files, templates and texts."""
+"""Encoding texts to view prompts, and the waypoints of a path from files, templates and texts."""
 
 import difflib
 import os
@@ -17,12 +17,12 @@ from softprompt.prompt.prompt_files import NUM_TOKENS
 from softprompt.prompt.templates import FOREIGN_SUFFIXES, PROMPT_SUFFIXES, TEMPLATES, view_texts
 
 _IN_FOLDERS = ("clr_embeds.safetensors", "clr_embeds.pt", "export/clr_embeds.safetensors", "export/clr_embeds.pt")
-"""Where the prompt is in an export, in FaceLift's fixed_prompt_embeds_6view, and in a run's folder."""
+"""Prompt files in an export, in FaceLift's fixed_prompt_embeds_6view, and in a run's folder."""
 
 
 @torch.no_grad()
 def encode_texts(texts: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> Tensor:
-    """Texts to a view prompt, as FaceLift does it: padded to 77 tokens, the encoder's first output.
+    """Encode texts as FaceLift does: padded to 77 tokens, the encoder's first output.
 
     texts: one per view. Returns: [V, T, D], float32, on the CPU.
     Warns when a text is longer than 77 tokens and is cut.
@@ -46,39 +46,40 @@ def load_waypoints(
     width: int,
     option: str = "prompt.waypoints",
 ) -> Tensor:
-    """The waypoints of a path, each a prompt file, a template's name, or a text with {view}.
+    """Load the waypoints of a path, each a prompt file, a template's name, or a text with {view}.
 
-    folder: pipeline folder whose tokenizer and text encoder encode the texts; not touched when every waypoint is a file.
-    num_views, width: V and D that the model takes. option: that named them, for errors.
+    folder: pipeline folder whose tokenizer and text encoder encode the texts; not read when every waypoint is a file.
+    num_views, width: V and D of the model. option: that named the waypoints, for errors.
     Returns: [S + 1, V, T, D], float32, on the CPU.
-    Raises: InputError for a name that is none of the three, and whatever `load_prompt` or `view_texts` refuse.
+    Raises: InputError for a name that is none of the three, and as `load_prompt` and `view_texts`.
     """
     prompts, encoders = [], None
     for spec in specs:
-        is_file = spec not in TEMPLATES and os.path.isfile(spec)  # a text may be longer than a name
+        is_file = spec not in TEMPLATES and os.path.isfile(spec)  # a text may be longer than a file's name can be
         if is_file or Path(spec).suffix in (*PROMPT_SUFFIXES, *FOREIGN_SUFFIXES):
             prompts.append(load_prompt(spec, num_views=num_views, width=width))
             continue
         if spec not in TEMPLATES and "{" not in spec:
-            inside = next((Path(spec, name) for name in _IN_FOLDERS if os.path.isfile(Path(spec, name))), None)
-            if inside is not None:
-                raise InputError(f"{option}: {spec} is a folder; expected the prompt file in it: {inside}")
-            near = difflib.get_close_matches(spec, TEMPLATES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(
-                f"{option}: {spec!r} is no prompt file (.pt, .safetensors), no template ({', '.join(TEMPLATES)}) and "
-                f"no text with {{view}}{hint}"
-            )
+            raise _unknown(spec, option)
         texts = view_texts(spec, subject=subject, angle=angle)
         if len(texts) != num_views:
             raise InputError(
-                f"{option}: {spec!r} makes {len(texts)} views and the model has {num_views}; give a prompt file of "
+                f"{option}: {spec!r} makes {len(texts)} views and the model has {num_views}; expected a prompt file of "
                 f"{num_views} views"
             )
         encoders = encoders or load_text_encoder(folder)
-        prompts.append(
-            check_prompt(
-                encode_texts(texts, *encoders), num_views=num_views, width=width, origin=f"{spec!r} encoded by {folder}"
-            )
-        )
+        prompt = encode_texts(texts, *encoders)
+        prompts.append(check_prompt(prompt, num_views=num_views, width=width, origin=f"{spec!r} encoded by {folder}"))
     return torch.stack(prompts)
+
+
+def _unknown(spec: str, option: str) -> InputError:
+    inside = next((Path(spec, name) for name in _IN_FOLDERS if os.path.isfile(Path(spec, name))), None)
+    if inside is not None:
+        return InputError(f"{option}: {spec} is a folder; expected the prompt file in it: {inside}")
+    near = difflib.get_close_matches(spec, TEMPLATES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return InputError(
+        f"{option}: {spec!r} is no prompt file (.pt, .safetensors), no template ({', '.join(TEMPLATES)}) and no text with "
+        f"{{view}}{hint}"
+    )

@@ -1,13 +1,13 @@
-"""What lies in a prompt file: a bare tensor as this project and FaceLift write it, or what other programs write.
+"""Reading prompt files: a bare tensor as this project and FaceLift write it, or the formats of other programs.
 
-What others write is recognized, so that an error can name the command that converts it; only that command takes it.
+Other formats are recognized, so that an error can name the command that converts them; only that command accepts them.
 """
 
 import pickle
 import re
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,61 +23,59 @@ from softprompt.files import load_pickle
 from softprompt.prompt.templates import VIEWS
 
 NUM_TOKENS = 77
-"""T: the length every CLIP text encoder pads to."""
+"""T: the length to which every CLIP text encoder pads."""
+_EXPECTED = "expected one bare tensor [6, 77, D] (views, tokens, width)"
 _PREFIX = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
-"""What DistributedDataParallel and torch.compile put before the names of a state dict."""
+"""Prefixes of DistributedDataParallel and torch.compile in the names of a state dict."""
 _MEANT = ("prompt", "prompt_embeds", "clr_embeds", "embeddings")
-"""Names by which the prompt is known among several tensors of its shape."""
+"""Names of the prompt among several tensors of its shape."""
 _DEEPEST = 3
 _NUMPY = b"\x93NUMPY"
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds."""
+    """A prompt file's tensor, and the form in which it was found."""
 
     tensor: Tensor
-    """[V, T, D] where it may be a prompt; of any shape where it is bare. Without gradient, as it is stored."""
+    """[V, T, D] where it may be a prompt; of any shape where it is bare. Without gradient, in its stored type."""
     found: str
-    """What it lay in, in words."""
+    """The form in words, for errors."""
     is_bare: bool
-    """Whether the file is one as training reads them."""
+    """Whether the file is in the form that training reads."""
 
 
 def read_prompt_file(path: str | Path) -> Content:
-    """Read a prompt file of any kind; no pickled code is run.
+    """Read a prompt file of any format; no pickled code is run.
 
-    Raises: InputError when it is missing, cannot be read, or holds nothing that may be a prompt, or more than one such thing.
+    Raises: InputError when it is missing, cannot be read, or holds no tensor that may be a prompt, or more than one.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(
             f"{path}: no such prompt file{base_of(path)}; expected a .pt or .safetensors file with a tensor [6, 77, D]"
         )
-    content, expected = _read(path), "one bare tensor [6, 77, D] (views, tokens, width)"
+    content = _read(path)
     if isinstance(content, Mapping) and {"trainable", "waypoints", "optimizer"} <= set(content):
         run = path.parents[2] if len(path.parents) > 2 else "RUN"
         raise InputError(
-            f"{path}: holds a checkpoint of a run, not a prompt; expected {expected}; write it with: python -m train.export "
+            f"{path}: holds a checkpoint of a run, not a prompt; {_EXPECTED}; write it with: python -m train.export "
             f"{shlex.quote(str(run))} --step {path.parent.name[5:].lstrip('0') or 0} --output FOLDER"
         )
-    if isinstance(content, Tensor):
-        tensor = _squeezed(content.detach())
-        return Content(tensor, f"a tensor {_shape(content)}", tensor.ndim == content.ndim)
-    if isinstance(content, np.ndarray):
-        if not np.issubdtype(content.dtype, np.number):
+    if isinstance(content, Tensor | np.ndarray):
+        tensor = _tensor(content)
+        if tensor is None:
             raise InputError(f"{path}: holds a NumPy array of {content.dtype}; expected floating-point numbers")
-        array = _of_array(content)
-        return Content(_squeezed(array), f"a NumPy array {_shape(array)}", False)
-    if isinstance(content, list | tuple):
-        return _of_list(path, content)
-    if isinstance(content, Mapping):
-        return _of_mapping(path, content)
-    raise InputError(f"{path}: holds a {type(content).__name__}; expected {expected}")
+        squeezed, is_torch = _squeezed(tensor), isinstance(content, Tensor)
+        kind = "tensor" if is_torch else "NumPy array"
+        return Content(squeezed, f"a {kind} {_shape(tensor)}", is_torch and squeezed.ndim == tensor.ndim)
+    if isinstance(content, Mapping | list | tuple):
+        return _among_several(path, content)
+    raise InputError(f"{path}: holds a {type(content).__name__}; {_EXPECTED}")
 
 
 def convert_command(path: str | Path) -> str:
-    """The command that makes a prompt file of one that another program wrote."""
+    """The command that converts another program's prompt file."""
     path = Path(path)
     output = path.with_suffix(".pt")
     if output.exists():
@@ -109,7 +107,7 @@ def _read_numpy(path: Path) -> Any:
     """An array, or arrays by name. Raises: ValueError where it cannot be read."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd headers: the error says it
+            warnings.simplefilter("ignore")  # odd headers: the error reports them
             content = np.load(path, allow_pickle=False)
             return content if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
     except Exception as error:  # which one depends on the byte that is wrong
@@ -117,96 +115,72 @@ def _read_numpy(path: Path) -> Any:
         raise ValueError("".join(c if c.isprintable() else "?" for c in problem)) from error
 
 
-def _of_list(path: Path, content: Sequence[Any]) -> Content:
-    """One tensor, or one a view. Raises: InputError."""
-    kind = type(content).__name__
-    tensors = [_tensor(one) for one in content]
-    if len(tensors) == 1 and tensors[0] is not None and (only := _squeezed(tensors[0])).ndim == 3:
-        return Content(only, f"a {kind} of one tensor {_shape(tensors[0])}", False)
-    stacked = _stacked(tensors)
-    if stacked is None:
-        kinds = sorted({"something else" if one is None else f"a tensor {_shape(one)}" for one in tensors}) or ["nothing"]
-        raise InputError(
-            f"{path}: holds a {kind} of {len(content)} with {', '.join(kinds[:3])}; expected one bare tensor [6, 77, D], or a "
-            f"tensor [77, D] for each view"
-        )
-    return Content(stacked, f"a {kind} of {len(content)} tensors {_shape(tensors[0])}", False)
-
-
-def _of_mapping(path: Path, content: Mapping[Any, Any]) -> Content:
-    """One tensor that has a prompt's shape, or one a view by its name or number. Raises: InputError."""
-    kind = "dict" if isinstance(content, dict) else type(content).__name__
-    kind = "file of arrays" if path.suffix == ".npz" else kind
-    flat = dict(_flat(content))
+def _among_several(path: Path, content: Mapping[Any, Any] | Sequence[Any]) -> Content:
+    """The one tensor of a prompt's shape, or one tensor a view, by its name or number. Raises: InputError."""
+    kind = "file of arrays" if path.suffix == ".npz" else "dict" if isinstance(content, dict) else type(content).__name__
+    named = isinstance(content, Mapping)
+    flat = dict(_flat(content if isinstance(content, Mapping) else dict(enumerate(content))))
+    tensors = {name: tensor for name, one in flat.items() if (tensor := _tensor(one)) is not None}
     for names in (VIEWS, tuple(map(str, range(len(flat))))):
-        if set(flat) == set(names):
-            tensors = [_tensor(flat[name]) for name in names]
-            stacked = _stacked(tensors)
-            if stacked is not None:
-                return Content(stacked, f"a {kind} with a tensor {_shape(tensors[0])} for each of {', '.join(names)}", False)
-    fitting = {name: t for name, one in flat.items() if (t := _tensor(one)) is not None and _is_prompt(_squeezed(t))}
-    meant = [name for name in fitting if name.rpartition(".")[2] in _MEANT]
-    chosen = list(fitting) if len(fitting) == 1 else meant
+        if set(tensors) == set(flat) == set(names) and (stacked := _stacked([tensors[name] for name in names])) is not None:
+            shape = _shape(tensors[names[0]])
+            found = f"with a tensor {shape} for each of {', '.join(names)}" if named else f"of {len(names)} tensors {shape}"
+            return Content(stacked, f"a {kind} {found}", False)
+    fitting = {name: squeezed for name, one in tensors.items() if _is_prompt(squeezed := _squeezed(one))}
+    chosen = list(fitting) if len(fitting) == 1 else [name for name in fitting if name.rpartition(".")[2] in _MEANT]
     if len(chosen) == 1:
-        name = chosen[0]
-        others = len(flat) - 1
-        beside = f", and {others} more" if others else ""
-        return Content(_squeezed(fitting[name]), f"a {kind} with {name!r} {_shape(fitting[name])}{beside}", False)
-    keys = f" with keys {', '.join([*map(str, content)][:5])}" if content else " with nothing in it"
-    cause = f"{len(fitting)} tensors in it have a prompt's shape, and which is meant is not known" if fitting else ""
-    cause = cause or "no tensor in it has a prompt's shape"
+        beside = f", and {len(flat) - 1} more" if len(flat) > 1 else ""
+        return Content(fitting[chosen[0]], f"a {kind} with {chosen[0]!r} {_shape(tensors[chosen[0]])}{beside}", False)
+    holds = [f"{name} ({_shape(tensors[name]) if name in tensors else type(one).__name__})" for name, one in flat.items()]
+    several = f"{len(fitting)} tensors in it have a prompt's shape, and which is meant is not known"
+    cause = several if fitting else "no tensor in it has a prompt's shape"
     raise InputError(
-        f"{path}: holds a {kind}{keys}; expected one bare tensor [6, 77, D]; {cause}: save that of the prompt alone, with "
-        f"torch.save(tensor, FILE)"
+        f"{path}: holds a {kind} with {'keys ' if named and holds else ''}{', '.join(holds[:5]) or 'nothing in it'}; "
+        f"{_EXPECTED}; {cause}: save the prompt's tensor alone, with torch.save(tensor, FILE)"
     )
 
 
-def _flat(content: Mapping[Any, Any], before: str = "", depth: int = 1) -> list[tuple[str, Any]]:
-    """Values by dotted name, without the prefixes of wrappers; an optimizer's moments have the prompt's shape, and are none."""
-    found: list[tuple[str, Any]] = []
+def _flat(content: Mapping[Any, Any], before: str = "", depth: int = 1) -> Iterator[tuple[str, Any]]:
+    """Values by dotted name, without the prefixes of wrappers, and without an optimizer's moments of the prompt's shape."""
     for key, value in content.items():
         name = before + _PREFIX.sub("", str(key))
         if str(key).lower().startswith("optim"):
             continue
         if isinstance(value, Mapping) and depth < _DEEPEST:
-            found += _flat(value, f"{name}.", depth + 1)
+            yield from _flat(value, f"{name}.", depth + 1)
         else:
-            found.append((name, value))
-    return found
+            yield name, value
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """Of a tensor, parameter or array of numbers; None of anything else."""
+    """A tensor, parameter or array of numbers as a tensor without gradient; None for anything else."""
     if isinstance(value, Tensor):
         return value.detach()
-    return _of_array(value) if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.number) else None
-
-
-def _of_array(array: np.ndarray) -> Tensor:
-    """Numbers in the order of bytes, and of a length, that torch knows."""
-    longer = np.issubdtype(array.dtype, np.floating) and array.dtype.itemsize > 8
-    return torch.from_numpy(np.array(array, dtype=np.float64 if longer else array.dtype.newbyteorder("=")))
+    if not (isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.number)):
+        return None
+    # torch knows neither big-endian numbers nor long doubles.
+    longer = np.issubdtype(value.dtype, np.floating) and value.dtype.itemsize > 8
+    return torch.from_numpy(np.array(value, dtype=np.float64 if longer else value.dtype.newbyteorder("=")))
 
 
 def _squeezed(tensor: Tensor) -> Tensor:
-    """[1, V, T, D] => [V, T, D], where more than three dimensions are there and the others count one."""
+    """[1, V, T, D] => [V, T, D]: dimensions of 1 removed while there are more than three."""
     while tensor.ndim > 3 and 1 in tensor.shape[:-2]:
         tensor = tensor.squeeze(tensor.shape.index(1))
     return tensor
 
 
-def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """A [T, D] each, perhaps with dimensions of 1 before => [V, T, D]; None where they are no such tensors."""
-    views = [one.reshape(one.shape[-2:]) for one in tensors if one is not None and one.shape[:-2].numel() == 1 < one.ndim]
+def _stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Tensors [T, D], dimensions of 1 before them allowed => [V, T, D]; None where they are no such tensors."""
+    views = [one.reshape(one.shape[-2:]) for one in tensors if one.shape[:-2].numel() == 1 < one.ndim]
     same = len(views) == len(tensors) > 1 and len({one.shape for one in views}) == 1 and _is_prompt(views[0][None])
     return torch.stack([one.to(views[0].dtype) for one in views]) if same else None
 
 
 def _is_prompt(tensor: Tensor) -> bool:
-    """Whether it may be one, by its shape and type."""
+    """Whether the tensor may be a prompt, by its shape and type."""
     return tensor.ndim == 3 and tensor.shape[1] == NUM_TOKENS and tensor.is_floating_point()
 
 
-def _shape(tensor: Tensor | None) -> str:
-    assert tensor is not None, "is only asked of tensors"
+def _shape(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,4 +1,4 @@
-"""How alike a prompt's views are, which tokens say which view it is, and which are words at all: from the numbers alone."""
+"""Similarity of a prompt's views, and which tokens name the view: from the embeddings alone."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CARRIES = 0.5
+"""Share of the largest difference above which a token counts as different."""
+ALIKE = 0.8
+"""Cosine between neighbours from which on the tokens at a view's end are padding; that of words is below 0.5."""
+
 
 def prompt_cosines(prompt: Tensor) -> Tensor:
-    """Cosine between the prompts of every two views, all tokens of a view taken as one vector.
+    """Cosine between the prompts of every two views, all tokens of a view as one vector.
 
     prompt: [V, T, D]. Returns: float32 [V, V] in [-1, 1], without gradient.
     """
@@ -23,30 +28,19 @@ def mean_pairwise_cosine(prompt: Tensor) -> float:
 
 
 def closest_pair(prompt: Tensor, names: Sequence[str]) -> tuple[str, str, float]:
-    """The two views whose prompts are most alike, those a model confuses first, and their cosine.
-
-    prompt: [V, T, D]. names: one a view.
-    """
+    """The two views whose prompts are most alike, and their cosine. prompt: [V, T, D]. names: one a view."""
     first, second = torch.triu_indices(len(prompt), len(prompt), offset=1)
     cosines = prompt_cosines(prompt)[first, second]
     best = int(cosines.argmax())
     return names[int(first[best])], names[int(second[best])], float(cosines[best])
 
 
-CARRIES = 0.5
-"""Tokens whose difference is more than this share of the largest are those that differ."""
-
-
-ALIKE = 0.8
-"""Cosine between neighbours from which on the tokens at a view's end are taken for padding; words are below 0.5."""
-
-
 def telling_tokens(prompt: Tensor) -> Tensor:
-    """How far each token is from that of the view which a view is most like.
+    """Distance of each token from that of the most similar view.
 
-    Compared with that one alone, and not with all: texts with longer names have all later words at other places, where every
-    token differs and none says which view it is.
-    prompt: [V, T, D]. Returns: [T], of the token's norm, mean over views.
+    Compared with that view alone: in texts with longer view names all later words are shifted, so against all views every
+    token would differ and none would name the view.
+    prompt: [V, T, D]. Returns: [T], relative to the token's norm, mean over views.
     Source: ours.
     """
     nearest = prompt_cosines(prompt).fill_diagonal_(-2).argmax(dim=1)
@@ -55,15 +49,15 @@ def telling_tokens(prompt: Tensor) -> Tensor:
 
 
 def largest(values: Tensor) -> list[int]:
-    """Which of [T] values are more than CARRIES times the largest."""
+    """Indices of the values, [T], that are more than CARRIES times the largest."""
     return [t for t, value in enumerate(values.tolist()) if value > CARRIES * float(values.max())]
 
 
 def words_before_padding(prompt: Tensor) -> list[int] | None:
-    """How many tokens of each view come before the run of nearly equal ones at its end, as padding is.
+    """Number of tokens of each view before the run of nearly equal ones at its end, the padding.
 
-    prompt: [V, T, D]. Returns: one number a view; None where some view has no such run over half its tokens.
-    Source: ours. On FaceLift's prompts it finds what its tokenizer counts.
+    prompt: [V, T, D]. Returns: one number a view; None where a view has no such run over half its tokens.
+    Source: ours. On FaceLift's prompts it equals its tokenizer's count.
     """
     neighbours = F.cosine_similarity(prompt[:, :-1], prompt[:, 1:], dim=-1)  # V T-1
     found = [max((t + 1 for t, cosine in enumerate(view.tolist()) if cosine < ALIKE), default=0) for view in neighbours]
@@ -71,11 +65,11 @@ def words_before_padding(prompt: Tensor) -> list[int] | None:
 
 
 def view_and_other_words(prompt: Tensor) -> tuple[list[int], list[int]]:
-    """The tokens that say which view it is, and the other words, which say what is seen and how.
+    """Indices of the tokens that name the view, and of the other words.
 
-    The start token, which gathers the attention that nothing else wants, and the padding are in neither. Where the padding
-    cannot be told from words, all other tokens are taken for words.
-    prompt: [V, T, D]. Returns: two lists of tokens that have none in common; the second may be empty.
+    The start token, which gathers the attention that nothing else gets, and the padding are in neither. Where no padding is
+    found, all other tokens are words.
+    prompt: [V, T, D]. Returns: two disjoint lists; the second may be empty.
     Source: ours.
     """
     view = [t for t in largest(telling_tokens(prompt)) if t > 0]

@@ -16,9 +16,9 @@ class SoftPrompt(nn.Module):
     """Six learnable text embeddings on a path from FaceLift's prompt to a realistic one.
 
     waypoints: [S + 1, V, T, D]: W_0 is the pretrained prompt, W_S the last target.
-    carry: how much of what was learned, P - W_0, is carried along: `keep` all of it; `fade` the share 1 - s/S, so that with
+    carry: the share of the learned offset, P - W_0, that is added to the path: `keep` all of it; `fade` 1 - s/S, so that with
     one target E = (1 - s) P + s W_1.
-    P starts at W_0 and is float32 always. Source: ours (design.md, the one formula).
+    P starts at W_0 and is always float32. Source: ours.
     """
 
     waypoints: Tensor
@@ -35,7 +35,7 @@ class SoftPrompt(nn.Module):
 
     @property
     def start(self) -> Tensor:
-        """W_0 [V, T, D]: the prompt of the untouched model."""
+        """W_0 [V, T, D]: the prompt of the pretrained model."""
         return self.waypoints[0]
 
     @property
@@ -43,54 +43,57 @@ class SoftPrompt(nn.Module):
         """S."""
         return len(self.waypoints) - 1
 
+    def path(self, position: float) -> Tensor:
+        """path(s) [V, T, D]. position: s in [0, S]."""
+        return point_on_path(self.waypoints, position, self.interpolation)
+
     def share(self, position: float) -> float:
-        """carry(s): the share of what was learned that is carried along."""
+        """carry(s): the share of the learned offset that is added to the path, in [0, 1]."""
         return 1.0 if self.carry == "keep" or self.last_position == 0 else 1 - position / self.last_position
 
     def forward(self, position: float = 0.0) -> Tensor:
         """E(s) [V, T, D], float32. position: s in [0, S]."""
         assert self.learned.dtype == torch.float32, "the prompt is trained in float32: float16 rounds its updates away"
-        path = point_on_path(self.waypoints, position, self.interpolation)
-        return path + self.share(position) * (self.learned - self.start)
+        return self.path(position) + self.share(position) * (self.learned - self.start)
 
     @torch.no_grad()
     def begin_at(self, effective: Tensor, position: float) -> None:
-        """Set P so that E(position) is `effective`, [V, T, D]. Raises: ValueError where nothing learned is in E(position)."""
+        """Set P so that E(position) is `effective`, [V, T, D]. Raises: ValueError where carry(position) is 0."""
         if self.share(position) == 0:
             raise ValueError(f"at position {position:g} nothing of P is in E")
-        path = point_on_path(self.waypoints, position, self.interpolation)
+        path = self.path(position)
         self.learned.copy_(self.start + (effective.to(path) - path) / self.share(position))
 
     @torch.no_grad()
     def decay_toward_start(self, rate: float) -> None:
         """P <- P - rate (P - W_0), after an optimizer step; rate is learning rate times decay, as AdamW's.
 
-        AdamW's own decay would pull the prompt toward zero instead. Source: methods.md, 9.
+        AdamW's own decay would pull the prompt toward zero instead.
         """
         self.learned.lerp_(self.start, rate)
 
     @torch.no_grad()
     def clamp_norms(self, band: float, position: float = 0.0) -> None:
-        """Bring each token of E(s), what the UNet sees, back into (1 +- band) times the path's norm there, its direction kept.
+        """Bring each token of E(s) back into (1 +- band) times the path's norm there, its direction kept.
 
-        band: share in (0, 1]. Source: the norm prior of methods.md, 9, with the path's own norm as the target.
+        band: share in (0, 1].
         """
         if self.share(position) == 0:
-            return  # nothing of what was learned is in E
+            return  # E does not depend on P
         effective = self(position)
         norm = effective.norm(dim=-1, keepdim=True)
-        target = point_on_path(self.waypoints, position, self.interpolation).norm(dim=-1, keepdim=True)
+        target = self.path(position).norm(dim=-1, keepdim=True)
         factor = norm.clamp(target * (1 - band), target * (1 + band)) / norm.clamp(min=1e-12)
         self.learned.add_(effective * (factor - 1) / self.share(position))
 
 
 def match_tokens(waypoints: Tensor, matching: Matching) -> Tensor:
-    """Reorder each waypoint's tokens so that they lie nearest to those of the one before, token by token.
+    """Reorder each waypoint's tokens so that they lie nearest to those of the waypoint before, token by token.
 
-    Cross-attention does not see the order of its tokens, so every waypoint means what it meant; what lies between two of them
-    changes: each token then goes to its nearest instead of to whatever stands at its place in another text.
-    waypoints: [S + 1, V, T, D]. matching: `per_view`: an order for each view; `shared`: the same one for all views; `none`.
-    Returns: [S + 1, V, T, D], the first waypoint as it was.
+    Cross-attention does not see the order of its tokens, so every waypoint keeps its meaning; between two of them each token
+    then moves to its nearest one instead of to the one of the same index in another text.
+    waypoints: [S + 1, V, T, D]. matching: `per_view`: an order for each view; `shared`: one order for all views; `none`.
+    Returns: [S + 1, V, T, D], the first waypoint unchanged.
     Source: ours; least sum of squared distances, by scipy's Hungarian assignment.
     """
     if matching == "none":
@@ -110,7 +113,8 @@ def point_on_path(waypoints: Tensor, position: float, interpolation: Interpolati
 
     waypoints: [S + 1, V, T, D]. position: s in [0, S]; at a whole number it is that waypoint exactly.
     Returns: [V, T, D].
-    Source: ours (design.md, the one formula).
+    Raises: ValueError for a position outside [0, S].
+    Source: ours.
     """
     last = len(waypoints) - 1
     if not 0 <= position <= last:
@@ -124,10 +128,10 @@ def point_on_path(waypoints: Tensor, position: float, interpolation: Interpolati
 
 
 def slerp(start: Tensor, end: Tensor, fraction: float) -> Tensor:
-    """Spherical interpolation per token (last axis), with the norm going linearly from one end's to the other's.
+    """Spherical interpolation per token (last axis); the norm goes linearly from one end's to the other's.
 
     A straight line between two tokens of equal norm passes nearer to the origin; this does not.
-    Tokens that (nearly) coincide in direction, where the two agree, and tokens of norm zero are interpolated linearly.
+    Tokens of nearly one direction, where the two agree, and tokens of norm zero are interpolated linearly.
     Source: Shoemake, "Animating rotation with quaternion curves", 1985, applied to directions.
     """
     start_norm, end_norm = start.norm(dim=-1, keepdim=True), end.norm(dim=-1, keepdim=True)

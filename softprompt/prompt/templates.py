@@ -1,4 +1,4 @@
-"""The named prompt templates: one text per view."""
+"""Names of prompts: a template, a text with {view}, or a file. Nothing large is imported, so options can be checked quickly."""
 
 import re
 from dataclasses import dataclass
@@ -8,11 +8,17 @@ from softprompt.errors import InputError
 
 VIEWS = ("front", "front_right", "right", "back", "left", "front_left")
 """FaceLift's view names, in its order: azimuths 0, 45, 90, 180, 270, 315 degrees."""
+PROMPT_SUFFIXES = (".pt", ".safetensors")
+"""Suffixes of prompt files that are read as they are."""
+FOREIGN_SUFFIXES = (".npy", ".npz", ".pth", ".bin", ".ckpt")
+"""Suffixes of other programs' prompt files; `python -m train.prompts convert` reads them."""
+_FIELD = re.compile(r"\$\{(?!(?:view|subject|angle)\})\w+\}")
+"""A variable in a path, not a field of a template."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A text with {view}, and where it uses them {subject} and {angle}."""
+    """A text with {view}, and optionally {subject} and {angle}."""
 
     text: str
     view_spelling: str = "spaces"
@@ -42,14 +48,14 @@ TEMPLATES = {
     "hybrid": Template("a multi-view image of a {subject}, {view} view, elevated camera angle."),
     "simple": Template("a {subject}, {view} view."),
 }
-"""By name. `facelift` is FaceLift's own text, of which its clr_embeds.pt was made."""
+"""Templates by name. `facelift` is FaceLift's own text, of which its clr_embeds.pt was made."""
 
 
 def view_texts(template: str, *, subject: str = "mouse", angle: str = "from above at an angle") -> list[str]:
-    """The texts of a named template, or of one's own (any text with {view}).
+    """Texts of a named template, or of any text with {view}: one per view, in the order of VIEWS.
 
     subject, angle: fill {subject} and {angle} where the template has them.
-    Returns: one text per view, in the order of VIEWS.
+    Raises: InputError as `Template.texts`.
     """
     return TEMPLATES.get(template, Template(template)).texts(subject=subject, angle=angle)
 
@@ -59,19 +65,8 @@ def view_names(num_views: int) -> tuple[str, ...]:
     return VIEWS if num_views == len(VIEWS) else tuple(f"view_{v}" for v in range(num_views))
 
 
-PROMPT_SUFFIXES = (".pt", ".safetensors")
-"""Of the prompt files that are read as they are."""
-
-
-FOREIGN_SUFFIXES = (".npy", ".npz", ".pth", ".bin", ".ckpt")
-"""Of prompt files as other programs write them; `python -m train.prompts convert` reads them."""
-
-
-_FIELD = re.compile(r"\$\{(?!(?:view|subject|angle)\})\w+\}")
-
-
 def is_prompt_file(spec: str) -> bool:
-    """Whether what names a prompt is a file, neither a template nor a text with {view}. `${DATA}/x` has no field in it."""
+    """Whether the name of a prompt is a file, neither a template nor a text with {view}. `${DATA}/x` has no field in it."""
     if Path(spec).suffix in (*PROMPT_SUFFIXES, *FOREIGN_SUFFIXES):
         return True
     return spec not in TEMPLATES and "{" not in _FIELD.sub("", spec)

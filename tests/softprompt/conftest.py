@@ -31,6 +31,12 @@ def micro_models() -> Pipeline:
 
 
 @pytest.fixture
+def micro(micro_models: Pipeline) -> Pipeline:
+    """The packaged pipeline with a UNet of the test's own."""
+    return replace(micro_models, unet=load_unet(MICRO_MODEL / "unet"))
+
+
+@pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     """Copies a folder, so that a test can spoil it. The originals may be read-only, a copy never is."""
 

@@ -14,8 +14,7 @@ from softprompt.data.batch import Batch, seeded
 from softprompt.errors import InputError, RunError
 from softprompt.model.sampling import decode_with_gradient, with_guidance
 from softprompt.objectives import draft as formulas
-from softprompt.objectives.rewards import NEED_BACKGROUND, REWARDS, Reward
-from softprompt.objectives.statistics import LEAST, has_background, statistics_of_truth
+from softprompt.objectives.rewards import LEAST, NEED_BACKGROUND, REWARDS, Reward, has_background, statistics_of_truth
 from train.objectives.terms import Context, Shown, StepBatch, Term
 from train.options.objectives import DraftConfig
 

@@ -26,7 +26,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -36,7 +36,7 @@ from softprompt.data.batch import Batch, Objects
 from softprompt.model.adapted import AdaptedModel
 from softprompt.model.conditioning import noisy_and_target
 from softprompt.model.pipeline import Pipeline
-from softprompt.objectives.convert import clean_latents
+from softprompt.objectives.losses import PredictionType, clean_latents
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,9 @@ class StepBatch:
         return self.context.pipeline.scheduler.alphas_cumprod.to(self.batch.timesteps.device)
 
     @property
-    def prediction_type(self) -> Literal["v_prediction", "epsilon"]:
+    def prediction_type(self) -> PredictionType:
         """Whether the model predicts v or epsilon."""
-        kind: Literal["v_prediction", "epsilon"] = self.context.pipeline.scheduler.config["prediction_type"]
+        kind: PredictionType = self.context.pipeline.scheduler.config["prediction_type"]
         return kind
 
     def clean(self, prediction: Tensor) -> Tensor:

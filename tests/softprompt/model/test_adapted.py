@@ -1,4 +1,4 @@
-"""The adapted model: the untouched one is inside it bit for bit, and only what should train does."""
+"""The adapted model: the pretrained model is inside it bit for bit, and only prompt and LoRA train."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from softprompt.objectives.losses import denoising_loss, kl_to_reference, kl_wei
 from softprompt.prompt.soft_prompt import SoftPrompt
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-KINDS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def waypoints(count: int = 2) -> Tensor:
@@ -43,15 +42,6 @@ def adapted(pipeline: Pipeline, **options: float) -> AdaptedModel:
     return AdaptedModel(pipeline.unet, SoftPrompt(waypoints())).train()
 
 
-@pytest.fixture
-def micro(micro_models: Pipeline) -> Pipeline:
-    """The packaged pipeline with a UNet of the test's own."""
-    return replace(micro_models, unet=load_unet(MICRO_MODEL / "unet"))
-
-
-# ---------------------------------------------------------------------------------------------------- the untouched one
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kl_is_exactly_zero_before_the_first_step(micro: Pipeline, dtype: torch.dtype) -> None:
@@ -66,26 +56,19 @@ def test_kl_is_exactly_zero_before_the_first_step(micro: Pipeline, dtype: torch.
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_reference_is_the_untouched_model_bit_for_bit(micro: Pipeline, dtype: torch.dtype) -> None:
+def test_the_reference_is_the_pretrained_model_bit_for_bit(micro: Pipeline, dtype: torch.dtype) -> None:
     micro = replace(micro, unet=load_unet(MICRO_MODEL / "unet", dtype=dtype))
     batch = inputs(micro)
-    untouched = predict(load_unet(MICRO_MODEL / "unet", dtype=dtype), waypoints()[0], *batch)
-    model = adapted(micro, dropout=0.5)
-    perturb([p for group in model.trainable().values() for p in group.values()])
+    pretrained = predict(micro.unet, waypoints()[0], *batch)
+    model = adapted(micro)
+    perturb(list(model.all_trainable().values()))
     before = model(*batch, 1.0)
-    assert (before - untouched).abs().max() > 0.1, "the adapted model is not another one"
-    assert torch.equal(model.reference(*batch), untouched)
-    with adapters_off(micro.unet):
-        assert torch.equal(predict(micro.unet, waypoints()[0], *batch), untouched)
-
-
-@torch.no_grad()
-def test_the_adapters_are_on_again_after_the_reference(micro: Pipeline) -> None:
-    model, batch = adapted(micro), inputs(micro)
-    perturb(list(model.trainable()["lora"].values()))
-    before = model(*batch, 0.5)
-    model.reference(*batch)
-    assert torch.equal(model(*batch, 0.5), before)
+    assert (before - pretrained).abs().max() > 0.1, "the adapted model is the pretrained one"
+    assert torch.equal(model.reference(*batch), pretrained)
+    assert torch.equal(model(*batch, 1.0), before), "the adapters are on again"
+    dropping = adapted(replace(micro, unet=load_unet(MICRO_MODEL / "unet", dtype=dtype)), dropout=0.5)
+    perturb(list(dropping.all_trainable().values()))
+    assert torch.equal(dropping.reference(*batch), pretrained)
 
 
 def test_the_reference_has_no_gradient(micro: Pipeline) -> None:
@@ -94,7 +77,7 @@ def test_the_reference_has_no_gradient(micro: Pipeline) -> None:
     assert model(*batch, 0.0).requires_grad
 
 
-def test_what_requires_a_gradient_is_as_it_was_after_adapters_off(micro: Pipeline) -> None:
+def test_adapters_off_leaves_requires_grad_as_it_was(micro: Pipeline) -> None:
     add_lora(micro.unet, rank=2, alpha=2.0, targets=TARGETS)
     frozen = [p for name, p in micro.unet.named_parameters() if ".lora_" in name and "down_blocks" in name]
     for parameter in frozen:
@@ -123,31 +106,29 @@ def test_adapters_stay_off_until_the_outermost_block_ends(micro: Pipeline) -> No
 
 
 @torch.no_grad()
-def test_adapters_off_without_a_lora_is_the_model_itself(micro: Pipeline) -> None:
-    model, batch = AdaptedModel(micro.unet, SoftPrompt(waypoints())), inputs(micro, b=1)
+def test_adapters_off_without_a_lora_is_the_model_itself(micro_models: Pipeline) -> None:
+    model, batch = AdaptedModel(micro_models.unet, SoftPrompt(waypoints())), inputs(micro_models, b=1)
     perturb([model.prompt.learned])
-    assert torch.equal(model.reference(*batch), predict(micro.unet, waypoints()[0], *batch))
-
-
-# -------------------------------------------------------------------------------------------------------- prediction
+    assert torch.equal(model.reference(*batch), predict(micro_models.unet, waypoints()[0], *batch))
 
 
 @torch.no_grad()
-def test_each_object_s_prompt_is_taken_in_its_own_order(micro: Pipeline) -> None:
-    noisy, given, timesteps, labels, _ = inputs(micro)
+def test_each_object_s_prompt_is_taken_in_its_own_order(micro_models: Pipeline) -> None:
+    unet = micro_models.unet
+    noisy, given, timesteps, labels, _ = inputs(micro_models)
     prompt = waypoints()[0]
     orders = torch.tensor([[0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 0, 1]])
-    together = predict(micro.unet, prompt, noisy, given, timesteps, labels, orders)
+    together = predict(unet, prompt, noisy, given, timesteps, labels, orders)
     for b in range(2):
         one = [x[b : b + 1] for x in (noisy, given, timesteps, labels)]
-        alone = predict(micro.unet, prompt[orders[b]], *one, torch.arange(6)[None])
+        alone = predict(unet, prompt[orders[b]], *one, torch.arange(6)[None])
         torch.testing.assert_close(together[b : b + 1], alone, atol=1e-4, rtol=0)
-    in_order = predict(micro.unet, prompt, noisy, given, timesteps, labels, torch.arange(6).expand(2, 6))
+    in_order = predict(unet, prompt, noisy, given, timesteps, labels, torch.arange(6).expand(2, 6))
     assert (together[1] - in_order[1]).abs().max() > 1e-2
 
 
 @torch.no_grad()
-def test_the_adapted_model_is_given_the_prompt_at_its_position(micro: Pipeline) -> None:
+def test_the_adapted_model_uses_the_prompt_at_its_position(micro: Pipeline) -> None:
     model, batch = adapted(micro), inputs(micro, b=1)
     perturb([model.prompt.learned])
     for position in (0.0, 0.7):
@@ -155,10 +136,7 @@ def test_the_adapted_model_is_given_the_prompt_at_its_position(micro: Pipeline) 
         assert torch.equal(model(*batch, position), expected)
 
 
-# ---------------------------------------------------------------------------------------------------------- training
-
-
-@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_everything_trained_is_float32_on_a_unet_of_any_type(dtype: torch.dtype) -> None:
     unet = load_unet(MICRO_MODEL / "unet", dtype=dtype)
     add_lora(unet, rank=2, alpha=2.0, targets=TARGETS)
@@ -172,8 +150,8 @@ def test_everything_trained_is_float32_on_a_unet_of_any_type(dtype: torch.dtype)
     assert len(groups["lora"]) == len(lora) == 2 * 8 * len([n for n in unet.attn_processors if ".attn1." in n])
 
 
-def test_a_frozen_group_is_not_listed(micro: Pipeline) -> None:
-    alone = AdaptedModel(micro.unet, SoftPrompt(waypoints()))
+def test_a_frozen_group_is_not_listed(micro_models: Pipeline) -> None:
+    alone = AdaptedModel(micro_models.unet, SoftPrompt(waypoints()))
     assert set(alone.trainable()) == {"prompt"}
     alone.prompt.requires_grad_(False)
     assert alone.trainable() == {}
@@ -205,7 +183,7 @@ def loss_of(model: AdaptedModel, pipeline: Pipeline, batch: tuple[Tensor, ...]) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_after_a_few_steps_all_that_trains_has_moved_and_nothing_else(
+def test_after_a_few_steps_prompt_and_lora_have_moved_and_nothing_else(
     tiny: Pipeline, tiny_folder: Path, checkpointing: bool, dtype: torch.dtype
 ) -> None:
     tiny = replace(tiny, unet=load_unet(tiny_folder / "unet", dtype=dtype))
@@ -214,7 +192,7 @@ def test_after_a_few_steps_all_that_trains_has_moved_and_nothing_else(
         tiny.unet.enable_gradient_checkpointing()
     assert tiny.unet.is_gradient_checkpointing == checkpointing
     before = {name: x.detach().clone() for name, x in model.state_dict().items()}
-    trained = {name: p for group in model.trainable().values() for name, p in group.items()}
+    trained = model.all_trainable()
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
     for step in range(3):
         loss_of(model, tiny, inputs(tiny, seed=step)).backward()
@@ -229,11 +207,11 @@ def test_after_a_few_steps_all_that_trains_has_moved_and_nothing_else(
 
 def gradients(unet: UNet2DConditionModel, pipeline: Pipeline, checkpointing: bool) -> dict[str, Tensor]:
     model = adapted(replace(pipeline, unet=unet))
-    perturb([p for group in model.trainable().values() for p in group.values()])
+    perturb(list(model.all_trainable().values()))
     if checkpointing:
         unet.enable_gradient_checkpointing()
     loss_of(model, pipeline, inputs(pipeline)).backward()
-    return {name: p.grad for group in model.trainable().values() for name, p in group.items()}
+    return {name: p.grad for name, p in model.all_trainable().items()}
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_models: Pipeline, tiny_folder: Path) -> None:

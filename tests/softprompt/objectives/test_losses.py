@@ -1,6 +1,7 @@
-"""Training objectives: FaceLift's own numbers, formulas written out, and the KL against the two Gaussians it stands for."""
+"""Losses: FaceLift's own numbers, formulas written out, the KL against its two Gaussians, conversions against the noise."""
 
 import math
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,9 @@ from softprompt.model.conditioning import noisy_and_target
 from softprompt.model.pipeline import Pipeline
 from softprompt.objectives import losses
 
-
-def noise_schedule() -> Tensor:
-    """Stable Diffusion's and FaceLift's, alphabar_0 ... alphabar_999."""
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
-
-
-# --------------------------------------------------------------------------------------------------- FaceLift's step
+SCHEDULE = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+"""Stable Diffusion's and FaceLift's, alphabar_0 ... alphabar_999."""
+BOTH_TYPES = pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 
 
 def facelift_batch(golden: dict[str, Tensor]) -> Batch:
@@ -57,7 +54,7 @@ def test_a_training_step_matches_facelift_s(tiny_models: Pipeline, facelift: Pat
     assert error < 1e-3
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+@BOTH_TYPES
 def test_targets_match_their_formulas(prediction_type: str) -> None:
     scheduler = DDIMScheduler(prediction_type=prediction_type, beta_schedule="scaled_linear")
     torch.manual_seed(0)
@@ -68,9 +65,6 @@ def test_targets_match_their_formulas(prediction_type: str) -> None:
         a, s = float(scheduler.alphas_cumprod[t]) ** 0.5, (1 - float(scheduler.alphas_cumprod[t])) ** 0.5
         torch.testing.assert_close(noisy[b], a * x[b] + s * noise[b])
         torch.testing.assert_close(target[b], noise[b] if prediction_type == "epsilon" else a * noise[b] - s * x[b])
-
-
-# ------------------------------------------------------------------------------------------------------------- SNR
 
 
 def test_snr_weights_match_their_formulas() -> None:
@@ -86,12 +80,8 @@ def test_snr_weights_match_their_formulas() -> None:
 
 
 def test_snr_is_signal_over_noise() -> None:
-    schedule, timesteps = noise_schedule(), torch.tensor([0, 400, 999])
-    expected = [float(schedule[t]) / (1 - float(schedule[t])) for t in timesteps]
-    assert losses.snr(schedule, timesteps).tolist() == pytest.approx(expected, rel=1e-4)
-
-
-# -------------------------------------------------------------------------------------------------------- denoising
+    expected = [float(SCHEDULE[t]) / (1 - float(SCHEDULE[t])) for t in (0, 400, 999)]
+    assert losses.snr(SCHEDULE, torch.tensor([0, 400, 999])).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_denoising_loss_matches_a_loop_over_views() -> None:
@@ -105,13 +95,6 @@ def test_denoising_loss_matches_a_loop_over_views() -> None:
     assert float(found) == pytest.approx(sum(kept) / 4, rel=1e-5)
 
 
-def test_a_view_left_out_gets_no_gradient() -> None:
-    prediction = torch.randn(1, 3, 4, 2, 2, requires_grad=True)
-    view_weights = torch.tensor([[0.0, 1.0, 1.0]])
-    losses.denoising_loss(prediction, torch.zeros(1, 3, 4, 2, 2), torch.ones(1), view_weights).backward()
-    assert not prediction.grad[:, 0].any() and prediction.grad[:, 1:].all()
-
-
 def test_half_precision_predictions_are_compared_in_float32() -> None:
     prediction, target = torch.full((1, 1, 4, 8, 8), 300.0).half(), torch.zeros(1, 1, 4, 8, 8).half()
     found = losses.denoising_loss(prediction, target, torch.ones(1))  # 300 squared is infinite in float16
@@ -119,12 +102,9 @@ def test_half_precision_predictions_are_compared_in_float32() -> None:
     assert losses.kl_to_reference(prediction, target, torch.ones(1)).tolist() == [[pytest.approx(90_000)]]
 
 
-# --------------------------------------------------------------------------------------------------------------- KL
-
-
 def reverse_step(noisy: Tensor, prediction: Tensor, t: int, prediction_type: str) -> torch.distributions.Normal:
     """p(z_{t-1} | z_t): q(z_{t-1} | z_t, z_0) at the predicted z_0. Ho et al. 2006.11239, equations 6 and 7, in float64."""
-    alphabar = noise_schedule().double()
+    alphabar = SCHEDULE.double()
     now, before = alphabar[t], alphabar[t - 1]
     alpha, beta = now / before, 1 - now / before
     if prediction_type == "epsilon":
@@ -136,7 +116,7 @@ def reverse_step(noisy: Tensor, prediction: Tensor, t: int, prediction_type: str
     return torch.distributions.Normal(mean, variance.sqrt())
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+@BOTH_TYPES
 def test_kl_equals_that_of_the_two_gaussians_of_the_reverse_step(prediction_type: str) -> None:
     generator = torch.Generator().manual_seed(0)
     noisy, ours, reference = torch.randn(3, 2, 4, 3, 3, generator=generator, dtype=torch.float64)
@@ -144,7 +124,7 @@ def test_kl_equals_that_of_the_two_gaussians_of_the_reverse_step(prediction_type
         steps = [reverse_step(noisy, p, t, prediction_type) for p in (ours, reference)]
         expected = torch.distributions.kl_divergence(*steps).mean(dim=(1, 2, 3))
         weights = losses.kl_weights(
-            noise_schedule(), torch.tensor([t]), prediction_type=prediction_type, weighting="posterior", clip=1e9
+            SCHEDULE, torch.tensor([t]), prediction_type=prediction_type, weighting="posterior", clip=1e9
         )
         found = losses.kl_to_reference(ours[None], reference[None], weights)[0]
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0, msg=lambda m, t=t: f"timestep {t}: {m}")
@@ -152,47 +132,32 @@ def test_kl_equals_that_of_the_two_gaussians_of_the_reverse_step(prediction_type
 
 def test_kl_weight_is_cut_where_the_step_has_no_noise() -> None:
     timesteps = torch.arange(1000)
-    free = losses.kl_weights(noise_schedule(), timesteps, clip=1e9)
+    free = losses.kl_weights(SCHEDULE, timesteps, clip=1e9)
     assert free[0] == 1e9, "at t = 0 the weight is infinite"
     clip = float(free[100])
-    cut = losses.kl_weights(noise_schedule(), timesteps, clip=clip)
+    cut = losses.kl_weights(SCHEDULE, timesteps, clip=clip)
     assert cut.dtype == torch.float32 and cut.isfinite().all()
     assert torch.equal(cut, free.clamp(max=clip))
     assert (cut == clip).any() and (cut < clip).any()
 
 
 def test_uniform_kl_is_the_plain_squared_difference() -> None:
-    timesteps = torch.tensor([0, 10, 999])
-    weights = losses.kl_weights(noise_schedule(), timesteps, weighting="uniform")
-    assert weights.tolist() == [1, 1, 1]
+    weights = losses.kl_weights(SCHEDULE, torch.tensor([0, 10, 999]), weighting="uniform")
     ours, reference = torch.randn(2, 3, 2, 4, 3, 3)
     expected = [[float(((ours[b, v] - reference[b, v]) ** 2).mean()) for v in range(2)] for b in range(3)]
     found = losses.kl_to_reference(ours, reference, weights)
-    assert found.shape == (3, 2)
-    assert found.tolist() == [pytest.approx(row, rel=1e-5) for row in expected]
-
-
-def test_kl_of_a_model_to_itself_is_zero() -> None:
-    prediction = torch.randn(2, 3, 4, 2, 2)
-    weights = losses.kl_weights(noise_schedule(), torch.tensor([0, 500]))
-    assert not losses.kl_to_reference(prediction, prediction, weights).any()
-    assert not math.isnan(float(weights.sum()))
-
-
-# ------------------------------------------------------------------------------------------------------------ separation
+    assert weights.tolist() == [1, 1, 1] and found.tolist() == [pytest.approx(row, rel=1e-5) for row in expected]
 
 
 def test_the_hinge_is_that_of_its_formula_and_pushes_apart_only_what_has_come_nearer() -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(4, 5, 3, generator=generator, dtype=torch.float64)
     prompt = (start + 0.5 * torch.randn(4, 5, 3, generator=generator, dtype=torch.float64)).requires_grad_()
-    terms, ratios = [], []
-    for a in range(4):
-        for b in range(a + 1, 4):
-            ratios.append(
-                math.dist(prompt[a].flatten(), prompt[b].flatten()) / math.dist(start[a].flatten(), start[b].flatten())
-            )
-            terms.append(max(0.0, 1 - ratios[-1]) ** 2)
+    apart = [
+        [math.dist(p[a].flatten(), p[b].flatten()) for a, b in combinations(range(4), 2)] for p in (prompt.detach(), start)
+    ]
+    ratios = [now / before for now, before in zip(*apart, strict=True)]
+    terms = [max(0.0, 1 - ratio) ** 2 for ratio in ratios]
     assert losses.separation_ratios(prompt, start).tolist() == pytest.approx(ratios)
     hinge = losses.separation_hinge(prompt, start)
     assert 0 < hinge.item() == pytest.approx(sum(terms) / len(terms))
@@ -205,3 +170,37 @@ def test_the_hinge_is_zero_at_the_start_and_beyond() -> None:
     start = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     assert float(losses.separation_hinge(start, start)) == float(losses.separation_hinge(2 * start, start)) == 0
     assert float(losses.separation_hinge(0.5 * start, start)) == pytest.approx(0.25)
+
+
+TIMESTEPS = torch.tensor([0, 400, 999])
+
+
+def noised(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Clean latents, noise, both mixed, and v."""
+    clean, noise = torch.randn(2, 3, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, s = (x.reshape(3, 1, 1, 1, 1).sqrt() for x in (SCHEDULE.double()[TIMESTEPS], 1 - SCHEDULE.double()[TIMESTEPS]))
+    return tuple(x.to(dtype) for x in (clean, noise, a * clean + s * noise, a * noise - s * clean))
+
+
+@BOTH_TYPES
+def test_a_perfect_prediction_amounts_to_the_latents_and_noise_it_was_made_from(prediction_type: str) -> None:
+    clean, noise, noisy, v = noised(torch.float64)
+    schedule = SCHEDULE.double()
+    prediction = noise if prediction_type == "epsilon" else v
+    torch.testing.assert_close(losses.clean_latents(noisy, prediction, schedule, TIMESTEPS, prediction_type), clean)
+    torch.testing.assert_close(losses.epsilon(noisy, prediction, schedule, TIMESTEPS, prediction_type), noise)
+
+
+def test_the_squared_error_of_epsilon_is_alphabar_times_that_of_v() -> None:
+    _, _, noisy, v = noised(torch.float64)
+    other = v + torch.randn(v.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    eps = [losses.epsilon(noisy, p, SCHEDULE.double(), TIMESTEPS, "v_prediction") for p in (v, other)]
+    for b, t in enumerate(TIMESTEPS.tolist()):
+        of_v = float((v[b] - other[b]).square().mean())
+        assert float((eps[0][b] - eps[1][b]).square().mean()) == pytest.approx(float(SCHEDULE[t]) * of_v, rel=1e-6)
+
+
+def test_half_precision_is_converted_in_float32() -> None:
+    clean, _, noisy, v = noised(torch.float16)
+    found = losses.clean_latents(noisy, v, SCHEDULE, TIMESTEPS, "v_prediction")
+    assert found.dtype == torch.float32 and torch.allclose(found, clean.float(), atol=3e-3)

@@ -40,21 +40,9 @@ def test_the_first_and_last_positions_hold_outside(easing: str) -> None:
     assert position_at(7, [0], [1.5], easing) == 1.5
 
 
-def test_fractions_of_a_run_work_like_steps() -> None:
-    assert position_at(0.25, [0.0, 0.5], [0.0, 1.0]) == pytest.approx(0.5)
+def test_fractions_of_a_run_work_like_steps_and_a_position_may_fall_again() -> None:
     assert position_at(0.125, [0.0, 0.5], [0.0, 1.0], "cosine") == pytest.approx(0.146447, abs=1e-6)
-
-
-def test_three_template_stages_switch_at_their_steps() -> None:
-    stages = {0: 0, 1999: 0, 2000: 1, 4999: 1, 5000: 2, 20_000: 2}
-    assert {step: position_at(step, [0, 2000, 5000], [0, 1, 2], "step") for step in stages} == stages
-
-
-def test_a_position_may_fall_again() -> None:
     assert position_at(15, [0, 10, 20], [0.0, 1.0, 0.0]) == pytest.approx(0.5)
-
-
-# ------------------------------------------------------------------------------------------------------------- patience
 
 
 def play(values: list[float | None], **options: float) -> list[Stage]:
@@ -66,7 +54,7 @@ def play(values: list[float | None], **options: float) -> list[Stage]:
     return stages
 
 
-def test_a_stage_ends_when_more_values_than_the_patience_were_no_improvement() -> None:
+def test_a_stage_ends_after_more_values_without_improvement_than_the_patience() -> None:
     #                          best     waits 1, 2  better   waits 1, 2, 3: over
     values: list[float | None] = [5.0, 4.0, 4.0, 4.5, 3.9, 4.0, 3.9, 4.0, 9.0, 8.0]
     stages = play(values, last=5, patience=2)
@@ -76,7 +64,7 @@ def test_a_stage_ends_when_more_values_than_the_patience_were_no_improvement() -
     assert stages[7] == Stage(number=1, began=8)
 
 
-def test_an_improvement_is_one_of_the_share_asked_for() -> None:
+def test_an_improvement_is_at_least_the_minimum_gain() -> None:
     assert [s.waited for s in play([1.0, 0.995, 0.991, 0.9, 0.9], last=1, patience=9, min_gain=0.01)] == [0, 1, 2, 0, 1]
 
 
@@ -112,10 +100,7 @@ def test_a_stage_s_position_is_glided_to(easing: str, glided: list[float]) -> No
     assert position_of_stage(Stage(1, began=10), 10, positions, 0, easing) == 1.5, "no glide is a switch"
 
 
-# --------------------------------------------------------------------------------------------------------------- KL
-
-
-def test_the_path_is_walked_as_the_kl_budget_allows() -> None:
+def test_the_position_advances_as_the_kl_budget_allows() -> None:
     state, positions = Budget(), []
     for kl in (None, 0.0, None, 0.05, 0.075, 0.1, 0.2, 0.0, 0.0):
         state = move_within_budget(state, kl, budget=0.1, fastest=0.4, last=1.5)
@@ -124,7 +109,7 @@ def test_the_path_is_walked_as_the_kl_budget_allows() -> None:
     assert positions == pytest.approx([0, 0.4, 0.8, 1.0, 1.1, 1.1, 1.1, 1.5, 1.5])
 
 
-def test_the_budget_looks_at_the_running_mean() -> None:
+def test_the_budget_is_compared_with_the_running_mean() -> None:
     state = move_within_budget(Budget(smoothed=0.2), 0.0, budget=0.1, fastest=1.0, last=9.0, smoothing=0.5)
     assert state == Budget(position=0.0, smoothed=0.1)
 
@@ -136,9 +121,6 @@ def test_the_kl_weight_follows_its_target() -> None:
     assert adapted_kl_weight(3.0, 0.2, target=0.1, rate=1.0) == pytest.approx(3.6)
 
 
-# ------------------------------------------------------------------------------------------------------------- timesteps
-
-
 def alphas_cumprod() -> torch.Tensor:
     """Stable Diffusion's."""
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
@@ -147,7 +129,7 @@ def alphas_cumprod() -> torch.Tensor:
 def test_clusters_of_timesteps_have_the_bounds_of_the_table() -> None:
     assert timestep_edges(alphas_cumprod(), 4, "uniform") == [0, 250, 500, 750, 1000]
     assert timestep_edges(alphas_cumprod(), 3, "uniform") == [0, 333, 667, 1000]
-    # methods.md, 4: steps of equal log SNR.
+    # Steps of equal log SNR.
     table = [0, 1, 3, 6, 11, 21, 37, 63, 103, 160, 234, 320, 414, 508, 598, 681, 757, 826, 889, 946, 1000]
     assert timestep_edges(alphas_cumprod(), 20, "log_snr") == table
     assert timestep_edges(alphas_cumprod(), 1, "log_snr") == [0, 1000]
@@ -155,9 +137,6 @@ def test_clusters_of_timesteps_have_the_bounds_of_the_table() -> None:
 
 def test_the_noisiest_cluster_comes_first_and_the_others_join() -> None:
     assert [lowest_timestep([0, 250, 500, 1000], stage) for stage in range(4)] == [500, 250, 0, 0]
-
-
-# ---------------------------------------------------------------------------------------------------------- learning rate
 
 
 @pytest.mark.parametrize(

@@ -55,18 +55,12 @@ def test_slerp_s_norm_goes_linearly_from_one_end_to_the_other() -> None:
 @pytest.mark.parametrize("nudge", [0.0, 1e-7, 1e-5])
 def test_slerp_between_tokens_that_nearly_coincide_is_finite_and_near(nudge: float) -> None:
     start = waypoints()[0]
-    end = start * 2 + nudge
-    found = slerp(start, end, 0.5)
-    torch.testing.assert_close(found, 1.5 * start, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(slerp(start, start * 2 + nudge, 0.5), 1.5 * start, atol=1e-4, rtol=1e-4)
 
 
-def test_slerp_of_opposite_tokens_is_finite() -> None:
-    start = waypoints()[0]
-    assert slerp(start, -start, 0.25).isfinite().all()
-
-
-def test_slerp_with_a_token_of_zeros_is_finite() -> None:
+def test_slerp_of_opposite_tokens_and_with_a_token_of_zeros_is_finite() -> None:
     start, end = waypoints()[:2].clone()
+    assert slerp(start, -start, 0.25).isfinite().all()
     start[1, 2] = 0
     found = slerp(start, end, 0.5)
     assert found.isfinite().all()
@@ -84,9 +78,6 @@ def test_a_path_of_one_waypoint_has_one_position() -> None:
     assert torch.equal(point_on_path(w, 0.0), w[0])
     with pytest.raises(ValueError, match=r"not on the path \[0, 0\]"):
         point_on_path(w, 0.5)
-
-
-# ---------------------------------------------------------------------------------------------------------------- matching
 
 
 def shuffled_waypoints() -> tuple[Tensor, list[Tensor]]:

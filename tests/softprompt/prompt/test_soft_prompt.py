@@ -47,7 +47,7 @@ def test_several_waypoints_share_one_formula(position: float, interpolation: str
 
 
 @pytest.mark.parametrize("carry", ["keep", "fade"])
-def test_one_waypoint_alone_is_learned_from(carry: str) -> None:
+def test_with_one_waypoint_e_is_p(carry: str) -> None:
     prompt = trained(1, carry=carry)
     torch.testing.assert_close(prompt(0.0), prompt.learned)
 
@@ -103,27 +103,15 @@ def test_decay_goes_toward_the_start_and_not_toward_zero() -> None:
     torch.testing.assert_close(prompt.learned.detach(), start)
 
 
-def test_norms_are_kept_in_their_band_and_directions_are_kept() -> None:
-    prompt = SoftPrompt(waypoints())
-    start, factors = prompt.start, [0.1, 0.89, 0.95, 1.0, 1.05, 1.11, 7.0]
-    prompt.learned.data *= torch.tensor(factors)[:, None]  # one a token
-    before = prompt.learned.detach().clone()
-    prompt.clamp_norms(0.1)
-    after = prompt.learned.detach()
-    expected = torch.tensor([0.9, 0.9, 0.95, 1.0, 1.05, 1.1, 1.1])
-    torch.testing.assert_close(after.norm(dim=-1) / start.norm(dim=-1), expected.expand(6, -1))
-    cosine = torch.nn.functional.cosine_similarity(after, before, dim=-1)
-    torch.testing.assert_close(cosine, torch.ones_like(cosine))
-    torch.testing.assert_close(after[:, 2:5], before[:, 2:5])
-
-
-@pytest.mark.parametrize(("carry", "position"), [("keep", 0.5), ("keep", 1.0), ("fade", 0.5)])
+@pytest.mark.parametrize(("carry", "position"), [("keep", 0.0), ("keep", 0.5), ("keep", 1.0), ("fade", 0.5)])
 @pytest.mark.parametrize("interpolation", ["lerp", "slerp"])
-def test_on_the_path_the_norms_of_what_the_unet_sees_are_kept(carry: str, position: float, interpolation: str) -> None:
+def test_norms_of_what_the_unet_sees_are_kept_in_their_band_and_directions_are_kept(
+    carry: str, position: float, interpolation: str
+) -> None:
     prompt = SoftPrompt(waypoints(), carry=carry, interpolation=interpolation)
     path, share = point_on_path(waypoints(), position, interpolation), 1.0 if carry == "keep" else 0.5
     factors = torch.tensor([0.1, 0.89, 0.95, 1.0, 1.05, 1.11, 7.0])  # one a token
-    # Not along the path's own direction: that is turned, so that direction and norm are two things.
+    # Not along the path's own direction: it is turned, so that direction and norm are tested separately.
     turned = path + 0.5 * path.norm(dim=-1, keepdim=True) * torch.nn.functional.normalize(path.roll(1, dims=-1), dim=-1)
     wanted = turned * (path.norm(dim=-1) / turned.norm(dim=-1) * factors)[..., None]
     prompt.learned.data += (wanted - path) / share
@@ -141,7 +129,7 @@ def test_on_the_path_the_norms_of_what_the_unet_sees_are_kept(carry: str, positi
 
 
 @pytest.mark.parametrize(("carry", "position"), [("keep", 0.0), ("keep", 0.5), ("keep", 1.0), ("fade", 0.0), ("fade", 0.5)])
-def test_norms_of_an_untrained_prompt_are_where_they_belong_all_along_the_path(carry: str, position: float) -> None:
+def test_norms_of_an_untrained_prompt_are_not_changed_along_the_path(carry: str, position: float) -> None:
     prompt = SoftPrompt(waypoints(), carry=carry)
     prompt.clamp_norms(0.01, position)
     torch.testing.assert_close(prompt.learned.detach(), waypoints()[0], atol=1e-6, rtol=0)
