@@ -1,4 +1,4 @@
-"""The report: whole, self-contained, and it says what was measured, what was not, and nothing else."""
+"""The report is complete and self-contained, and says what was measured and what was not."""
 
 import base64
 import csv
@@ -11,10 +11,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from PIL import Image
 
-from train.compare.pictures import curves_figure, look, mean_curve, strips
 from train.compare.plan import Comparison, make_plan
-from train.compare.report import write_report
-from train.compare.results import Curve, read_run, summarise
+from train.compare.report import curves_figure, line_styles, mean_curve, strips, write_report
+from train.compare.results import read_run, summarise
 from train.compare.tables import headline, number
 
 VIEWS = ("front", "front_right", "right", "back", "left", "front_left")
@@ -47,7 +46,8 @@ def write_run(run, factor=1.0, *, original=True, tiles=True, objectives=False):
     points[-1] |= {f"views_ssim/{name}": 0.9 - i / 10 for i, name in enumerate(VIEWS)}
     if objectives:
         points[-1]["objective/held_out_reward_ssim"] = 1.8 - factor + run.seed / 100
-    run.folder.mkdir(parents=True)
+    (run.folder / "export").mkdir(parents=True)
+    (run.folder / "export" / "clr_embeds.pt").touch()
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     if tiles:
         write_tiles(run.folder / "previews", steps)
@@ -85,26 +85,23 @@ def section(page, name):
 # ------------------------------------------------------------------------------------------------------------- content
 
 
-def test_report_says_it_in_order(report):
+def test_the_report_has_its_sections_in_order_and_escapes_text(report):
     page = report()
-    order = ["<h1>", 'id="compared"', 'class="headline"', "Loss on held-out objects", "own domain", 'id="results"']
-    order += ['id="views"', 'id="pictures"', 'id="missing"', 'id="again"', 'id="caveats"']
+    order = ["<h1>", 'class="headline"', *(f'id="{name}"' for name in ("settings", "validation", "original", "changes"))]
+    order += [f'id="{name}"' for name in ("results", "views", "pictures", "missing", "again", "limits")]
     places = [page.index(part) for part in order]
     assert places == sorted(places)
-    assert "better: held-out loss lower by" in page and "about one would be told apart from the baseline by chance" in page
+    assert "better: held-out loss significantly lower than base&#39;s, by" in page
+    assert "about one is significantly different from the baseline by chance" in section(page, "limits")
     assert "python -m train.compare --config c.yaml --output out" in section(page, "again")
     assert "None: every run is finished." in section(page, "missing")
     assert "front left" in section(page, "views")  # the worst view
-
-
-def test_text_from_the_configuration_is_escaped(report):
-    page = report()
     assert NASTY not in page and "&lt;script&gt;alert(" in page
 
 
 def test_what_was_not_measured_is_said(report):
     page = report(original=False, tiles=False)
-    assert "Not measured: no run had objects of the pretrained model" in page
+    assert "Not measured: no run had objects of the original domain" in page
     assert "No pictures of base, better" in section(page, "pictures") and "<img" not in page
     assert "<td>–</td>" in section(page, "results") and ">nan" not in page and ">0<" not in section(page, "results")
 
@@ -113,7 +110,7 @@ def test_missing_and_failed_runs_are_named(report):
     page = report(leave_out=("better-seed-1", "better-seed-2"), failures={"better-seed-2": "error: out of memory"})
     missing = section(page, "missing")
     assert "better, seed 1: not finished" in missing and "better, seed 2: failed: error: out of memory" in missing
-    assert "too few seeds to say" in page
+    assert "better: too few seeds for a verdict (1 finished with the baseline; 3 or more are needed)" in page
 
 
 def test_report_of_nothing_yet(report):
@@ -156,7 +153,7 @@ def test_numbers_as_words():
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def test_strips_are_cut_where_the_tiles_are(report, tmp_path):
+def test_strips_are_cut_where_the_tiles_are_or_left_out(report, tmp_path):
     report()
     found = strips(read_run(tmp_path / "out/runs/base/seed-0", variant="base", seed=0, steps=200))
     assert len(found) == 2 and found[1]["now"].size == (7 * SIZE, SIZE)
@@ -164,29 +161,24 @@ def test_strips_are_cut_where_the_tiles_are(report, tmp_path):
         for r, name in enumerate(("truth", "pretrained", "now")):
             assert rows[name].getpixel((3 * SIZE + 1, SIZE - 1)) == (80 * b, 60 * r, 90, 255)
             assert rows[name].getpixel((0, 0))[3] == (255 if name == "truth" else 0)  # the input once
-
-
-def test_tiles_of_another_shape_are_left_out(report, tmp_path):
-    report()
-    run = tmp_path / "out/runs/base/seed-0"
-    Image.new("RGB", (7 * SIZE, 4 * SIZE)).save(run / "previews" / "tiles-step-000200.png")
-    assert strips(read_run(run, variant="base", seed=0, steps=200)) == []
+    Image.new("RGB", (7 * SIZE, 4 * SIZE)).save(tmp_path / "out/runs/base/seed-0/previews/tiles-step-000200.png")
+    assert strips(read_run(tmp_path / "out/runs/base/seed-0", variant="base", seed=0, steps=200)) == [], "of another shape"
 
 
 def test_mean_curve_is_over_common_steps():
-    steps, mean, low, high = mean_curve([Curve((0, 10, 20), (1.0, 2.0, 3.0)), Curve((0, 20), (3.0, 7.0))])
+    steps, mean, low, high = mean_curve([{0: 1.0, 10: 2.0, 20: 3.0}, {0: 3.0, 20: 7.0}])
     assert (steps, mean, low, high) == ([0, 20], [2.0, 5.0], [1.0, 3.0], [3.0, 7.0])
 
 
 def test_figures_are_the_same_for_the_same_numbers():
-    curves = {"a": [Curve((0, 10), (1.0, 2.0))], "b": []}
-    drawn = [curves_figure(curves, look(["a", "b"], "a"), ylabel="loss") for _ in range(2)]
+    curves = {"a": [{0: 1.0, 10: 2.0}], "b": []}
+    drawn = [curves_figure(curves, line_styles(["a", "b"], "a"), ylabel="loss") for _ in range(2)]
     assert drawn[0] == drawn[1] and "currentColor" in drawn[0]
-    assert curves_figure({"b": []}, look(["b"], "b"), ylabel="loss") == ""
+    assert curves_figure({"b": []}, line_styles(["b"], "b"), ylabel="loss") == ""
 
 
 def test_many_variants_stay_apart():
-    styles = look([f"v{i}" for i in range(20)], "v0")
+    styles = line_styles([f"v{i}" for i in range(20)], "v0")
     assert len({(s["color"], s["linestyle"]) for s in styles.values()}) == 20
 
 

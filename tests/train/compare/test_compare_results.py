@@ -1,4 +1,4 @@
-"""Numbers of a comparison: read as the runs wrote them, and statistics against slow, obvious versions."""
+"""The numbers of a comparison are read as the runs wrote them; statistics against slow, obvious versions."""
 
 import itertools
 import json
@@ -9,12 +9,13 @@ from statistics import fmean, median, stdev
 import pytest
 
 from train.compare.results import (
-    Curve,
+    FORGETTING,
+    LOSS,
+    PROMPTS_ALIKE,
+    PSNR,
+    SECONDS,
     Interval,
     first_crossing,
-    in_words,
-    is_finished,
-    outcome_of,
     paired_change,
     paired_difference,
     paired_ratio,
@@ -23,6 +24,7 @@ from train.compare.results import (
     read_run,
     spread,
     summarise,
+    view_numbers,
 )
 
 T_975 = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645}
@@ -59,34 +61,37 @@ def result(tmp_path, variant, seed, losses, original=None, **last):
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path):
-    last = {"views/psnr": 20.0, "views_psnr/front": 21.0, "views_psnr/back": 19.0, "views_ssim/front": 0.9}
+    last = {PSNR: 20.0, "views_psnr/front": 21.0, "views_psnr/back": 19.0, "views_ssim/front": 0.9}
     run = result(tmp_path, "a", 3, [0.4, 0.3, 0.2], [0.1, 0.2, 0.4], **last)
-    assert run.validation == Curve((0, 10, 20), (0.4, 0.3, 0.2))
-    assert run.number("loss/validation") == 0.2 and run.number("views/psnr") == 20.0
-    assert run.forgotten == pytest.approx(0.3)
+    assert run.validation == {0: 0.4, 10: 0.3, 20: 0.2}
+    assert run.number(LOSS) == 0.2 and run.number(PSNR) == 20.0
+    assert run.number(FORGETTING) == pytest.approx(0.3)
     begun_elsewhere = result(tmp_path, "b", 3, [0.4, 0.3, 0.2], [0.3, 0.2, 0.4])
-    assert begun_elsewhere.forgotten == pytest.approx(0.3), "against the untouched model, not against its own start"
-    assert run.views("views_psnr") == {"front": 21.0, "back": 19.0}
-    assert run.seconds_per_step == 0.25 and run.prompts_alike == 0.5 and run.tiles is None
+    assert begun_elsewhere.number(FORGETTING) == pytest.approx(0.3), "against the pretrained model, not its own start"
+    assert view_numbers(run.final) == {"front": 21.0, "back": 19.0}
+    assert summarise("a", [run], "a").worst_view == "back"
+    assert run.number(SECONDS) == 0.25 and run.number(PROMPTS_ALIKE) == 0.5 and run.tiles is None
 
 
 def test_what_is_absent_is_unknown_not_zero(tmp_path):
     run = result(tmp_path, "a", 0, [0.4, 0.3, 0.2], **{"views/copy_score": None})
-    for value in (run.number("views/psnr"), run.number("views/copy_score"), run.forgotten):
-        assert math.isnan(value)
-    assert math.isnan(summarise("a", [run], "a").forgotten.mean)
+    assert all(math.isnan(run.number(name)) for name in (PSNR, "views/copy_score", FORGETTING))
+    assert math.isnan(summarise("a", [run], "a").of(FORGETTING).mean)
 
 
-def test_finished_means_evaluated_at_the_last_step_and_exported(tmp_path):
+def test_a_run_is_finished_when_it_is_evaluated_at_the_last_step_and_exported(tmp_path):
+    def is_finished(folder):
+        return read_run(folder, variant="a", seed=0, steps=20) is not None
+
     done = lines([0.4, 0.3, 0.2])
-    assert is_finished(write_run(tmp_path / "done", done), 20)
-    assert not is_finished(write_run(tmp_path / "early", done[:-1]), 20)
-    assert not is_finished(write_run(tmp_path / "unexported", done, exported=False), 20)
-    assert not is_finished(tmp_path / "absent", 20)
+    assert is_finished(write_run(tmp_path / "done", done))
+    assert not is_finished(write_run(tmp_path / "unexported", done, exported=False))
+    assert not is_finished(tmp_path / "absent")
     half = write_run(tmp_path / "half", done[:-1])
+    assert not is_finished(half)
     with (half / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "loss/vali')  # killed while it wrote
-    assert not is_finished(half, 20)
+    assert not is_finished(half)
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -118,21 +123,22 @@ def test_pairs_with_an_unknown_are_left_out():
     assert math.isnan(paired_change([-1.0, 0.0], [1.0, 1.0]).value)
 
 
-def test_the_same_numbers_are_inside_the_noise():
-    change = paired_change([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
-    assert (change.value, change.low, change.high) == (0, 0, 0)
-    assert outcome_of(change, 3) == "noise"
-
-
-def test_verdicts_in_words():
-    def verdict(change, pairs):
-        return in_words(outcome_of(change, pairs), change)
-
-    assert verdict(Interval(-0.12, -0.15, -0.09), 3) == "lower by 12 % (9 to 15)"
-    assert verdict(Interval(0.034, 0.021, 0.05), 5) == "higher by 3.4 % (2.1 to 5)"
-    assert verdict(Interval(-0.12, -0.25, 0.01), 5) == "inside the noise"
-    assert verdict(Interval(-0.5, -0.6, -0.4), 2) == "too few seeds to say"
-    assert verdict(Interval(-0.5), 1) == "too few seeds to say"
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([0.1, 0.2, 0.3], "not significantly different"),  # the same numbers
+        ([0.088, 0.177, 0.263], "lower by 12 % (11 to 13)"),
+        ([0.1034, 0.2067, 0.3104], "higher by 3.4 % (3.3 to 3.6)"),
+        ([0.08, 0.21, 0.26], "not significantly different"),
+        ([0.05, 0.1], "too few seeds"),
+        ([], "no finished run"),
+    ],
+)
+def test_verdicts_in_words(tmp_path, values, verdict):
+    runs = [result(tmp_path, "base", seed, [1, 1, loss]) for seed, loss in enumerate([0.1, 0.2, 0.3])]
+    runs += [result(tmp_path, "new", seed, [1, 1, loss]) for seed, loss in enumerate(values)]
+    assert summarise("new", runs, "base").verdict == verdict
+    assert summarise("base", runs, "base").verdict == "baseline"
 
 
 def test_forgetting_ratios_are_those_of_logs_where_all_are_positive():
@@ -145,8 +151,7 @@ def test_forgetting_ratios_are_those_of_logs_where_all_are_positive():
 
 def crossing_by_walking(curve, level):
     """Ten thousand small steps along the line."""
-    pieces = list(itertools.pairwise(zip(curve.steps, curve.values, strict=True)))
-    for (x0, y0), (x1, y1) in pieces:
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve.items()):
         for k in range(10_001):
             if y0 + (y1 - y0) * k / 10_000 <= level:
                 return x0 + (x1 - x0) * k / 10_000
@@ -155,12 +160,9 @@ def crossing_by_walking(curve, level):
 
 @pytest.mark.parametrize("level", [1.0, 0.8, 0.55, 0.3, 0.1])
 def test_first_crossing_is_found_by_walking(level):
-    curve = Curve((0, 10, 30, 40), (0.9, 0.5, 0.7, 0.2))
+    curve = {0: 0.9, 10: 0.5, 30: 0.7, 40: 0.2}
     assert first_crossing(curve, level) == pytest.approx(crossing_by_walking(curve, level), abs=0.01)
-
-
-def test_crossing_of_an_unknown_level_is_unknown():
-    assert math.isnan(first_crossing(Curve((0,), (1.0,)), math.nan))
+    assert math.isnan(first_crossing(curve, math.nan)), "unknown"
 
 
 def all_resamples(values):
@@ -218,12 +220,5 @@ def test_summary_pairs_by_seed_and_ignores_the_unpaired(tmp_path):
     assert found.seeds == (1, 2, 3, 7) and found.paired == 3
     assert found.change.value == pytest.approx(-0.1) and found.verdict == "lower by 10 % (10 to 10)"
     assert found.changes == pytest.approx([-0.1] * 3)
-    assert found.forgotten_ratio.value == pytest.approx(0.5)
+    assert found.forgetting_ratio.value == pytest.approx(0.5)
     assert found.reach.reached == 3 and found.reach.share.value < 0.5
-    assert summarise("base", runs, "base").verdict == "the baseline"
-    assert summarise("other", runs, "base").verdict == "no finished run"
-
-
-def test_worst_view_is_named(tmp_path):
-    last = {"views_psnr/front": 21.0, "views_psnr/back": 19.0}
-    assert summarise("a", [result(tmp_path, "a", 0, [1, 1, 1], **last)], "a").worst_view == "back"
