@@ -57,22 +57,8 @@ def write_comparison(folder, **changed):
     return file
 
 
-class FakeRunner:
-    """Leaves what a finished run leaves, without training; `spoil` says what happens to one instead."""
-
-    def __init__(self, spoil=None):
-        self.spoil = spoil or {}
-        self.ran = []
-
-    def __call__(self, run, children):
-        prepare(run)
-        self.ran.append(run.label)
-        if run.label in self.spoil:
-            return self.spoil[run.label](run)
-        return finish(run)
-
-
 def finish(run):
+    """Leave what a finished run leaves."""
     (run.folder / "export").mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(to_yaml(run.config))
     (run.folder / "export" / "clr_embeds.pt").touch()
@@ -82,8 +68,17 @@ def finish(run):
     return 0
 
 
-def go(request, runner):
-    return compare(make_plan(request.comparison, request.output), request, runner)
+def go(root, spoil=None, **changed):
+    """The comparison without training; `spoil`: by label, what happens to a run instead. Returns: exit code, runs started."""
+    started = []
+
+    def run_one(run, children):
+        prepare(run)
+        started.append(run.label)
+        return (spoil or {}).get(run.label, finish)(run)
+
+    request = request_for(root, **changed)
+    return compare(make_plan(request.comparison, root), request, run_one), started
 
 
 def refused(capsys, *argv):
@@ -225,23 +220,14 @@ def test_runs_are_planned_seed_by_seed_and_equal_variants_warned_of(tmp_path):
 
 
 def test_finished_runs_are_kept_and_new_ones_added(tmp_path):
-    first, second, third = FakeRunner(), FakeRunner(), FakeRunner()
-    assert go(request_for(tmp_path), first) == 0 and len(first.ran) == 4
-    assert go(request_for(tmp_path), second) == 0 and second.ran == []
-    more = request_for(tmp_path, variants=VARIANTS | {"slow": {"prompt.learning_rate": 0.01}}, seeds=[0, 1, 2])
-    assert go(more, third) == 0
-    assert third.ran == ["slow-seed-0", "slow-seed-1", "plain-seed-2", "learned-seed-2", "slow-seed-2"]
-
-
-def test_a_changed_variant_is_refused_with_both_values(tmp_path):
-    go(request_for(tmp_path), FakeRunner())
-    runner = FakeRunner()
-    changed = request_for(tmp_path, variants=VARIANTS | {"learned": {"prompt.learning_rate": 0.3}})
-    with pytest.raises(
-        InputError, match=r"variant learned, seed 0: prompt.learning_rate is 0.3 now, 0.1 in .*another --output"
-    ):
-        go(changed, runner)
-    assert runner.ran == []
+    assert go(tmp_path) == (0, ["plain-seed-0", "learned-seed-0", "plain-seed-1", "learned-seed-1"])
+    assert go(tmp_path) == (0, [])
+    more = VARIANTS | {"slow": {"prompt.learning_rate": 0.01}}
+    added = ["slow-seed-0", "slow-seed-1", "plain-seed-2", "learned-seed-2", "slow-seed-2"]
+    assert go(tmp_path, variants=more, seeds=[0, 1, 2]) == (0, added)
+    message = r"variant learned, seed 0: prompt.learning_rate is 0.3 now, 0.1 in .*another --output"
+    with pytest.raises(InputError, match=message):
+        go(tmp_path, variants=VARIANTS | {"learned": {"prompt.learning_rate": 0.3}})
 
 
 def test_a_failed_run_is_named_and_does_not_stop_the_others(tmp_path, capsys):
@@ -249,33 +235,30 @@ def test_a_failed_run_is_named_and_does_not_stop_the_others(tmp_path, capsys):
         run.log.write_text("loading\nerror: step 3: the loss is not finite\nlast words\n")
         return 1
 
-    runner = FakeRunner({"learned-seed-0": fail})
-    assert go(request_for(tmp_path), runner) == 1 and len(runner.ran) == 4
+    code, started = go(tmp_path, {"learned-seed-0": fail})
+    assert code == 1 and len(started) == 4
     assert "error: learned-seed-0: error: step 3: the loss is not finite" in capsys.readouterr().err
     assert "learned, seed 0: failed: error: step 3" in (tmp_path / "report.html").read_text()
-    again = FakeRunner()
-    assert go(request_for(tmp_path), again) == 0 and again.ran == ["learned-seed-0"]
+    assert go(tmp_path) == (0, ["learned-seed-0"])
 
 
-def test_a_stopped_comparison_reports_and_goes_on(tmp_path, capsys):
+def test_a_stopped_comparison_reports_and_resumes(tmp_path, capsys):
     def interrupt(run):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)
         (run.folder / "checkpoints" / "step-000030").mkdir(parents=True)
-        (run.folder / "checkpoints" / "step-000030" / "state.pt").touch()
         (run.folder / "config.yaml").write_text(to_yaml(run.config))
         return 130
 
-    runner = FakeRunner({"learned-seed-0": interrupt})
-    assert go(request_for(tmp_path), runner) == 130
-    assert runner.ran == ["plain-seed-0", "learned-seed-0"]
+    def resume(run):
+        assert prepare(run)[-2:] == ["--resume", str(run.folder)]
+        return finish(run)
+
+    assert go(tmp_path, {"learned-seed-0": interrupt}) == (130, ["plain-seed-0", "learned-seed-0"])
     said = capsys.readouterr()
     assert "stopped by SIGINT with 3 runs left; continue with\n  python -m train.compare --again" in said.out
     assert "error" not in said.err and "failed: " not in (tmp_path / "report.html").read_text()
-    plan = make_plan(request_for(tmp_path).comparison, tmp_path)
-    assert prepare(plan.runs()[1])[-2:] == ["--resume", str(plan.runs()[1].folder)]
-    again = FakeRunner()
-    assert go(request_for(tmp_path), again) == 0 and again.ran == ["learned-seed-0", "plain-seed-1", "learned-seed-1"]
+    assert go(tmp_path, {"learned-seed-0": resume}) == (0, ["learned-seed-0", "plain-seed-1", "learned-seed-1"])
 
 
 def test_a_run_killed_while_it_loaded_is_started_again(tmp_path):
@@ -289,34 +272,21 @@ def test_a_run_killed_while_it_loaded_is_started_again(tmp_path):
 def test_report_only_runs_nothing(tmp_path, capsys):
     file, out = write_comparison(tmp_path), tmp_path / "out"
     assert "holds no comparison to report on" in refused(capsys, "--config", file, "--output", out, "--report-only")
-    go(request_for(out), FakeRunner({"plain-seed-1": lambda run: 1}))
+    go(out, {"plain-seed-1": lambda run: 1})
     (out / "report.html").unlink()
     assert main(["--config", str(file), "--output", str(out), "--report-only"]) == 0
     assert "plain, seed 1: not finished" in (out / "asked.html").read_text(), "named after the file"
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
-    file = write_comparison(tmp_path)
-    assert "not the folder of a comparison" in refused(capsys, "--config", file, "--output", tmp_path)
-
-
-def test_two_comparisons_never_share_a_folder(tmp_path):
-    request = request_for(tmp_path / "out")
-    with (
-        comparison_folder(request),
-        pytest.raises(InputError, match="another comparison is running"),
-        comparison_folder(request),
-    ):
-        pass
-
-
-def test_a_run_left_behind_by_a_killed_comparison_is_refused(tmp_path):
-    run = first_run(tmp_path)
+def test_a_folder_in_use_or_of_something_else_is_refused(tmp_path, capsys):
+    asked = ["--config", write_comparison(tmp_path), "--output"]
+    assert "not the folder of a comparison" in refused(capsys, *asked, tmp_path)
+    with comparison_folder(request_for(tmp_path / "out")):
+        assert "another comparison is running there" in refused(capsys, *asked, tmp_path / "out")
+    run = first_run(tmp_path / "out")
     run.folder.mkdir(parents=True)
-    runner = FakeRunner()
-    with FileLock(run.folder / ".lock"), pytest.raises(InputError, match="variant plain, seed 0: is still running"):
-        go(request_for(tmp_path), runner)
-    assert runner.ran == [] and go(request_for(tmp_path), runner) == 0
+    with FileLock(run.folder / ".lock"):
+        assert "variant plain, seed 0: is still running" in refused(capsys, *asked, tmp_path / "out")
 
 
 def test_children_get_the_signal_and_no_more_start(tmp_path):
@@ -326,10 +296,8 @@ def test_children_get_the_signal_and_no_more_start(tmp_path):
 
     def work(children):
         with log.open("wb") as file:
-            for _ in range(2):
-                codes.append(  # noqa: PERF401 (each is run after the other)
-                    children.run([sys.executable, "-c", script], log=file, environment=dict(os.environ))
-                )
+            command = [sys.executable, "-c", script]
+            codes.extend(children.run(command, log=file, environment=dict(os.environ)) for _ in range(2))
 
     with Children() as children:
         thread = threading.Thread(target=work, args=(children,))
@@ -358,7 +326,7 @@ def test_the_last_error_of_a_log_is_found(tmp_path):
 def test_two_variants_and_two_seeds_from_nothing_to_a_report(mice, smallest_model, tmp_path, request, capsys):
     out = tmp_path / "out"
 
-    def command(**changed):
+    def command():
         options = QUICK | {"model": str(smallest_model), "data.train": str(mice / "train"), "data.val": str(mice / "val")}
         options |= {
             "train.steps": 4,
@@ -369,15 +337,14 @@ def test_two_variants_and_two_seeds_from_nothing_to_a_report(mice, smallest_mode
             "monitor.checkpoint_every": 2,
             "monitor.preview_every": 4,
         }
-        file = write_comparison(tmp_path, options=options, **changed)
+        file = write_comparison(tmp_path, options=options, base=[str(REPOSITORY / "configs" / "micro.yaml")])
         assert main(["--config", str(file), "--output", str(out), "--jobs", "2"]) == 0
         return capsys.readouterr().out
 
     def written():
         return {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()}
 
-    base = [str(REPOSITORY / "configs" / "micro.yaml")]
-    said = command(base=base)
+    said = command()
     assert "4 runs of 4 steps: 0 are finished, 4 to do" in said and "4 of 4" in said
     report = (out / "asked.html").read_text()
     assert "4 of 4 runs are finished" in report and report.count("<svg") == 3
@@ -386,5 +353,5 @@ def test_two_variants_and_two_seeds_from_nothing_to_a_report(mice, smallest_mode
         assert (seen.pictures, seen.figures) == (4, 3), "truth, pretrained, two variants"
     assert len((out / "asked-results.csv").read_text().splitlines()) == 5
     before = written()
-    assert "4 are finished, 0 to do" in command(base=base)
+    assert "4 are finished, 0 to do" in command()
     assert written() == before
