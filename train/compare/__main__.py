@@ -19,7 +19,7 @@ from softprompt.errors import InputError
 from softprompt.files import new_file
 from train.compare.plan import Comparison, Plan, PlannedRun, comparison_yaml, differences, make_plan, parse_quietly, read_file
 from train.compare.results import LOSS, RunResult, read_run
-from train.compare.runner import Children, ProcessRunner, Runner, run_all
+from train.compare.runner import Children, ProcessRunner, Runner, last_error, run_all
 from train.options.command_line import Parser, suggestion
 from train.options.paths import expand_given
 from train.runs import is_running
@@ -142,18 +142,17 @@ def compare(plan: Plan, request: Request, runner: Runner) -> int:
     failures: dict[str, str] = {}
     seconds: list[float] = []
     with Children() as children, tqdm(total=len(left), unit="run", dynamic_ncols=True, disable=None if left else True) as bar:
-        for outcome in run_all(left, jobs=request.jobs, runner=runner, children=children):
-            if outcome.code is None:
-                continue
-            run, minutes, result = outcome.run, f"{outcome.seconds / 60:.1f} min", _read(outcome.run)
-            if result:
+        for run, code, took in run_all(left, jobs=request.jobs, runner=runner, children=children):
+            if result := _read(run):
                 results[run.label] = result
-                said = f"loss {result.number(LOSS):.4g} in {minutes}"
+                said = f"loss {result.number(LOSS):.4g} in {took / 60:.1f} min"
             else:
-                said = f"not finished after {minutes} (exit code {outcome.code}) {outcome.error}".rstrip()
+                said = f"not finished after {took / 60:.1f} min (exit code {code})"
                 if children.stopped_by is None:
-                    failures[run.label] = outcome.error or f"ended without an export (exit code {outcome.code})"
-            seconds.append(outcome.seconds)
+                    error = last_error(run) if code else "ended without its last evaluation and export"
+                    failures[run.label] = error or f"exit code {code}"
+                    said += f" {error}"
+            seconds.append(took)
             minutes_left = fmean(seconds) * (len(left) - len(seconds)) / request.jobs / 60
             progress = f"{len(seconds)} of {len(left)}, about {minutes_left:.1f} min left"
             tqdm.write(f"{run.variant} seed {run.seed}: {said}; {progress}", file=sys.stdout)

@@ -136,9 +136,23 @@ def make_plan(comparison: Comparison, root: Path) -> Plan:
     Raises: InputError naming the variant whose configuration is wrong, or is evaluated differently from the baseline's.
     """
     configs = {name: _resolve(comparison, name) for name in comparison.variants}
-    for name, config in configs.items():
-        _refuse_other_evaluation(comparison.baseline, configs[comparison.baseline], name, config)
-    return Plan(comparison, configs, root, tuple(_twins(configs)))
+    expected = _evaluation(configs[comparison.baseline])
+    for variant, config in configs.items():
+        found = _evaluation(config)
+        both = [name for name in expected if name in found]  # data.train counts where it holds the held-out objects
+        other = [
+            f"{name} is {found[name]} in {variant}, {expected[name]} in {comparison.baseline}"
+            for name in both
+            if found[name] != expected[name]
+        ]
+        if other:
+            raise InputError(
+                f"variant {variant}: {'; '.join(other)}. Variants that are evaluated differently cannot be compared: give "
+                f"all the same value, e.g. under options"
+            )
+    twins = [(a, b) for a, b in combinations(configs, 2) if not differences(configs[a], configs[b])]
+    warnings = [f"WARNING: variants {a} and {b} have the same configuration and will give the same numbers" for a, b in twins]
+    return Plan(comparison, configs, root, tuple(warnings))
 
 
 def _list_of(kind: type) -> Callable[[Any], bool]:
@@ -241,39 +255,18 @@ def differences(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
     return {name: (one[name], two[name]) for name in one if name != "output" and one[name] != two[name]}
 
 
-def evaluation_of(config: Config) -> dict[str, Any]:
+def _evaluation(config: Config) -> dict[str, Any]:
     """The settings that the final numbers are measured with, by dotted name: model, objects and evaluation."""
     values = option_values(config)
-    found = {name: values[name] for name in SAME_FOR_ALL}
-    if values["data.val"] is None:
-        found["data.train"] = values["data.train"]  # whose last objects are held out
+    names = [*SAME_FOR_ALL, *(["data.train"] if values["data.val"] is None else [])]  # whose last objects are held out
     pretrained = config.prompt.waypoints[0]
     if "{" in str(TEMPLATES.get(pretrained, pretrained)):
         pretrained = view_texts(pretrained, subject=config.prompt.subject, angle=config.prompt.angle)[0]
-    return found | {
+    return {name: values[name] for name in names} | {
         "data.background (of held-out objects)": config.data.still_background,
         "data.reference_view (the first)": config.data.first_reference,
         "prompt.waypoints (the first: the pretrained model's)": pretrained,
     }
-
-
-def _refuse_other_evaluation(baseline: str, expected: Config, variant: str, config: Config) -> None:
-    one, two = evaluation_of(expected), evaluation_of(config)
-    both = [name for name in one if name in two]  # data.train counts where it holds the held-out objects
-    other = [f"{name} is {two[name]} in {variant}, {one[name]} in {baseline}" for name in both if one[name] != two[name]]
-    if other:
-        raise InputError(
-            f"variant {variant}: {'; '.join(other)}. Variants that are evaluated differently cannot be compared: give "
-            f"all the same value, e.g. under options"
-        )
-
-
-def _twins(configs: Mapping[str, Config]) -> list[str]:
-    return [
-        f"WARNING: variants {first} and {second} have the same configuration and will give the same numbers"
-        for first, second in combinations(configs, 2)
-        if not differences(configs[first], configs[second])
-    ]
 
 
 def _groups() -> set[str]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from softprompt.files import new_file
 from train.compare.plan import Comparison, Plan, comparison_yaml, flat_options, own_files
-from train.compare.results import FORGETTING, LOSS, Curve, RunResult, Summary, summarise, view_numbers
+from train.compare.results import FORGETTING, LOSS, Curve, RunResult, Summary, summarise, views
 from train.compare.tables import (
     cell,
     headline,
@@ -66,7 +66,7 @@ def write_report(
     }
     with new_file(plan.root / f"{name}.html") as partial:
         partial.write_text(render("train.compare", page), encoding="utf-8")
-    for kind, rows in (("results", result_rows(results)), ("summary", summary_rows(summaries))):
+    for kind, rows in {"results": result_rows(results), "summary": summary_rows(summaries)}.items():
         with new_file(plan.root / f"{name}-{kind}.csv") as partial, partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["variant"])
             writer.writeheader()
@@ -210,7 +210,7 @@ def grid(comparison: Comparison, results: Sequence[RunResult]) -> dict[str, Any]
     ]
     return {
         "objects": objects,
-        "columns": ["input", *(name.replace("_", " ") for name in view_numbers(first[lead].final))] if lead else [],
+        "columns": ["input", *(name.replace("_", " ") for name in views(first[lead].final))] if lead else [],
         "seeds": ", ".join(f"{name} {first[name].seed}" for name in shown),
         "lead": lead,
         "shrunk_to": LARGEST_TILE if any(found[0]["truth"].height > LARGEST_TILE for found in shown.values()) else None,
@@ -230,5 +230,5 @@ def strips(result: RunResult) -> list[dict[str, Image.Image]]:
     """
     if result.tiles is None:
         return []
-    cut = cut_strips(result.tiles, views=len(view_numbers(result.final)), rows=len(KINDS))
+    cut = cut_strips(result.tiles, views=len(views(result.final)), rows=len(KINDS))
     return [dict(zip(KINDS, rows, strict=True)) for rows in cut]

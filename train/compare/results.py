@@ -5,7 +5,7 @@ with the baseline's run of that seed, and only the differences are averaged.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -67,16 +67,6 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Reach:
-    """How soon a variant reached the baseline's final loss."""
-
-    share: Interval
-    """Share of the baseline's steps; the median over seeds."""
-    reached: int
-    of: int
-
-
-@dataclass(frozen=True)
 class Summary:
     """A variant over all its seeds."""
 
@@ -93,7 +83,10 @@ class Summary:
     changes: tuple[float, ...]
     """The change for each paired seed."""
     outcome: Outcome
-    reach: Reach
+    reach: Interval
+    """Share of all steps after which the loss came down to the baseline's final loss; the median over the paired seeds."""
+    reached: tuple[int, int]
+    """How many paired seeds came down to it, of how many."""
     forgetting_ratio: Interval
     """Forgetting over the baseline's."""
 
@@ -117,23 +110,18 @@ class Summary:
         return f"{self.outcome} by {self.amount}" if self.outcome in ("lower", "higher") else self.outcome
 
     @property
-    def view_psnr(self) -> dict[str, float]:
-        """PSNR in dB by view."""
-        return view_numbers({name: spread.mean for name, spread in self.series.items()})
-
-    @property
     def worst_view(self) -> str | None:
         """The view with the lowest PSNR."""
-        return min(self.view_psnr, key=self.view_psnr.__getitem__, default=None)
+        return min(views(self.series), key=lambda view: self.of(f"views_psnr/{view}").mean, default=None)
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f}" if share >= 0.095 else f"{100 * share:.2g}"
 
 
-def view_numbers(numbers: Mapping[str, float]) -> dict[str, float]:
-    """PSNR by view, in the order of the views in the pictures."""
-    return {name.removeprefix("views_psnr/"): v for name, v in numbers.items() if name.startswith("views_psnr/")}
+def views(names: Iterable[str]) -> list[str]:
+    """The views among the names of series, in the order of the views in the pictures."""
+    return [name.removeprefix("views_psnr/") for name in names if name.startswith("views_psnr/")]
 
 
 def read_run(run: Path, *, variant: str, seed: int, steps: int) -> RunResult | None:
@@ -242,22 +230,21 @@ def _bootstrap(samples: Sequence[Sequence[float]], statistic: Callable[..., Any]
     return float(bounds.low), float(bounds.high)
 
 
-def reach(shares: Sequence[float]) -> Reach:
-    """Median of the shares (infinity: never reached), its 95 % percentile bootstrap interval, and how many are finite.
+def median_share(shares: Sequence[float]) -> Interval:
+    """Median of the shares (infinity: never reached) and its 95 % percentile bootstrap interval.
 
     A median or bound that lies between a finite share and infinity is infinite: nothing in between was seen.
     """
     import numpy as np
 
     known = [s for s in shares if not math.isnan(s)]
-    finite = [s for s in known if math.isfinite(s)]
     if not known:
-        return Reach(Interval(), 0, 0)
-    largest = max(finite, default=0.0)
+        return Interval()
+    largest = max(filter(math.isfinite, known), default=0.0)
     never = 1e9 * (1 + largest)  # finite, since infinities cannot be interpolated
     stand_in = [s if math.isfinite(s) else never for s in known]
     found = [median(stand_in), *(_bootstrap([stand_in], np.median) if len(known) >= FEWEST_SEEDS else ())]
-    return Reach(Interval(*(math.inf if v > largest * (1 + 1e-9) else v for v in found)), len(finite), len(known))
+    return Interval(*(math.inf if v > largest * (1 + 1e-9) else v for v in found))
 
 
 def ratio_of_means(values: Sequence[float], baseline: Sequence[float]) -> Interval:
@@ -312,6 +299,7 @@ def summarise(variant: str, results: Sequence[RunResult], baseline: str) -> Summ
     losses = sides(LOSS)
     change = paired_change(*losses)
     usable = len(finite_pairs(*losses))
+    shares = [first_crossing(r.validation, b.number(LOSS)) / b.steps for r, b in pairs]
     return Summary(
         variant=variant,
         seeds=tuple(r.seed for r in own),
@@ -321,6 +309,7 @@ def summarise(variant: str, results: Sequence[RunResult], baseline: str) -> Summ
         change=change,
         changes=tuple(v / b - 1 if b > 0 else math.nan for v, b in zip(*losses, strict=True)),
         outcome="baseline" if variant == baseline else outcome_of(change, usable) if own else "no finished run",
-        reach=reach([first_crossing(r.validation, b.number(LOSS)) / b.steps for r, b in pairs]),
+        reach=median_share(shares),
+        reached=(sum(map(math.isfinite, shares)), sum(not math.isnan(share) for share in shares)),
         forgetting_ratio=paired_ratio(*sides(FORGETTING)),
     )

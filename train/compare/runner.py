@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -18,18 +17,6 @@ from softprompt.files import new_file, remove_partial
 from train.compare.plan import PlannedRun
 from train.options.config import to_yaml
 from train.state.folder import list_checkpoints
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    run: PlannedRun
-    code: int | None
-    """Exit code of its process; None where it was not started."""
-    seconds: float
-    error: str = ""
-    """The last error line of its log, where it failed."""
 
 
 class Children:
@@ -66,8 +53,7 @@ class Children:
     def _pass_on(self, number: int) -> None:
         with self._lock:
             for process in self._running:
-                with suppress(ProcessLookupError):
-                    process.send_signal(number)
+                process.send_signal(number)
 
     def run(self, command: Sequence[str], *, log: Any, environment: dict[str, str]) -> int | None:
         """Start a process and wait for it. It gets its signals only from here, not from the terminal as well.
@@ -126,18 +112,24 @@ def prepare(run: PlannedRun) -> list[str]:
     return [*program, "--config", str(run.config_file), "--output", str(run.folder)]
 
 
-def run_all(runs: Sequence[PlannedRun], *, jobs: int, runner: Runner, children: Children) -> Iterator[Outcome]:
-    """Train the runs in their order, `jobs` side by side. Yields: each as it ends; one that fails does not stop the others."""
+def run_all(
+    runs: Sequence[PlannedRun], *, jobs: int, runner: Runner, children: Children
+) -> Iterator[tuple[PlannedRun, int, float]]:
+    """Train the runs in their order, `jobs` side by side; one that fails does not stop the others.
 
-    def one(run: PlannedRun) -> Outcome:
+    Yields: each run that was started as it ends, its exit code, and how long it took in seconds.
+    """
+
+    def one(run: PlannedRun) -> tuple[PlannedRun, int | None, float]:
         began = time.monotonic()
         code = None if children.stopped_by is not None else runner(run, children)
-        error = last_error(run) if code and children.stopped_by is None else ""
-        return Outcome(run, code, time.monotonic() - began, error)
+        return run, code, time.monotonic() - began
 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         for future in as_completed([pool.submit(one, run) for run in runs]):
-            yield future.result()
+            run, code, seconds = future.result()
+            if code is not None:
+                yield run, code, seconds
 
 
 def last_error(run: PlannedRun) -> str:

@@ -17,6 +17,7 @@ from train.compare.results import (
     RunResult,
     Spread,
     Summary,
+    views,
 )
 
 T = TypeVar("T")
@@ -92,13 +93,10 @@ def views_table(summaries: Sequence[Summary]) -> dict[str, Any] | None:
     """PSNR and SSIM of each view; None where no run measured them."""
 
     def view(name: str) -> Callable[[Summary], Cell]:
-        return lambda s: cell(
-            number(s.view_psnr.get(name, math.nan), 4),
-            number(s.of(f"views_ssim/{name}").mean),
-            "worst" if name == s.worst_view else "",
-        )
+        psnr, ssim = f"views_psnr/{name}", f"views_ssim/{name}"
+        return lambda s: cell(number(s.of(psnr).mean, 4), number(s.of(ssim).mean), "worst" if name == s.worst_view else "")
 
-    columns = {_spaced(name): view(name) for s in summaries for name in s.view_psnr}
+    columns = {_spaced(name): view(name) for s in summaries for name in views(s.series)}
     worst = {"worst": lambda s: cell(_spaced(s.worst_view or DASH))}
     return table("Results by view", {s.variant: s for s in summaries}, columns | worst) if columns else None
 
@@ -124,8 +122,8 @@ def _against_baseline(s: Summary, found: Interval, show: Callable[[float], str])
 
 
 def _reach(s: Summary) -> Cell:
-    reached = f"{s.reach.reached} of {s.reach.of} reached it" if s.reach.of else ""
-    return cell(percent(s.reach.share.value), "; ".join(filter(None, [_bounds(s.reach.share, percent), reached])))
+    reached = f"{s.reached[0]} of {s.reached[1]} reached it" if s.reached[1] else ""
+    return cell(percent(s.reach.value), "; ".join(filter(None, [_bounds(s.reach, percent), reached])))
 
 
 def _bounds(interval: Interval, show: Callable[[float], str]) -> str:
@@ -151,16 +149,15 @@ def headline(summaries: Sequence[Summary], baseline: str) -> str:
         for s in others
         if s.outcome == outcome
     ]
-    same = [s.variant for s in others if s.outcome == "not significantly different"]
-    if same:
-        parts.append(f"{', '.join(same)}: no significant difference from {baseline} (paired t test, 5 % level)")
-    unknown = [s for s in others if s.outcome in ("too few seeds", "no finished run")]
-    if unknown:
+    if same := [s.variant for s in others if s.outcome == "not significantly different"]:
+        parts.append(f"{', '.join(same)}: no significant difference from {baseline}")
+    tested = ["Tests: paired t test of the log losses, 5 % level, 95 % intervals"] if parts else []
+    if unknown := [s for s in others if s.outcome in ("too few seeds", "no finished run")]:
         parts.append(
             f"{', '.join(s.variant for s in unknown)}: too few seeds for a verdict ({min(s.paired for s in unknown)} finished "
             f"with the baseline; {FEWEST_SEEDS} or more are needed)"
         )
-    return ". ".join(parts) + "."
+    return ". ".join([*parts, *tested]) + "."
 
 
 # ----------------------------------------------------------------------------------------------------------------- CSV
@@ -188,8 +185,8 @@ def summary_rows(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
                 "paired_seeds": s.paired,
                 "verdict": s.verdict,
                 **_interval("loss_change", s.change),
-                **_interval("share_of_steps_to_baseline_loss", s.reach.share),
-                "reached_baseline_loss": s.reach.reached,
+                **_interval("share_of_steps_to_baseline_loss", s.reach),
+                "reached_baseline_loss": s.reached[0],
                 **_interval("forgetting_ratio", s.forgetting_ratio),
                 **_interval("psnr_change_db", s.difference(PSNR)),
                 **{k: v for name in objectives for k, v in _interval(f"{name}_change", s.difference(name)).items()},

@@ -16,15 +16,15 @@ from train.compare.results import (
     SECONDS,
     Interval,
     first_crossing,
+    median_share,
     paired_change,
     paired_difference,
     paired_ratio,
     ratio_of_means,
-    reach,
     read_run,
     spread,
     summarise,
-    view_numbers,
+    views,
 )
 
 T_975 = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645}
@@ -68,7 +68,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
     assert run.number(FORGETTING) == pytest.approx(0.3)
     begun_elsewhere = result(tmp_path, "b", 3, [0.4, 0.3, 0.2], [0.3, 0.2, 0.4])
     assert begun_elsewhere.number(FORGETTING) == pytest.approx(0.3), "against the pretrained model, not its own start"
-    assert view_numbers(run.final) == {"front": 21.0, "back": 19.0}
+    assert views(run.final) == ["front", "back"]
     assert summarise("a", [run], "a").worst_view == "back"
     assert run.number(SECONDS) == 0.25 and run.number(PROMPTS_ALIKE) == 0.5 and run.tiles is None
 
@@ -173,21 +173,20 @@ def all_resamples(values):
 def test_bootstrap_of_the_median_is_near_the_exact_one():
     values = [0.3, 0.5, 0.6, 0.9]
     exact = all_resamples(values)
-    found = reach(values)
-    assert found.share.value == pytest.approx(0.55) and (found.reached, found.of) == (4, 4)
-    assert exact[int(0.01 * len(exact))] <= found.share.low <= exact[int(0.05 * len(exact))]
-    assert exact[int(0.95 * len(exact))] <= found.share.high <= exact[-1]
+    found = median_share(values)
+    assert found.value == pytest.approx(0.55)
+    assert exact[int(0.01 * len(exact))] <= found.low <= exact[int(0.05 * len(exact))]
+    assert exact[int(0.95 * len(exact))] <= found.high <= exact[-1]
 
 
 def test_never_reached_stays_never():
-    some = reach([0.4, 0.5, 0.6, math.inf, math.inf])
-    assert (some.reached, some.of) == (3, 5)
-    assert some.share.value == 0.6 and some.share.low == pytest.approx(0.4) and math.isinf(some.share.high)
-    never = reach([math.inf] * 3)
-    assert never.reached == 0 and math.isinf(never.share.value) and math.isinf(never.share.low)
-    two = reach([0.5, math.inf])
-    assert math.isinf(two.share.value) and math.isnan(two.share.low)
-    assert reach([]).of == 0 and math.isnan(reach([]).share.value)
+    some = median_share([0.4, 0.5, 0.6, math.inf, math.inf])
+    assert some.value == 0.6 and some.low == pytest.approx(0.4) and math.isinf(some.high)
+    never = median_share([math.inf] * 3)
+    assert math.isinf(never.value) and math.isinf(never.low)
+    two = median_share([0.5, math.inf])
+    assert math.isinf(two.value) and math.isnan(two.low)
+    assert math.isnan(median_share([]).value)
 
 
 def test_ratio_of_means_draws_pairs_together():
@@ -221,4 +220,4 @@ def test_summary_pairs_by_seed_and_ignores_the_unpaired(tmp_path):
     assert found.change.value == pytest.approx(-0.1) and found.verdict == "lower by 10 % (10 to 10)"
     assert found.changes == pytest.approx([-0.1] * 3)
     assert found.forgetting_ratio.value == pytest.approx(0.5)
-    assert found.reach.reached == 3 and found.reach.share.value < 0.5
+    assert found.reached == (3, 3) and found.reach.value < 0.5
