@@ -39,8 +39,7 @@ SAME_FOR_ALL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Compare training strategies on your own data: each variant is trained with each seed and compared with the baseline on
-    the same seeds."""
+    """Settings of a comparison."""
 
     base: list[str] = field(default_factory=list)
     """Configuration files of train.softprompt that all variants start from; the last wins."""

@@ -14,31 +14,17 @@ from filelock import FileLock
 
 from softprompt.errors import InputError
 from tests.browser import PROGRAM
+from tests.train.conftest import SMALL
 from train.compare.__main__ import Request, compare, comparison_folder, main, read_request
 from train.compare.plan import Comparison, make_plan, read_file
 from train.compare.runner import Children, last_error, prepare
 from train.options.config import to_yaml
 
 REPOSITORY = Path(__file__).parents[3]
-QUICK = {
-    "train.batch_size": 1,
-    "train.steps": 60,
-    "data.limit": 8,
-    "kl.domain": "new",
-    "monitor.validate_every": 30,
-    "monitor.validation_timesteps": 1,
-    "monitor.preview_every": 60,
-    "monitor.preview_objects": 1,
-    "monitor.preview_steps": 2,
-    "monitor.checkpoint_every": 30,
-    "export.pipeline": False,
-    "export.report": False,
-    "lora.rank": 2,
-}
 VARIANTS = {"plain": {"prompt.learn": False}, "learned": {}}
 
 
-COMPARISON = {"options": QUICK, "seeds": [0, 1], "baseline": "plain", "variants": VARIANTS}
+COMPARISON = {"options": {"train.steps": 60, "kl.domain": "new"}, "seeds": [0, 1], "baseline": "plain", "variants": VARIANTS}
 
 
 def request_for(root, **changed):
@@ -326,18 +312,11 @@ def test_the_last_error_of_a_log_is_found(tmp_path):
 def test_two_variants_and_two_seeds_from_nothing_to_a_report(mice, smallest_model, tmp_path, request, capsys):
     out = tmp_path / "out"
 
+    own = {"model": smallest_model, "data.train": mice / "train", "data.val": mice / "val", "data.original": mice / "val"}
+    options = SMALL | {name: str(path) for name, path in (own | {"data.cache": tmp_path / "cache"}).items()}
+    file = write_comparison(tmp_path, options=options, base=[str(REPOSITORY / "configs" / "micro.yaml")])
+
     def command():
-        options = QUICK | {"model": str(smallest_model), "data.train": str(mice / "train"), "data.val": str(mice / "val")}
-        options |= {
-            "train.steps": 4,
-            "data.limit": 4,
-            "data.cache": str(tmp_path / "cache"),
-            "data.original": str(mice / "val"),
-            "monitor.validate_every": 2,
-            "monitor.checkpoint_every": 2,
-            "monitor.preview_every": 4,
-        }
-        file = write_comparison(tmp_path, options=options, base=[str(REPOSITORY / "configs" / "micro.yaml")])
         assert main(["--config", str(file), "--output", str(out), "--jobs", "2"]) == 0
         return capsys.readouterr().out
 

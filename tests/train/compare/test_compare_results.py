@@ -31,17 +31,8 @@ T_975 = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645}
 """Of Student's t by degrees of freedom, from a printed table."""
 
 
-def write_run(folder, lines, *, exported=True):
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if exported:
-        (folder / "export").mkdir()
-        (folder / "export" / "clr_embeds.pt").touch()
-    return folder
-
-
-def lines(losses, original=None, **last):
-    """Three evaluations, at steps 0, 10 and 20, a training line between them."""
+def result(tmp_path, variant, seed, losses, original=None, **last):
+    """A finished run: three evaluations, at steps 0, 10 and 20, a training line between them."""
     found = [{"step": 10 * i, "loss/validation": loss} for i, loss in enumerate(losses)]
     for line, value in zip(found, original or [], strict=False):
         line["loss/original"] = value
@@ -49,12 +40,11 @@ def lines(losses, original=None, **last):
         found[0]["loss/original_pretrained"] = 0.1
     found[-1] |= last
     training = {"step": 10, "loss/train": 9.0, "speed/steps_per_second": 4.0, "prompt_views_alike/mean_cosine": 0.5}
-    return [found[0], training, *found[1:]]
-
-
-def result(tmp_path, variant, seed, losses, original=None, **last):
-    folder = write_run(tmp_path / variant / str(seed), lines(losses, original, **last))
-    return read_run(folder, variant=variant, seed=seed, steps=20)
+    run = tmp_path / variant / str(seed)
+    (run / "export").mkdir(parents=True)
+    (run / "export" / "clr_embeds.pt").touch()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [found[0], training, *found[1:]]))
+    return read_run(run, variant=variant, seed=seed, steps=20)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -83,14 +73,16 @@ def test_a_run_is_finished_when_it_is_evaluated_at_the_last_step_and_exported(tm
     def is_finished(folder):
         return read_run(folder, variant="a", seed=0, steps=20) is not None
 
-    done = lines([0.4, 0.3, 0.2])
-    assert is_finished(write_run(tmp_path / "done", done))
-    assert not is_finished(write_run(tmp_path / "unexported", done, exported=False))
-    assert not is_finished(tmp_path / "absent")
-    half = write_run(tmp_path / "half", done[:-1])
+    assert result(tmp_path, "done", 0, [0.4, 0.3, 0.2]) is not None and not is_finished(tmp_path / "absent")
+    half = tmp_path / "done" / "0"
+    *earlier, last = (half / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (half / "metrics.jsonl").write_text("".join(earlier))
     assert not is_finished(half)
-    with (half / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 20, "loss/vali')  # killed while it wrote
+    (half / "metrics.jsonl").write_text("".join(earlier) + last[:20])  # killed while it wrote
+    assert not is_finished(half)
+    (half / "metrics.jsonl").write_text("".join(earlier) + last)
+    assert is_finished(half)
+    (half / "export" / "clr_embeds.pt").unlink()
     assert not is_finished(half)
 
 
@@ -165,14 +157,9 @@ def test_first_crossing_is_found_by_walking(level):
     assert math.isnan(first_crossing(curve, math.nan)), "unknown"
 
 
-def all_resamples(values):
-    """The exact bootstrap distribution: every way to draw n of n."""
-    return sorted(median(pick) for pick in itertools.product(values, repeat=len(values)))
-
-
 def test_bootstrap_of_the_median_is_near_the_exact_one():
     values = [0.3, 0.5, 0.6, 0.9]
-    exact = all_resamples(values)
+    exact = sorted(median(pick) for pick in itertools.product(values, repeat=len(values)))  # every way to draw n of n
     found = median_share(values)
     assert found.value == pytest.approx(0.55)
     assert exact[int(0.01 * len(exact))] <= found.low <= exact[int(0.05 * len(exact))]
