@@ -151,7 +151,7 @@ def compare(plan: Plan, request: Request, runner: Runner) -> int:
                 if children.stopped_by is None:
                     error = last_error(run) if code else "ended without its last evaluation and export"
                     failures[run.label] = error or f"exit code {code}"
-                    said += f" {error}"
+                    said += f" {error}".rstrip()
             seconds.append(took)
             minutes_left = fmean(seconds) * (len(left) - len(seconds)) / request.jobs / 60
             progress = f"{len(seconds)} of {len(left)}, about {minutes_left:.1f} min left"
