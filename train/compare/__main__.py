@@ -1,49 +1,48 @@
-"""Which training strategy works for your data: `python -m train.compare`. Trains each variant with each seed, and reports.
+"""Compare training strategies on your own data: `python -m train.compare` trains each variant with each seed and reports."""
 
-What runs is in train.compare.plan, how in train.compare.runner, what it means in train.compare.results, and what it looks
-like in train.compare.report.
-"""
-
-import fcntl
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import NoReturn
 
+from filelock import FileLock, Timeout
 from jsonargparse import set_parsing_settings
 from tqdm import tqdm
 
 from softprompt.errors import InputError
 from softprompt.files import new_file
 from train.compare.plan import Comparison, Plan, PlannedRun, comparison_yaml, differences, make_plan, parse_quietly, read_file
-from train.compare.results import is_finished, read_run
-from train.compare.runner import Children, Outcome, ProcessRunner, Runner, has_checkpoint, run_all
+from train.compare.results import LOSS, RunResult, read_run
+from train.compare.runner import Children, ProcessRunner, Runner, last_error, run_all
 from train.options.command_line import Parser, suggestion
 from train.options.paths import expand_given
+from train.runs import is_running
+from train.state.folder import LOCK, list_checkpoints
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 KEPT = "comparison.yaml"
-"""File that marks the folder of a comparison: what was asked last."""
+"""File that marks the folder of a comparison: its settings, as they were last."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asked for."""
+    """A parsed command line."""
 
     comparison: Comparison
     output: Path
     jobs: int
     report_only: bool
     command: str
-    """That makes it again."""
+    """The command that repeats it."""
     name: str = "report"
-    """Of the report's files: that of the comparison's file. Comparisons may share a folder, and with it their runs."""
+    """Name of the report's files, that of the comparison's YAML: comparisons may share a folder, and with it their runs."""
 
 
 class CompareParser(Parser):
@@ -71,15 +70,15 @@ def make_parser() -> CompareParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = CompareParser(
         prog="python -m train.compare",
-        description="Compare training strategies on your own data: train each variant with each seed, and report what differs "
-        "by more than the noise. What is finished is kept: call it again to go on, or with more variants or seeds.",
+        description="Compare training strategies on your own data: train each variant with each seed, and report which differ "
+        "significantly from the baseline. Finished runs are kept: repeat the command to continue, or add variants or seeds.",
         epilog="Example: python -m train.compare --config configs/compare/example.yaml --output comparisons/example --jobs 2",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file of the comparison: the names below.")
-    parser.add_argument("--output", type=str, required=True, help="Folder of the comparison: its runs and its report.")
-    parser.add_argument("--jobs", type=int, default=1, help="Runs side by side.")
-    parser.add_argument("--report-only", action="store_true", help="Train nothing; report what is finished.")
+    parser.add_argument("--config", action="config", help="YAML file of the comparison, with the names below.")
+    parser.add_argument("--output", type=str, required=True, help="Folder for the runs and the report.")
+    parser.add_argument("--jobs", type=int, default=1, help="Number of runs side by side.")
+    parser.add_argument("--report-only", action="store_true", help="Train nothing; report on the finished runs.")
     parser.add_class_arguments(Comparison)
     return parser
 
@@ -94,7 +93,7 @@ def read_request(argv: Sequence[str] | None = None) -> Request:
     parser = make_parser()
     files = [a.partition("=")[2] or "".join(argv[i + 1 : i + 2]) for i, a in enumerate(argv) if a.split("=")[0] == "--config"]
     if len(files) > 1:
-        raise InputError(f"--config: is there {len(files)} times; expected one file, which is the whole comparison")
+        raise InputError(f"--config: is given {len(files)} times; expected one file, which is the whole comparison")
     for file in files:
         read_file(file)
     namespace = parser.parse_args(argv)
@@ -118,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = make_plan(request.comparison, request.output)
         for warning in plan.warnings:
             print(warning, file=sys.stderr)
-        with comparison_folder(request) as lock:
-            return compare(plan, request, ProcessRunner(request.jobs, keep_open=(lock,)))
+        with comparison_folder(request):
+            return compare(plan, request, ProcessRunner(request.jobs))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -129,32 +128,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(plan: Plan, request: Request, runner: Runner) -> int:
-    """Do what is not yet done, write the report of what there is. Returns: the exit code.
+    """Train the runs that are not finished, and write the report of those that are. Returns: the exit code.
 
-    Raises: InputError where a run that is there was made with another configuration.
+    Raises: InputError where an existing run was made with another configuration, or is still running.
     """
     runs = plan.runs()
-    finished = [run for run in runs if is_finished(run.folder, plan.steps)]
-    refuse_other_runs(runs, finished)
+    results = {run.label: result for run in runs if (result := _read(run))}
+    refuse_other_runs(runs, results)
     with new_file(plan.root / KEPT) as partial:
         partial.write_text(comparison_yaml(plan.comparison), encoding="utf-8")
-    left = [] if request.report_only else [run for run in runs if run not in finished]
-    print(f"{len(runs)} runs of {plan.steps} steps: {len(finished)} are finished, {len(left)} to do", flush=True)
+    left = [] if request.report_only else [run for run in runs if run.label not in results]
+    print(f"{len(runs)} runs of {plan.steps} steps: {len(results)} are finished, {len(left)} to do", flush=True)
     failures: dict[str, str] = {}
-    with Children() as children:
-        for outcome in _watched(run_all(left, jobs=request.jobs, runner=runner, children=children), plan, request, len(left)):
-            if outcome.code and children.stopped_by is None:
-                failures[outcome.run.label] = outcome.error or f"exit code {outcome.code}"
-            _report_if_round_ended(plan, request, outcome, left, failures)
-    missing = [run for run in left if not is_finished(run.folder, plan.steps)]
-    if children.stopped_by is None:
-        for run in missing:
-            failures.setdefault(run.label, "ended without its last evaluation and export")
-    headline = _write_report(plan, request, failures)
+    seconds: list[float] = []
+    with Children() as children, tqdm(total=len(left), unit="run", dynamic_ncols=True, disable=None if left else True) as bar:
+        for run, code, took in run_all(left, jobs=request.jobs, runner=runner, children=children):
+            if result := _read(run):
+                results[run.label] = result
+                said = f"loss {result.number(LOSS):.4g} in {took / 60:.1f} min"
+            else:
+                said = f"not finished after {took / 60:.1f} min (exit code {code})"
+                if children.stopped_by is None:
+                    error = last_error(run) if code else "ended without its last evaluation and export"
+                    failures[run.label] = error or f"exit code {code}"
+                    said += f" {error}".rstrip()
+            seconds.append(took)
+            minutes_left = fmean(seconds) * (len(left) - len(seconds)) / request.jobs / 60
+            progress = f"{len(seconds)} of {len(left)}, about {minutes_left:.1f} min left"
+            tqdm.write(f"{run.variant} seed {run.seed}: {said}; {progress}", file=sys.stdout)
+            sys.stdout.flush()
+            bar.update()
+            if all(r.label in results or r.label in failures for r in left if r.seed == run.seed):
+                _report(plan, request, results, failures)  # early, after the last run of each seed
+    headline = _report(plan, request, results, failures)
     print(f"\n{headline}\nreport     {plan.root / request.name}.html", flush=True)
+    missing = [run for run in left if run.label not in results]
     if children.stopped_by is not None and missing:
         name = signal.Signals(children.stopped_by).name
-        print(f"stopped by {name} with {len(missing)} runs left; go on with\n  {request.command}", flush=True)
+        print(f"stopped by {name} with {len(missing)} runs left; continue with\n  {request.command}", flush=True)
         return 128 + children.stopped_by
     for run in missing:
         print(f"error: {run.label}: {failures[run.label]} (log: {run.log})", file=sys.stderr)
@@ -162,87 +173,59 @@ def compare(plan: Plan, request: Request, runner: Runner) -> int:
 
 
 @contextmanager
-def comparison_folder(request: Request) -> Iterator[int]:
-    """Make the folder this comparison's while the block lasts, and while a run started in it does.
+def comparison_folder(request: Request) -> Iterator[None]:
+    """Hold the folder's lock, so that no other comparison works in it while the block lasts.
 
-    Yields: the lock, a file descriptor; runs that inherit it hold it, should this program be killed.
     Raises: InputError when the folder holds something else, or another comparison works in it.
     """
     folder = request.output
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / KEPT).is_file())):
-        raise InputError(f"--output {folder}: is no comparison's folder, and not empty; give a new one")
+        raise InputError(f"--output {folder}: is not empty and not the folder of a comparison; give a new one")
     if request.report_only and not (folder / KEPT).is_file():
-        raise InputError(f"--output {folder}: holds no comparison to report on; leave --report-only out to begin one")
+        raise InputError(f"--output {folder}: holds no comparison to report on; leave --report-only out to start one")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / KEPT).touch()
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"--output {folder}: another comparison, or a run it left behind, is at work there") from None
-        yield file.fileno()
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise InputError(f"--output {folder}: another comparison is running there; wait for it or stop it first") from None
 
 
-def refuse_other_runs(runs: Sequence[PlannedRun], finished: Sequence[PlannedRun]) -> None:
-    """Raises: InputError when a run that is finished, or can be gone on with, was made with another configuration."""
+def refuse_other_runs(runs: Sequence[PlannedRun], finished: Container[str]) -> None:
+    """Check the runs that exist before they are resumed or reported on.
+
+    finished: their labels.
+    Raises: InputError for a run that was made with another configuration, or that is still running.
+    """
     for run in runs:
-        if run not in finished and not has_checkpoint(run):
+        where = f"variant {run.variant}, seed {run.seed}"
+        if run.label not in finished and is_running(run.folder):
+            raise InputError(
+                f"{where}: is still running in {run.folder}, likely left behind by a comparison that was killed; wait for it "
+                f"or stop it first"
+            )
+        if run.label not in finished and not list_checkpoints(run.folder):
             continue
         file = run.folder / "config.yaml"
-        where = f"variant {run.variant}, seed {run.seed}"
         other = differences(parse_quietly(["--config", str(file)], where), run.config)
         if other:
             changed = "; ".join(f"{name} is {now} now, {before} in {file}" for name, (before, now) in other.items())
             raise InputError(
-                f"{where}: {changed}. A comparison never mixes configurations: give another --output, or the "
-                f"variant another name"
+                f"{where}: {changed}. A comparison never mixes configurations: give another --output, or rename the variant"
             )
 
 
-def _watched(outcomes: Iterator[Outcome], plan: Plan, request: Request, count: int) -> Iterator[Outcome]:
-    """A bar, and a line for each run that ended."""
-    seconds: list[float] = []
-    with tqdm(total=count, unit="run", dynamic_ncols=True, disable=None if count else True) as bar:
-        for number, outcome in enumerate(outcomes, start=1):
-            if outcome.code is not None:
-                seconds.append(outcome.seconds)
-                left = sum(seconds) / len(seconds) * (count - number) / request.jobs
-                tqdm.write(
-                    f"{_outcome_line(outcome, plan)}; {number} of {count}, about {left / 60:.1f} min left", file=sys.stdout
-                )
-                sys.stdout.flush()
-                bar.update()
-            yield outcome
+def _read(run: PlannedRun) -> RunResult | None:
+    return read_run(run.folder, variant=run.variant, seed=run.seed, steps=run.config.train.steps)
 
 
-def _outcome_line(outcome: Outcome, plan: Plan) -> str:
-    run, minutes = outcome.run, f"{outcome.seconds / 60:.1f} min"
-    if is_finished(run.folder, plan.steps):
-        result = read_run(run.folder, variant=run.variant, seed=run.seed, steps=plan.steps)
-        return f"{run.variant} seed {run.seed}: loss {result.number('loss/validation'):.4g} in {minutes}"
-    return f"{run.variant} seed {run.seed}: not finished after {minutes} (exit code {outcome.code}) {outcome.error}".rstrip()
-
-
-def _report_if_round_ended(
-    plan: Plan, request: Request, outcome: Outcome, left: Sequence[PlannedRun], failures: dict[str, str]
-) -> None:
-    """After the last run of each seed: an early look."""
-    of_seed = [run for run in left if run.seed == outcome.run.seed]
-    if outcome.code is None or any(not is_finished(r.folder, plan.steps) and r.label not in failures for r in of_seed):
-        return
-    _write_report(plan, request, failures)
-
-
-def _write_report(plan: Plan, request: Request, failures: dict[str, str]) -> str:
-    """Read what is finished and write the report. Returns: its headline."""
+def _report(plan: Plan, request: Request, results: Mapping[str, RunResult], failures: Mapping[str, str]) -> str:
+    """Write the report of the finished runs, in the plan's order. Returns: its headline."""
     from train.compare.report import write_report
 
-    results = [
-        read_run(run.folder, variant=run.variant, seed=run.seed, steps=plan.steps)
-        for run in plan.runs()
-        if is_finished(run.folder, plan.steps)
-    ]
-    return write_report(plan, results, failures=failures, command=request.command, name=request.name)
+    found = [results[run.label] for run in plan.runs() if run.label in results]
+    return write_report(plan, found, failures=failures, command=request.command, name=request.name)
 
 
 if __name__ == "__main__":

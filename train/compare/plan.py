@@ -1,11 +1,12 @@
-"""What a comparison is to run: one YAML file into a list of fully checked configurations, before the first run starts."""
+"""Planning a comparison: one YAML file becomes the checked configurations of all runs before the first one starts."""
 
 import contextlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from train.options.config import Config, option_values
 SET_BY_COMPARISON = ("train.seed", "output")
 """Options that no variant may set."""
 NOT_IN_OPTIONS = ("config", "resume", "dry_run", "dry-run")
-"""What the main job's command line knows besides options."""
+"""Names on the main job's command line that are no options of a configuration."""
 SAME_FOR_ALL = (
     "model",
     "train.steps",
@@ -33,55 +34,55 @@ SAME_FOR_ALL = (
     "monitor.guidance_scale",
     "monitor.eta",
 )
-"""Options that must be the same in all variants: with other ones, the losses could not be compared."""
+"""Options that must be the same in all variants; otherwise their losses could not be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Compare training strategies on your own data: each variant is trained with each seed, and measured against the baseline
-    on the same seeds."""
+    """Settings of a comparison."""
 
     base: list[str] = field(default_factory=list)
-    """Configuration files of train.softprompt that all variants start from, the last wins."""
+    """Configuration files of train.softprompt that all variants start from; the last wins."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of train.softprompt for all variants, by dotted name; they win over files."""
+    """Options of train.softprompt for all variants, by dotted name; they override the files."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Every variant is trained once with each; three or more are needed for a verdict."""
+    """Every variant is trained once with each seed; a verdict needs three or more."""
     baseline: str
-    """The variant that the others are measured against."""
+    """The variant that the others are compared with."""
     variants: dict[str, dict[str, Any]]
-    """By name: options that make it what it is, and `config`, a file or a list of files over `base`; {} is the base itself."""
+    """By name: the options of the variant, and `config`, a file or a list of files read after `base`; {} is the base itself."""
 
     def __post_init__(self) -> None:
-        if not self.variants:
-            raise InputError("variants: there are none; expected at least the baseline, e.g. {learned: {}}")
-        for name in self.variants:
+        names = list(self.variants)
+        if not names:
+            raise InputError("variants: is empty; expected at least the baseline, e.g. {learned: {}}")
+        for name in names:
             # The options' reader takes 1e9, a text in YAML, for a number.
             if not isinstance(name, str) or not re.fullmatch(r"\w([\w .+=-]{0,98}[\w+=-])?", name):
                 raise InputError(
                     f"variants: {name!r} cannot be the name of a folder; expected letters, digits and _ . + = - (or spaces "
                     f"inside), 100 at most"
                 )
-        lower = [name.lower() for name in self.variants]
-        if twice := [name for name in self.variants if lower.count(name.lower()) > 1]:
-            raise InputError(f"variants: {' and '.join(twice)} differ in capitals only, and would share a folder on some disks")
-        if self.baseline not in self.variants:
-            raise InputError(f"baseline: {self.baseline!r} is no variant{_near(self.baseline, list(self.variants))}")
+        lower = [name.lower() for name in names]
+        if twice := [name for name in names if lower.count(name.lower()) > 1]:
+            raise InputError(f"variants: {' and '.join(twice)} differ only in case, and would share a folder on some disks")
+        if self.baseline not in names:
+            raise InputError(f"baseline: {self.baseline!r} is no variant{_near(self.baseline, names)}")
         if not self.seeds:
-            raise InputError("seeds: there are none; expected one or more, e.g. [0, 1, 2]")
-        if twice_seeds := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
-            raise InputError(f"seeds: {twice_seeds[0]} is there twice; expected each once: the same seed gives the same run")
+            raise InputError("seeds: is empty; expected one or more, e.g. [0, 1, 2]")
+        if repeated := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
+            raise InputError(f"seeds: {repeated[0]} is given twice; expected each once: the same seed gives the same run")
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of the comparison, and where it is kept."""
+    """One run of the comparison, and its files."""
 
     variant: str
     seed: int
     config: Config
     root: Path
-    """Of the comparison."""
+    """Folder of the comparison."""
 
     @property
     def label(self) -> str:
@@ -95,12 +96,12 @@ class PlannedRun:
 
     @property
     def config_file(self) -> Path:
-        """ROOT/configs/VARIANT-seed-S.yaml: what it was started with."""
+        """ROOT/configs/VARIANT-seed-S.yaml: the configuration it was started with."""
         return self.root / "configs" / f"{self.label}.yaml"
 
     @property
     def log(self) -> Path:
-        """ROOT/logs/VARIANT-seed-S.log: all it said."""
+        """ROOT/logs/VARIANT-seed-S.log: its output."""
         return self.root / "logs" / f"{self.label}.log"
 
 
@@ -116,11 +117,11 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Of every run."""
+        """Steps of each run."""
         return self.configs[self.comparison.baseline].train.steps
 
     def runs(self) -> list[PlannedRun]:
-        """Seed by seed, all variants of a seed together, so that an early look compares all."""
+        """Seed by seed, all variants of a seed together, so that an early report compares all."""
         return [
             PlannedRun(variant, seed, replace(config, train=replace(config.train, seed=seed)), self.root)
             for seed in self.comparison.seeds
@@ -131,16 +132,44 @@ class Plan:
 def make_plan(comparison: Comparison, root: Path) -> Plan:
     """Resolve every variant: base files, its own files, the common options, its own options; the later win.
 
-    Raises: InputError naming the variant, where one does not stand on its own or next to the others.
+    Raises: InputError naming the variant whose configuration is wrong, or is evaluated differently from the baseline's.
     """
     configs = {name: _resolve(comparison, name) for name in comparison.variants}
-    for name, config in configs.items():
-        _refuse_other_evaluation(comparison.baseline, configs[comparison.baseline], name, config)
-    return Plan(comparison, configs, root, tuple(_twins(configs)))
+    expected = _evaluation(configs[comparison.baseline])
+    for variant, config in configs.items():
+        found = _evaluation(config)
+        both = [name for name in expected if name in found]  # data.train counts where it holds the held-out objects
+        other = [
+            f"{name} is {found[name]} in {variant}, {expected[name]} in {comparison.baseline}"
+            for name in both
+            if found[name] != expected[name]
+        ]
+        if other:
+            raise InputError(
+                f"variant {variant}: {'; '.join(other)}. Variants that are evaluated differently cannot be compared: give "
+                f"all the same value, e.g. under options"
+            )
+    twins = [(a, b) for a, b in combinations(configs, 2) if not differences(configs[a], configs[b])]
+    warnings = [f"WARNING: variants {a} and {b} have the same configuration and will give the same numbers" for a, b in twins]
+    return Plan(comparison, configs, root, tuple(warnings))
+
+
+def _list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "base": (_list_of(str), "a list of files, e.g. [configs/micro.yaml]"),
+    "options": (lambda value: isinstance(value, dict), "options by name, or {}"),
+    "seeds": (_list_of(int), "a list of numbers, e.g. [0, 1, 2]"),
+    "baseline": (lambda value: isinstance(value, str), "the name of a variant"),
+    "variants": (lambda value: isinstance(value, dict), "options by variant, e.g. {learned: {}}"),
+}
+"""A test of each value of a comparison's file, and what it expects."""
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """The comparison's YAML, its top-level names checked.
+    """The comparison's YAML, its names and the kinds of its values checked: the command line's parser explains these badly.
 
     Raises: InputError when it is missing, no YAML, or holds a name twice or one that is not known.
     """
@@ -149,59 +178,44 @@ def read_file(path: str) -> dict[str, Any]:
             f"--config {path}: no such file{base_of(path)}; expected a YAML file such as configs/compare/example.yaml"
         )
     content = read_yaml(Path(path))
-    known = list(Comparison.__dataclass_fields__)
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no comparison; expected {', '.join(known)}")
-    for name in content:
-        if name not in known:
+        raise InputError(f"{path}: holds no comparison; expected {', '.join(_KINDS)}")
+    for name, value in content.items():
+        if name not in _KINDS:
             hint = "; it is an option of train.softprompt: put it under options" if str(name) in _groups() else ""
-            raise InputError(f"{path}: unknown name {name!r}{hint or _near(str(name), known)}")
+            raise InputError(f"{path}: unknown name {name!r}{hint or _near(str(name), list(_KINDS))}")
+        is_right, expected = _KINDS[name]
+        if not is_right(value):
+            raise InputError(f"{path}: {name}: is {'empty' if value is None else value}; expected {expected}")
     for name in ("baseline", "variants"):
-        if content.get(name) is None:
-            raise InputError(f"{path}: has no {name}; expected {known[-2]} (a name) and {known[-1]} (by name)")
-    if not isinstance(content["variants"], dict):
-        raise InputError(f"{path}: variants: is {content['variants']}; expected options by variant, e.g. {{learned: {{}}}}")
-    _check_kinds(path, content)
+        if name not in content:
+            raise InputError(f"{path}: has no {name}; expected {_KINDS[name][1]}")
     for name, options in content["variants"].items():
         if not isinstance(name, str) or not isinstance(options, dict | None):
             raise InputError(f"{path}: variants: {name}: is {options}; expected a name as text, and options such as {{}}")
         files = (options or {}).get("config", [])
-        if not isinstance(files, str) and not (isinstance(files, list) and all(isinstance(file, str) for file in files)):
+        if not isinstance(files, str) and not _list_of(str)(files):
             raise InputError(f"{path}: variants: {name}: config: is {files}; expected a file, or a list of files")
     return content
-
-
-def _check_kinds(path: str, content: Mapping[str, Any]) -> None:
-    """What the parser says badly. Raises: InputError."""
-    lists = {"base": (str, "a list of files, e.g. [configs/micro.yaml]"), "seeds": (int, "a list of numbers, e.g. [0, 1, 2]")}
-    for name, (kind, expected) in lists.items():
-        value = content.get(name, [])
-        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-            raise InputError(f"{path}: {name}: is {'empty' if value is None else value}; expected {expected}")
-    options = content.get("options", {})
-    if not isinstance(options, dict):
-        raise InputError(f"{path}: options: is {'empty' if options is None else options}; expected options by name, or {{}}")
 
 
 def flat_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Nested or dotted options by their dotted names.
 
-    Raises: InputError for one that a comparison sets itself, or that is no option of a configuration.
+    Raises: InputError for one that is given twice, that a comparison sets itself, or that is no option of a configuration.
     """
     flat: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping) and name in _groups():
-            nested = flat_options({f"{name}.{inner}": v for inner, v in value.items()}, where)
-            if twice := [inner for inner in nested if inner in options or inner in flat]:
-                raise InputError(f"{where}: {twice[0]} is there twice, dotted and under {name}; expected it once")
-            flat |= nested
-        elif name in SET_BY_COMPARISON:
-            raise InputError(f"{where}: {name} is set by the comparison itself (seeds, --output); leave it out")
-        elif name in NOT_IN_OPTIONS:
-            raise InputError(f"{where}: {name} is no option of a configuration; files go into base, or a variant's config")
-        elif name not in option_kinds():
-            raise InputError(f"{where}: unknown option {name!r}{suggestion(str(name), list(option_kinds()))}")
-        else:
+    for outer, inside in options.items():
+        is_group = isinstance(inside, Mapping) and outer in _groups()
+        for name, value in {f"{outer}.{inner}": v for inner, v in inside.items()}.items() if is_group else [(outer, inside)]:
+            if name in flat:
+                raise InputError(f"{where}: {name} is given twice, dotted and under {name.split('.')[0]}; expected it once")
+            if name in SET_BY_COMPARISON:
+                raise InputError(f"{where}: {name} is set by the comparison itself (seeds, --output); leave it out")
+            if name in NOT_IN_OPTIONS:
+                raise InputError(f"{where}: {name} is no option of a configuration; files go into base, or a variant's config")
+            if name not in option_kinds():
+                raise InputError(f"{where}: unknown option {name!r}{suggestion(str(name), list(option_kinds()))}")
             flat[name] = value
     return flat
 
@@ -223,7 +237,7 @@ def _resolve(comparison: Comparison, variant: str) -> Config:
 
 
 def parse_quietly(argv: Sequence[str], where: str) -> Config:
-    """What train.options.command_line.parse reads; whatever it would print becomes an InputError that begins with `where`."""
+    """The configuration that a command line of the main job asks for. Raises: InputError that begins with `where`."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -235,46 +249,23 @@ def parse_quietly(argv: Sequence[str], where: str) -> Config:
 
 
 def differences(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
-    """By dotted name, the two values of each option that is not the same, `output` left out."""
+    """The options whose values differ, except `output`: both values by dotted name."""
     one, two = option_values(first), option_values(second)
     return {name: (one[name], two[name]) for name in one if name != "output" and one[name] != two[name]}
 
 
-def evaluation_of(config: Config) -> dict[str, Any]:
-    """By dotted name, what the final numbers are measured with: the model, the objects, how they are looked at."""
+def _evaluation(config: Config) -> dict[str, Any]:
+    """The settings that the final numbers are measured with, by dotted name: model, objects and evaluation."""
     values = option_values(config)
-    found = {name: values[name] for name in SAME_FOR_ALL}
-    if values["data.val"] is None:
-        found["data.train"] = values["data.train"]  # whose last objects are held out
+    names = [*SAME_FOR_ALL, *(["data.train"] if values["data.val"] is None else [])]  # whose last objects are held out
     pretrained = config.prompt.waypoints[0]
     if "{" in str(TEMPLATES.get(pretrained, pretrained)):
         pretrained = view_texts(pretrained, subject=config.prompt.subject, angle=config.prompt.angle)[0]
-    return found | {
+    return {name: values[name] for name in names} | {
         "data.background (of held-out objects)": config.data.still_background,
         "data.reference_view (the first)": config.data.first_reference,
-        "prompt.waypoints (the first: what the untouched model is)": pretrained,
+        "prompt.waypoints (the first: the pretrained model's)": pretrained,
     }
-
-
-def _refuse_other_evaluation(baseline: str, expected: Config, variant: str, config: Config) -> None:
-    one, two = evaluation_of(expected), evaluation_of(config)
-    both = [name for name in one if name in two]  # data.train counts where it holds the held-out objects
-    other = [f"{name} is {two[name]} in {variant}, {one[name]} in {baseline}" for name in both if one[name] != two[name]]
-    if other:
-        raise InputError(
-            f"variant {variant}: {'; '.join(other)}. Numbers measured in different ways cannot be compared: give all variants "
-            f"the same value, e.g. under options"
-        )
-
-
-def _twins(configs: Mapping[str, Config]) -> list[str]:
-    names = list(configs)
-    return [
-        f"WARNING: variants {first} and {second} are the same configuration; they will give the same numbers"
-        for i, first in enumerate(names)
-        for second in names[i + 1 :]
-        if not differences(configs[first], configs[second])
-    ]
 
 
 def _groups() -> set[str]:

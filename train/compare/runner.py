@@ -1,4 +1,4 @@
-"""Runs of a comparison as processes of their own: some side by side, all told to stop when the comparison is."""
+"""The runs of a comparison, each in its own process: some side by side, all stopped when the comparison is."""
 
 import os
 import shutil
@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -17,22 +16,11 @@ from typing import Any
 from softprompt.files import new_file, remove_partial
 from train.compare.plan import PlannedRun
 from train.options.config import to_yaml
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    run: PlannedRun
-    code: int | None
-    """Of its process; None where it was not started."""
-    seconds: float
-    error: str = ""
-    """The last error line of its log, where it failed."""
+from train.state.folder import list_checkpoints
 
 
 class Children:
-    """The processes that run; inside the block SIGINT, SIGTERM and SIGHUP are passed on to them, and no more are started."""
+    """The running processes. Inside the block SIGINT, SIGTERM and SIGHUP are passed on to them, and no more are started."""
 
     def __init__(self) -> None:
         self.stopped_by: int | None = None
@@ -59,19 +47,18 @@ class Children:
         if self.stopped_by is None:
             self.stopped_by = number
             name = signal.Signals(number).name
-            print(f"\n{name}: no new run starts; those under way save what they have and stop", file=sys.stderr)
+            print(f"\n{name}: no new run starts; the running ones save a checkpoint and stop", file=sys.stderr)
         self._pass_on(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def _pass_on(self, number: int) -> None:
         with self._lock:
             for process in self._running:
-                with suppress(ProcessLookupError):
-                    process.send_signal(number)
+                process.send_signal(number)
 
-    def run(self, command: Sequence[str], *, log: Any, environment: dict[str, str], keep_open: Sequence[int]) -> int | None:
-        """Start a process and wait for it. Returns: its exit code; None where none is to be started any more.
+    def run(self, command: Sequence[str], *, log: Any, environment: dict[str, str]) -> int | None:
+        """Start a process and wait for it. It gets its signals only from here, not from the terminal as well.
 
-        It gets its signals from here alone, not from the terminal as well. keep_open: file descriptors it shares.
+        Returns: its exit code; None after a signal, when no more are started.
         """
         with self._lock:
             if self.stopped_by is not None:
@@ -83,7 +70,6 @@ class Children:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                pass_fds=keep_open,
             )
             self._running.add(process)
         try:
@@ -94,61 +80,56 @@ class Children:
 
 
 Runner = Callable[[PlannedRun, Children], int | None]
-"""Does one run. Returns: its exit code; None where it was not started."""
+"""Trains one run. Returns: its exit code; None where it was not started."""
 
 
 @dataclass(frozen=True)
 class ProcessRunner:
-    """One process of train.softprompt for each run."""
+    """Trains each run in a process of train.softprompt."""
 
     jobs: int
-    keep_open: tuple[int, ...] = ()
 
     def __call__(self, run: PlannedRun, children: Children) -> int | None:
         command = prepare(run)
-        environment = dict(os.environ)
-        # A thread for each core in each of them would have them wait for each other.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.jobs)))
+        # Runs side by side share the cores: with a thread for each core in each of them, they would wait for each other.
+        threads = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
         with run.log.open("ab") as log:
-            return children.run(command, log=log, environment=environment, keep_open=self.keep_open)
-
-
-def has_checkpoint(run: PlannedRun) -> bool:
-    """Whether a run can be gone on with."""
-    if not (run.folder / "checkpoints").is_dir():
-        return False
-    from train.state.folder import list_checkpoints
-
-    return bool(list_checkpoints(run.folder))
+            return children.run(command, log=log, environment={"OMP_NUM_THREADS": threads} | os.environ)
 
 
 def prepare(run: PlannedRun) -> list[str]:
-    """The command that does a run or goes on with it; what was killed before its first checkpoint is removed."""
+    """The command that starts a run, or resumes it from its checkpoint; a run killed before its first checkpoint is removed."""
     program = [sys.executable, "-m", "train.softprompt"]
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    if has_checkpoint(run):
+    if list_checkpoints(run.folder):
         remove_partial(run.folder)
         return [*program, "--resume", str(run.folder)]
     if run.folder.exists():
         shutil.rmtree(run.folder)
-    run.log.unlink(missing_ok=True)  # what it says is of a run that is no more
+    run.log.unlink(missing_ok=True)  # it belongs to the run that was removed
     with new_file(run.config_file) as partial:
         partial.write_text(to_yaml(run.config), encoding="utf-8")
     return [*program, "--config", str(run.config_file), "--output", str(run.folder)]
 
 
-def run_all(runs: Sequence[PlannedRun], *, jobs: int, runner: Runner, children: Children) -> Iterator[Outcome]:
-    """Do the runs in their order, `jobs` side by side. Yields: each as it ends; one that fails does not stop the others."""
+def run_all(
+    runs: Sequence[PlannedRun], *, jobs: int, runner: Runner, children: Children
+) -> Iterator[tuple[PlannedRun, int, float]]:
+    """Train the runs in their order, `jobs` side by side; one that fails does not stop the others.
 
-    def one(run: PlannedRun) -> Outcome:
+    Yields: each run that was started as it ends, its exit code, and how long it took in seconds.
+    """
+
+    def one(run: PlannedRun) -> tuple[PlannedRun, int | None, float]:
         began = time.monotonic()
         code = None if children.stopped_by is not None else runner(run, children)
-        error = last_error(run) if code and children.stopped_by is None else ""
-        return Outcome(run, code, time.monotonic() - began, error)
+        return run, code, time.monotonic() - began
 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         for future in as_completed([pool.submit(one, run) for run in runs]):
-            yield future.result()
+            run, code, seconds = future.result()
+            if code is not None:
+                yield run, code, seconds
 
 
 def last_error(run: PlannedRun) -> str:

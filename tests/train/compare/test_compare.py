@@ -1,4 +1,4 @@
-"""The comparison: refuses before it starts, runs what is missing, keeps what is finished, stops and goes on."""
+"""The comparison: bad input is refused first; it trains what is missing, keeps what is finished, stops and resumes."""
 
 import json
 import os
@@ -10,61 +10,41 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from softprompt.errors import InputError
 from tests.browser import PROGRAM
+from tests.train.conftest import SMALL
 from train.compare.__main__ import Request, compare, comparison_folder, main, read_request
 from train.compare.plan import Comparison, make_plan, read_file
 from train.compare.runner import Children, last_error, prepare
 from train.options.config import to_yaml
 
 REPOSITORY = Path(__file__).parents[3]
-QUICK = {
-    "train.batch_size": 1,
-    "train.steps": 60,
-    "data.limit": 8,
-    "kl.domain": "new",
-    "monitor.validate_every": 30,
-    "monitor.validation_timesteps": 1,
-    "monitor.preview_every": 60,
-    "monitor.preview_objects": 1,
-    "monitor.preview_steps": 2,
-    "monitor.checkpoint_every": 30,
-    "export.pipeline": False,
-    "export.report": False,
-    "lora.rank": 2,
-}
 VARIANTS = {"plain": {"prompt.learn": False}, "learned": {}}
 
 
+COMPARISON = {"options": {"train.steps": 60, "kl.domain": "new"}, "seeds": [0, 1], "baseline": "plain", "variants": VARIANTS}
+
+
 def request_for(root, **changed):
-    values = {"options": QUICK, "seeds": [0, 1], "baseline": "plain", "variants": VARIANTS} | changed
-    return Request(Comparison(**values), root, jobs=1, report_only=False, command="python -m train.compare --again")
+    return Request(
+        Comparison(**COMPARISON | changed), root, jobs=1, report_only=False, command="python -m train.compare --again"
+    )
+
+
+def first_run(root):
+    return make_plan(Comparison(**COMPARISON), root).runs()[0]
 
 
 def write_comparison(folder, **changed):
-    values = {"options": QUICK, "seeds": [0, 1], "baseline": "plain", "variants": VARIANTS} | changed
-    file = folder / "comparison-asked.yaml"
-    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    file = folder / "asked.yaml"
+    file.write_text(yaml.safe_dump(COMPARISON | changed, sort_keys=False))
     return file
 
 
-class FakeRunner:
-    """Leaves what a finished run leaves, without training; `spoil` says what happens to one instead."""
-
-    def __init__(self, spoil=None):
-        self.spoil = spoil or {}
-        self.ran = []
-
-    def __call__(self, run, children):
-        prepare(run)
-        self.ran.append(run.label)
-        if run.label in self.spoil:
-            return self.spoil[run.label](run)
-        return finish(run)
-
-
 def finish(run):
+    """Leave what a finished run leaves."""
     (run.folder / "export").mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(to_yaml(run.config))
     (run.folder / "export" / "clr_embeds.pt").touch()
@@ -74,8 +54,17 @@ def finish(run):
     return 0
 
 
-def go(request, runner):
-    return compare(make_plan(request.comparison, request.output), request, runner)
+def go(root, spoil=None, **changed):
+    """The comparison without training; `spoil`: by label, what happens to a run instead. Returns: exit code, runs started."""
+    started = []
+
+    def run_one(run, children):
+        prepare(run)
+        started.append(run.label)
+        return (spoil or {}).get(run.label, finish)(run)
+
+    request = request_for(root, **changed)
+    return compare(make_plan(request.comparison, root), request, run_one), started
 
 
 def refused(capsys, *argv):
@@ -93,36 +82,43 @@ def refused(capsys, *argv):
 
 
 @pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({"prompt.learning_rat": 1}, "unknown option 'prompt.learning_rat'; did you"),
+        ({"prompt.learning_rate": "x"}, "prompt.learning_rate: is x; expected a num"),
+        ({"prompt": {"learn": False}, "lora": {"rank": 0}}, "lora.rank: is 0"),
+        ({"prompt.learn": True, "prompt": {"learn": False}}, "prompt.learn is given twice, dotted and under prompt"),
+        ({"prompt": {"learn": False}, "prompt.learn": True}, "prompt.learn is given twice, dotted and under prompt"),
+        ({"data.reference_view": []}, "data.reference_view: is []"),
+        ({"config": "no.yaml"}, "--config no.yaml: no such file"),
+        ({"train.seed": 1}, "train.seed is set by the comparison itself"),
+        ({"train.steps": 61}, "train.steps is 61 in b, 60 in plain"),
+        ({"monitor.eta": 0.5}, "monitor.eta is 0.5 in b, 0.0 in plain"),
+        ({"monitor.validate_every": 7}, "monitor.validate_every is 7 in b"),
+        ({"data.train": "mice", "kl.domain": "new"}, "data.train is mice in b, micro in plain"),
+        ({"prompt.waypoints": ["realistic", "facelift"]}, "prompt.waypoints (the first: the pretrained model's)"),
+    ],
+)
+def test_a_variant_that_cannot_be_compared_is_refused_by_name(variant, message, tmp_path):
+    with pytest.raises(InputError) as refusal:
+        make_plan(Comparison(**COMPARISON | {"variants": {"plain": {}, "b": variant}}), tmp_path)
+    assert str(refusal.value).startswith("variant b: ") and message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (
-            {"variants": {"plain": {}, "b": {"prompt.learning_rat": 1}}},
-            "variant b: unknown option 'prompt.learning_rat'; did you",
-        ),
-        (
-            {"variants": {"plain": {}, "b": {"prompt.learning_rate": "x"}}},
-            "variant b: prompt.learning_rate: is x; expected a num",
-        ),
-        ({"variants": {"plain": {}, "b": {"prompt": {"learn": False}, "lora": {"rank": 0}}}}, "variant b: lora.rank: is 0"),
-        ({"variants": {"plain": {}, "b": {"config": "no.yaml"}}}, "variant b: --config no.yaml: no such file"),
-        ({"variants": {"plain": {}, "b": {"train.steps": 61}}}, "variant b: train.steps is 61 in b, 60 in plain"),
-        ({"variants": {"plain": {}, "b": {"monitor.eta": 0.5}}}, "variant b: monitor.eta is 0.5 in b, 0.0 in plain"),
-        (
-            {"variants": {"plain": {}, "b": {"data.train": "mice", "kl.domain": "new"}}},
-            "variant b: data.train is mice in b, micro in plain",
-        ),
-        ({"variants": {"plain": {}, "b": {"train.seed": 1}}}, "variant b: train.seed is set by the comparison itself"),
         ({"options": {"output": "x"}}, "options: output is set by the comparison itself"),
         ({"options": {"resume": "x"}}, "options: resume is no option of a configuration"),
         ({"variants": {"plain": {}, "../b": {}}}, "variants: '../b' cannot be the name of a folder"),
-        ({"variants": {"plain": {}, "Plain": {}}}, "variants: plain and Plain differ in capitals only"),
-        ({"variants": {}}, "variants: there are none"),
+        ({"variants": {"plain": {}, "Plain": {}}}, "variants: plain and Plain differ only in case"),
+        ({"variants": {}}, "variants: is empty"),
         ({"baseline": "plane"}, "baseline: 'plane' is no variant; did you mean 'plain'?"),
-        ({"seeds": [0, 1, 0]}, "seeds: 0 is there twice"),
-        ({"seeds": []}, "seeds: there are none"),
+        ({"seeds": [0, 1, 0]}, "seeds: 0 is given twice"),
+        ({"seeds": []}, "seeds: is empty"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_it_starts(changed, message, tmp_path, capsys):
+def test_bad_values_are_refused_before_anything_is_written(changed, message, tmp_path, capsys):
     out = tmp_path / "out"
     assert f"error: {message}" in refused(capsys, "--config", write_comparison(tmp_path, **changed), "--output", out)
     assert not out.exists()
@@ -137,6 +133,11 @@ def test_what_cannot_be_compared_is_refused_before_it_starts(changed, message, t
         ("baseline: a", "has no variants"),
         ("baseline: a\nvariants: [a]", "expected options by variant"),
         ("baseline: a\nvariants: {a: 3}", "variants: a: is 3"),
+        ("baseline: a\nvariants: {a: {config: 3}}", "variants: a: config: is 3; expected a file"),
+        ("base: configs/micro.yaml", "base: is configs/micro.yaml; expected a list of files"),
+        ("base:", "base: is empty; expected a list of files"),
+        ("options:", "options: is empty; expected options by name"),
+        ("seeds: 5", "seeds: is 5; expected a list of numbers"),
         ("- a", "holds no comparison"),
         ("a: [", "is no YAML"),
     ],
@@ -155,6 +156,8 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
     assert "--jobs: is 0" in refused(capsys, "--config", file, "--output", tmp_path / "o", "--jobs", "0")
     assert "no such file" in refused(capsys, "--config", tmp_path / "none.yaml", "--output", tmp_path / "o")
     assert "output" in refused(capsys, "--config", file)
+    said = refused(capsys, "--config", file, "--output", tmp_path / "o", "--seeds", "5")
+    assert said.startswith("error: seeds: is 5; expected a list")
 
 
 def test_seeds_on_the_command_line_win(tmp_path):
@@ -162,9 +165,17 @@ def test_seeds_on_the_command_line_win(tmp_path):
     assert request.comparison.seeds == [4, 5, 6] and "--seeds '[4, 5, 6]'" in request.command
 
 
-def test_the_example_is_a_comparison():
-    request = read_request(["--config", str(REPOSITORY / "configs/compare/example.yaml"), "--output", "o"])
-    assert request.comparison.baseline in request.comparison.variants
+@pytest.mark.parametrize(
+    "file",
+    [f for f in sorted((REPOSITORY / "configs" / "compare").glob("*.yaml")) if not f.stem.startswith("micro_")],
+    ids=lambda f: f.stem,
+)
+def test_every_shipped_comparison_can_be_run(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    request = read_request(["--config", str(file), "--output", str(tmp_path)])
+    plan = make_plan(request.comparison, tmp_path)
+    assert request.name == file.stem and not plan.warnings
+    assert len(plan.runs()) == len(request.comparison.variants) * len(request.comparison.seeds)
 
 
 # ------------------------------------------------------------------------------------------------------------- planning
@@ -184,38 +195,25 @@ def test_later_settings_win_over_earlier_ones(tmp_path):
         assert (config.prompt.decay, config.prompt.learning_rate, config.prompt.separation, config.lora.rank) == expected
 
 
-def test_runs_go_seed_by_seed(tmp_path):
-    plan = make_plan(request_for(tmp_path).comparison, tmp_path)
-    assert [r.label for r in plan.runs()] == ["plain-seed-0", "learned-seed-0", "plain-seed-1", "learned-seed-1"]
-    assert [r.config.train.seed for r in plan.runs()] == [0, 0, 1, 1]
-
-
-def test_twins_are_warned_of(tmp_path):
-    plan = make_plan(request_for(tmp_path, variants=VARIANTS | {"same": {"prompt.learn": True}}).comparison, tmp_path)
-    assert len(plan.warnings) == 1 and "learned and same are the same configuration" in plan.warnings[0]
+def test_runs_are_planned_seed_by_seed_and_equal_variants_warned_of(tmp_path):
+    plan = make_plan(Comparison(**COMPARISON | {"variants": VARIANTS | {"same": {"prompt.learn": True}}}), tmp_path)
+    labels = [f"{name}-seed-{seed}" for seed in (0, 1) for name in ("plain", "learned", "same")]
+    assert [r.label for r in plan.runs()] == labels and [r.config.train.seed for r in plan.runs()] == [0, 0, 0, 1, 1, 1]
+    assert len(plan.warnings) == 1 and "learned and same have the same configuration" in plan.warnings[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- running
 
 
 def test_finished_runs_are_kept_and_new_ones_added(tmp_path):
-    first, second, third = FakeRunner(), FakeRunner(), FakeRunner()
-    assert go(request_for(tmp_path), first) == 0 and len(first.ran) == 4
-    assert go(request_for(tmp_path), second) == 0 and second.ran == []
-    more = request_for(tmp_path, variants=VARIANTS | {"slow": {"prompt.learning_rate": 0.01}}, seeds=[0, 1, 2])
-    assert go(more, third) == 0
-    assert third.ran == ["slow-seed-0", "slow-seed-1", "plain-seed-2", "learned-seed-2", "slow-seed-2"]
-
-
-def test_a_changed_variant_is_refused_with_both_values(tmp_path):
-    go(request_for(tmp_path), FakeRunner())
-    runner = FakeRunner()
-    changed = request_for(tmp_path, variants=VARIANTS | {"learned": {"prompt.learning_rate": 0.3}})
-    with pytest.raises(
-        InputError, match=r"variant learned, seed 0: prompt.learning_rate is 0.3 now, 0.1 in .*another --output"
-    ):
-        go(changed, runner)
-    assert runner.ran == []
+    assert go(tmp_path) == (0, ["plain-seed-0", "learned-seed-0", "plain-seed-1", "learned-seed-1"])
+    assert go(tmp_path) == (0, [])
+    more = VARIANTS | {"slow": {"prompt.learning_rate": 0.01}}
+    added = ["slow-seed-0", "slow-seed-1", "plain-seed-2", "learned-seed-2", "slow-seed-2"]
+    assert go(tmp_path, variants=more, seeds=[0, 1, 2]) == (0, added)
+    message = r"variant learned, seed 0: prompt.learning_rate is 0.3 now, 0.1 in .*another --output"
+    with pytest.raises(InputError, match=message):
+        go(tmp_path, variants=VARIANTS | {"learned": {"prompt.learning_rate": 0.3}})
 
 
 def test_a_failed_run_is_named_and_does_not_stop_the_others(tmp_path, capsys):
@@ -223,37 +221,34 @@ def test_a_failed_run_is_named_and_does_not_stop_the_others(tmp_path, capsys):
         run.log.write_text("loading\nerror: step 3: the loss is not finite\nlast words\n")
         return 1
 
-    runner = FakeRunner({"learned-seed-0": fail})
-    assert go(request_for(tmp_path), runner) == 1 and len(runner.ran) == 4
+    code, started = go(tmp_path, {"learned-seed-0": fail})
+    assert code == 1 and len(started) == 4
     assert "error: learned-seed-0: error: step 3: the loss is not finite" in capsys.readouterr().err
     assert "learned, seed 0: failed: error: step 3" in (tmp_path / "report.html").read_text()
-    again = FakeRunner()
-    assert go(request_for(tmp_path), again) == 0 and again.ran == ["learned-seed-0"]
+    assert go(tmp_path) == (0, ["learned-seed-0"])
 
 
-def test_a_stopped_comparison_reports_and_goes_on(tmp_path, capsys):
+def test_a_stopped_comparison_reports_and_resumes(tmp_path, capsys):
     def interrupt(run):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)
         (run.folder / "checkpoints" / "step-000030").mkdir(parents=True)
-        (run.folder / "checkpoints" / "step-000030" / "state.pt").touch()
         (run.folder / "config.yaml").write_text(to_yaml(run.config))
         return 130
 
-    runner = FakeRunner({"learned-seed-0": interrupt})
-    assert go(request_for(tmp_path), runner) == 130
-    assert runner.ran == ["plain-seed-0", "learned-seed-0"]
+    def resume(run):
+        assert prepare(run)[-2:] == ["--resume", str(run.folder)]
+        return finish(run)
+
+    assert go(tmp_path, {"learned-seed-0": interrupt}) == (130, ["plain-seed-0", "learned-seed-0"])
     said = capsys.readouterr()
-    assert "stopped by SIGINT with 3 runs left; go on with\n  python -m train.compare --again" in said.out
+    assert "stopped by SIGINT with 3 runs left; continue with\n  python -m train.compare --again" in said.out
     assert "error" not in said.err and "failed: " not in (tmp_path / "report.html").read_text()
-    plan = make_plan(request_for(tmp_path).comparison, tmp_path)
-    assert prepare(plan.runs()[1])[-2:] == ["--resume", str(plan.runs()[1].folder)]
-    again = FakeRunner()
-    assert go(request_for(tmp_path), again) == 0 and again.ran == ["learned-seed-0", "plain-seed-1", "learned-seed-1"]
+    assert go(tmp_path, {"learned-seed-0": resume}) == (0, ["learned-seed-0", "plain-seed-1", "learned-seed-1"])
 
 
 def test_a_run_killed_while_it_loaded_is_started_again(tmp_path):
-    run = make_plan(request_for(tmp_path).comparison, tmp_path).runs()[0]
+    run = first_run(tmp_path)
     run.folder.mkdir(parents=True)
     (run.folder / ".lock").touch()
     command = prepare(run)
@@ -263,25 +258,21 @@ def test_a_run_killed_while_it_loaded_is_started_again(tmp_path):
 def test_report_only_runs_nothing(tmp_path, capsys):
     file, out = write_comparison(tmp_path), tmp_path / "out"
     assert "holds no comparison to report on" in refused(capsys, "--config", file, "--output", out, "--report-only")
-    go(request_for(out), FakeRunner({"plain-seed-1": lambda run: 1}))
+    go(out, {"plain-seed-1": lambda run: 1})
     (out / "report.html").unlink()
     assert main(["--config", str(file), "--output", str(out), "--report-only"]) == 0
-    assert "plain, seed 1: not finished" in (out / "comparison-asked.html").read_text(), "named after the file"
+    assert "plain, seed 1: not finished" in (out / "asked.html").read_text(), "named after the file"
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
-    file = write_comparison(tmp_path)
-    assert "is no comparison's folder" in refused(capsys, "--config", file, "--output", tmp_path)
-
-
-def test_two_comparisons_never_share_a_folder(tmp_path):
-    request = request_for(tmp_path / "out")
-    with (
-        comparison_folder(request),
-        pytest.raises(InputError, match="another comparison, or a run it left behind"),
-        comparison_folder(request),
-    ):
-        pass
+def test_a_folder_in_use_or_of_something_else_is_refused(tmp_path, capsys):
+    asked = ["--config", write_comparison(tmp_path), "--output"]
+    assert "not the folder of a comparison" in refused(capsys, *asked, tmp_path)
+    with comparison_folder(request_for(tmp_path / "out")):
+        assert "another comparison is running there" in refused(capsys, *asked, tmp_path / "out")
+    run = first_run(tmp_path / "out")
+    run.folder.mkdir(parents=True)
+    with FileLock(run.folder / ".lock"):
+        assert "variant plain, seed 0: is still running" in refused(capsys, *asked, tmp_path / "out")
 
 
 def test_children_get_the_signal_and_no_more_start(tmp_path):
@@ -291,10 +282,8 @@ def test_children_get_the_signal_and_no_more_start(tmp_path):
 
     def work(children):
         with log.open("wb") as file:
-            for _ in range(2):
-                codes.append(  # noqa: PERF401
-                    children.run([sys.executable, "-c", script], log=file, environment=dict(os.environ), keep_open=())
-                )
+            command = [sys.executable, "-c", script]
+            codes.extend(children.run(command, log=file, environment=dict(os.environ)) for _ in range(2))
 
     with Children() as children:
         thread = threading.Thread(target=work, args=(children,))
@@ -307,7 +296,7 @@ def test_children_get_the_signal_and_no_more_start(tmp_path):
 
 
 def test_the_last_error_of_a_log_is_found(tmp_path):
-    run = make_plan(request_for(tmp_path).comparison, tmp_path).runs()[0]
+    run = first_run(tmp_path)
     assert last_error(run) == ""
     run.log.parent.mkdir()
     run.log.write_text("Traceback\nValueError: bad\nerror: out of memory\n\nsome more\n")
@@ -323,57 +312,25 @@ def test_the_last_error_of_a_log_is_found(tmp_path):
 def test_two_variants_and_two_seeds_from_nothing_to_a_report(mice, smallest_model, tmp_path, request, capsys):
     out = tmp_path / "out"
 
-    def command(**changed):
-        options = QUICK | {"model": str(smallest_model), "data.train": str(mice / "train"), "data.val": str(mice / "val")}
-        options |= {
-            "train.steps": 4,
-            "data.limit": 4,
-            "data.cache": str(tmp_path / "cache"),
-            "data.original": str(mice / "val"),
-            "monitor.validate_every": 2,
-            "monitor.checkpoint_every": 2,
-            "monitor.preview_every": 4,
-        }
-        file = write_comparison(tmp_path, options=options, **changed)
+    own = {"model": smallest_model, "data.train": mice / "train", "data.val": mice / "val", "data.original": mice / "val"}
+    options = SMALL | {name: str(path) for name, path in (own | {"data.cache": tmp_path / "cache"}).items()}
+    file = write_comparison(tmp_path, options=options, base=[str(REPOSITORY / "configs" / "micro.yaml")])
+
+    def command():
         assert main(["--config", str(file), "--output", str(out), "--jobs", "2"]) == 0
         return capsys.readouterr().out
 
     def written():
         return {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*") if p.is_file()}
 
-    base = [str(REPOSITORY / "configs" / "micro.yaml")]
-    said = command(base=base)
+    said = command()
     assert "4 runs of 4 steps: 0 are finished, 4 to do" in said and "4 of 4" in said
-    report = (out / "comparison-asked.html").read_text()
+    report = (out / "asked.html").read_text()
     assert "4 of 4 runs are finished" in report and report.count("<svg") == 3
     if PROGRAM is not None:
-        seen = request.getfixturevalue("check_page")(out / "comparison-asked.html")
+        seen = request.getfixturevalue("check_page")(out / "asked.html")
         assert (seen.pictures, seen.figures) == (4, 3), "truth, pretrained, two variants"
-    assert len((out / "comparison-asked-results.csv").read_text().splitlines()) == 5
+    assert len((out / "asked-results.csv").read_text().splitlines()) == 5
     before = written()
-    assert "4 are finished, 0 to do" in command(base=base)
+    assert "4 are finished, 0 to do" in command()
     assert written() == before
-
-
-# -------------------------------------------------------------------------------------------------- of the wrong kind
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"base": "configs/micro.yaml"}, r"base: is configs/micro\.yaml; expected a list of files"),
-        ({"base": None}, r"base: is empty; expected a list of files"),
-        ({"options": None}, r"options: is empty; expected options by name"),
-        ({"seeds": 5}, r"seeds: is 5; expected a list of numbers"),
-        ({"variants": {"plain": {"config": 3}}}, r"plain: config: is 3; expected a file"),
-    ],
-)
-def test_what_is_of_the_wrong_kind_is_named(tmp_path, changed, said):
-    with pytest.raises(InputError, match=said):
-        read_file(str(write_comparison(tmp_path, **changed)))
-
-
-def test_an_option_of_the_wrong_kind_is_named(tmp_path, capsys):
-    file = write_comparison(tmp_path)
-    said = refused(capsys, "--config", file, "--output", tmp_path / "out", "--seeds", "5")
-    assert said.strip() == "error: seeds: is 5; expected a list, e.g. '[0, 1, 2]'"

@@ -1,4 +1,4 @@
-"""Numbers of a comparison: read as the runs wrote them, and statistics against slow, obvious versions."""
+"""The numbers of a comparison are read as the runs wrote them; statistics against slow, obvious versions."""
 
 import itertools
 import json
@@ -9,37 +9,30 @@ from statistics import fmean, median, stdev
 import pytest
 
 from train.compare.results import (
-    Curve,
+    FORGETTING,
+    LOSS,
+    PROMPTS_ALIKE,
+    PSNR,
+    SECONDS,
     Interval,
     first_crossing,
-    in_words,
-    is_finished,
-    outcome_of,
+    median_share,
     paired_change,
     paired_difference,
     paired_ratio,
     ratio_of_means,
-    reach,
     read_run,
     spread,
     summarise,
+    views,
 )
 
 T_975 = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645}
 """Of Student's t by degrees of freedom, from a printed table."""
 
 
-def write_run(folder, lines, *, exported=True):
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if exported:
-        (folder / "export").mkdir()
-        (folder / "export" / "clr_embeds.pt").touch()
-    return folder
-
-
-def lines(losses, original=None, **last):
-    """Three evaluations, at steps 0, 10 and 20, a training line between them."""
+def result(tmp_path, variant, seed, losses, original=None, **last):
+    """A finished run: three evaluations, at steps 0, 10 and 20, a training line between them."""
     found = [{"step": 10 * i, "loss/validation": loss} for i, loss in enumerate(losses)]
     for line, value in zip(found, original or [], strict=False):
         line["loss/original"] = value
@@ -47,46 +40,50 @@ def lines(losses, original=None, **last):
         found[0]["loss/original_pretrained"] = 0.1
     found[-1] |= last
     training = {"step": 10, "loss/train": 9.0, "speed/steps_per_second": 4.0, "prompt_views_alike/mean_cosine": 0.5}
-    return [found[0], training, *found[1:]]
-
-
-def result(tmp_path, variant, seed, losses, original=None, **last):
-    folder = write_run(tmp_path / variant / str(seed), lines(losses, original, **last))
-    return read_run(folder, variant=variant, seed=seed, steps=20)
+    run = tmp_path / variant / str(seed)
+    (run / "export").mkdir(parents=True)
+    (run / "export" / "clr_embeds.pt").touch()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [found[0], training, *found[1:]]))
+    return read_run(run, variant=variant, seed=seed, steps=20)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
 def test_a_run_is_read_as_it_was_written(tmp_path):
-    last = {"views/psnr": 20.0, "views_psnr/front": 21.0, "views_psnr/back": 19.0, "views_ssim/front": 0.9}
+    last = {PSNR: 20.0, "views_psnr/front": 21.0, "views_psnr/back": 19.0, "views_ssim/front": 0.9}
     run = result(tmp_path, "a", 3, [0.4, 0.3, 0.2], [0.1, 0.2, 0.4], **last)
-    assert run.validation == Curve((0, 10, 20), (0.4, 0.3, 0.2))
-    assert run.number("loss/validation") == 0.2 and run.number("views/psnr") == 20.0
-    assert run.forgotten == pytest.approx(0.3)
+    assert run.validation == {0: 0.4, 10: 0.3, 20: 0.2}
+    assert run.number(LOSS) == 0.2 and run.number(PSNR) == 20.0
+    assert run.number(FORGETTING) == pytest.approx(0.3)
     begun_elsewhere = result(tmp_path, "b", 3, [0.4, 0.3, 0.2], [0.3, 0.2, 0.4])
-    assert begun_elsewhere.forgotten == pytest.approx(0.3), "against the untouched model, not against its own start"
-    assert run.views("views_psnr") == {"front": 21.0, "back": 19.0}
-    assert run.seconds_per_step == 0.25 and run.prompts_alike == 0.5 and run.tiles is None
+    assert begun_elsewhere.number(FORGETTING) == pytest.approx(0.3), "against the pretrained model, not its own start"
+    assert views(run.final) == ["front", "back"]
+    assert summarise("a", [run], "a").worst_view == "back"
+    assert run.number(SECONDS) == 0.25 and run.number(PROMPTS_ALIKE) == 0.5 and run.tiles is None
 
 
 def test_what_is_absent_is_unknown_not_zero(tmp_path):
     run = result(tmp_path, "a", 0, [0.4, 0.3, 0.2], **{"views/copy_score": None})
-    for value in (run.number("views/psnr"), run.number("views/copy_score"), run.forgotten):
-        assert math.isnan(value)
-    assert math.isnan(summarise("a", [run], "a").forgotten.mean)
+    assert all(math.isnan(run.number(name)) for name in (PSNR, "views/copy_score", FORGETTING))
+    assert math.isnan(summarise("a", [run], "a").of(FORGETTING).mean)
 
 
-def test_finished_means_evaluated_at_the_last_step_and_exported(tmp_path):
-    done = lines([0.4, 0.3, 0.2])
-    assert is_finished(write_run(tmp_path / "done", done), 20)
-    assert not is_finished(write_run(tmp_path / "early", done[:-1]), 20)
-    assert not is_finished(write_run(tmp_path / "unexported", done, exported=False), 20)
-    assert not is_finished(tmp_path / "absent", 20)
-    half = write_run(tmp_path / "half", done[:-1])
-    with (half / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 20, "loss/vali')  # killed while it wrote
-    assert not is_finished(half, 20)
+def test_a_run_is_finished_when_it_is_evaluated_at_the_last_step_and_exported(tmp_path):
+    def is_finished(folder):
+        return read_run(folder, variant="a", seed=0, steps=20) is not None
+
+    assert result(tmp_path, "done", 0, [0.4, 0.3, 0.2]) is not None and not is_finished(tmp_path / "absent")
+    half = tmp_path / "done" / "0"
+    *earlier, last = (half / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (half / "metrics.jsonl").write_text("".join(earlier))
+    assert not is_finished(half)
+    (half / "metrics.jsonl").write_text("".join(earlier) + last[:20])  # killed while it wrote
+    assert not is_finished(half)
+    (half / "metrics.jsonl").write_text("".join(earlier) + last)
+    assert is_finished(half)
+    (half / "export" / "clr_embeds.pt").unlink()
+    assert not is_finished(half)
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -118,21 +115,22 @@ def test_pairs_with_an_unknown_are_left_out():
     assert math.isnan(paired_change([-1.0, 0.0], [1.0, 1.0]).value)
 
 
-def test_the_same_numbers_are_inside_the_noise():
-    change = paired_change([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
-    assert (change.value, change.low, change.high) == (0, 0, 0)
-    assert outcome_of(change, 3) == "noise"
-
-
-def test_verdicts_in_words():
-    def verdict(change, pairs):
-        return in_words(outcome_of(change, pairs), change)
-
-    assert verdict(Interval(-0.12, -0.15, -0.09), 3) == "lower by 12 % (9 to 15)"
-    assert verdict(Interval(0.034, 0.021, 0.05), 5) == "higher by 3.4 % (2.1 to 5)"
-    assert verdict(Interval(-0.12, -0.25, 0.01), 5) == "inside the noise"
-    assert verdict(Interval(-0.5, -0.6, -0.4), 2) == "too few seeds to say"
-    assert verdict(Interval(-0.5), 1) == "too few seeds to say"
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([0.1, 0.2, 0.3], "not significantly different"),  # the same numbers
+        ([0.088, 0.177, 0.263], "lower by 12 % (11 to 13)"),
+        ([0.1034, 0.2067, 0.3104], "higher by 3.4 % (3.3 to 3.6)"),
+        ([0.08, 0.21, 0.26], "not significantly different"),
+        ([0.05, 0.1], "too few seeds"),
+        ([], "no finished run"),
+    ],
+)
+def test_verdicts_in_words(tmp_path, values, verdict):
+    runs = [result(tmp_path, "base", seed, [1, 1, loss]) for seed, loss in enumerate([0.1, 0.2, 0.3])]
+    runs += [result(tmp_path, "new", seed, [1, 1, loss]) for seed, loss in enumerate(values)]
+    assert summarise("new", runs, "base").verdict == verdict
+    assert summarise("base", runs, "base").verdict == "baseline"
 
 
 def test_forgetting_ratios_are_those_of_logs_where_all_are_positive():
@@ -145,8 +143,7 @@ def test_forgetting_ratios_are_those_of_logs_where_all_are_positive():
 
 def crossing_by_walking(curve, level):
     """Ten thousand small steps along the line."""
-    pieces = list(itertools.pairwise(zip(curve.steps, curve.values, strict=True)))
-    for (x0, y0), (x1, y1) in pieces:
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve.items()):
         for k in range(10_001):
             if y0 + (y1 - y0) * k / 10_000 <= level:
                 return x0 + (x1 - x0) * k / 10_000
@@ -155,37 +152,28 @@ def crossing_by_walking(curve, level):
 
 @pytest.mark.parametrize("level", [1.0, 0.8, 0.55, 0.3, 0.1])
 def test_first_crossing_is_found_by_walking(level):
-    curve = Curve((0, 10, 30, 40), (0.9, 0.5, 0.7, 0.2))
+    curve = {0: 0.9, 10: 0.5, 30: 0.7, 40: 0.2}
     assert first_crossing(curve, level) == pytest.approx(crossing_by_walking(curve, level), abs=0.01)
-
-
-def test_crossing_of_an_unknown_level_is_unknown():
-    assert math.isnan(first_crossing(Curve((0,), (1.0,)), math.nan))
-
-
-def all_resamples(values):
-    """The exact bootstrap distribution: every way to draw n of n."""
-    return sorted(median(pick) for pick in itertools.product(values, repeat=len(values)))
+    assert math.isnan(first_crossing(curve, math.nan)), "unknown"
 
 
 def test_bootstrap_of_the_median_is_near_the_exact_one():
     values = [0.3, 0.5, 0.6, 0.9]
-    exact = all_resamples(values)
-    found = reach(values)
-    assert found.share.value == pytest.approx(0.55) and (found.reached, found.of) == (4, 4)
-    assert exact[int(0.01 * len(exact))] <= found.share.low <= exact[int(0.05 * len(exact))]
-    assert exact[int(0.95 * len(exact))] <= found.share.high <= exact[-1]
+    exact = sorted(median(pick) for pick in itertools.product(values, repeat=len(values)))  # every way to draw n of n
+    found = median_share(values)
+    assert found.value == pytest.approx(0.55)
+    assert exact[int(0.01 * len(exact))] <= found.low <= exact[int(0.05 * len(exact))]
+    assert exact[int(0.95 * len(exact))] <= found.high <= exact[-1]
 
 
 def test_never_reached_stays_never():
-    some = reach([0.4, 0.5, 0.6, math.inf, math.inf])
-    assert (some.reached, some.of) == (3, 5)
-    assert some.share.value == 0.6 and some.share.low == pytest.approx(0.4) and math.isinf(some.share.high)
-    never = reach([math.inf] * 3)
-    assert never.reached == 0 and math.isinf(never.share.value) and math.isinf(never.share.low)
-    two = reach([0.5, math.inf])
-    assert math.isinf(two.share.value) and math.isnan(two.share.low)
-    assert reach([]).of == 0 and math.isnan(reach([]).share.value)
+    some = median_share([0.4, 0.5, 0.6, math.inf, math.inf])
+    assert some.value == 0.6 and some.low == pytest.approx(0.4) and math.isinf(some.high)
+    never = median_share([math.inf] * 3)
+    assert math.isinf(never.value) and math.isinf(never.low)
+    two = median_share([0.5, math.inf])
+    assert math.isinf(two.value) and math.isnan(two.low)
+    assert math.isnan(median_share([]).value)
 
 
 def test_ratio_of_means_draws_pairs_together():
@@ -218,12 +206,5 @@ def test_summary_pairs_by_seed_and_ignores_the_unpaired(tmp_path):
     assert found.seeds == (1, 2, 3, 7) and found.paired == 3
     assert found.change.value == pytest.approx(-0.1) and found.verdict == "lower by 10 % (10 to 10)"
     assert found.changes == pytest.approx([-0.1] * 3)
-    assert found.forgotten_ratio.value == pytest.approx(0.5)
-    assert found.reach.reached == 3 and found.reach.share.value < 0.5
-    assert summarise("base", runs, "base").verdict == "the baseline"
-    assert summarise("other", runs, "base").verdict == "no finished run"
-
-
-def test_worst_view_is_named(tmp_path):
-    last = {"views_psnr/front": 21.0, "views_psnr/back": 19.0}
-    assert summarise("a", [result(tmp_path, "a", 0, [1, 1, 1], **last)], "a").worst_view == "back"
+    assert found.forgetting_ratio.value == pytest.approx(0.5)
+    assert found.reached == (3, 3) and found.reach.value < 0.5
