@@ -1,7 +1,7 @@
-"""Make again what is generated in docs/: `python docs/remake.py options`, `python docs/remake.py tutorial`.
+"""Generate parts of docs/: `python docs/remake.py options`, `python docs/remake.py tutorial`.
 
-options    the tables of docs/options.md, from the options' own words
-tutorial   run docs/tutorial.md block by block in a new folder, and put its output and pictures into it
+options    the tables of docs/options.md, from the options' own help texts
+tutorial   run docs/tutorial.md block by block in a new folder, and put the output and pictures into it
 """
 
 import argparse
@@ -25,11 +25,8 @@ FENCE = re.compile(r"^```(?P<kind>\w*)(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.
 PICTURE = re.compile(r"<!-- made: (?P<made>\S+) -->\n!\[[^\]]*\]\((?P<shown>[^)]+)\)")
 
 
-# --------------------------------------------------------------------------------------------------------------- options
-
-
 def option_tables() -> str:
-    """A table for each group of options: name, default, meaning, in the words of --help."""
+    """A table for each group of options: name, default, and the help text."""
     from train.options.command_line import make_parser, option_kinds
     from train.options.config import Config
 
@@ -51,17 +48,14 @@ def _group(values: Any, name: str) -> Any:
     return values
 
 
-# -------------------------------------------------------------------------------------------------------------- tutorial
-
-
 @dataclass(frozen=True)
 class Block:
     """A fenced block of a page."""
 
     kind: str
-    """Its language: bash, python, text or another."""
+    """Language: bash, python, text or another."""
     info: str
-    """What stands behind the language."""
+    """The rest of the fence's first line."""
     body: str
 
 
@@ -71,9 +65,9 @@ def blocks(page: str) -> list[Block]:
 
 
 def filled_in(page: str, run: Callable[[Block], str]) -> str:
-    """A page whose bash and python blocks are run in order; the text block behind one becomes what it printed.
+    """Run the bash and python blocks of a page in order, and replace the text block after each by what it printed.
 
-    A text block with `from=WORD` begins at the first line whose first word it is; what is left out before it is shown as "...".
+    A text block with `lines=WORD,WORD` shows only the lines that begin with one of these words, and "..." for what is left out.
     """
     printed: str | None = None
 
@@ -92,18 +86,18 @@ def filled_in(page: str, run: Callable[[Block], str]) -> str:
 
 
 def _shortened(printed: str, info: str) -> str:
-    word = info.removeprefix("from=")
-    if word == info:
+    if not info.startswith("lines="):
         return printed
-    lines = printed.splitlines()
-    first = next((i for i, line in enumerate(lines) if line.split()[:1] == [word]), None)
-    if first is None:
-        raise SystemExit(f"no line's first word is {word!r} in what was printed:\n{printed}")
-    return "\n".join(["..."] * (first > 0) + lines[first:])
+    wanted = info.removeprefix("lines=").split(",")
+    words = [(line.split() or [""])[0] for line in printed.splitlines()]
+    if missing := set(wanted) - set(words):
+        raise SystemExit(f"no line begins with {', '.join(sorted(missing))}; expected by `{info}`; printed was:\n{printed}")
+    kept = [line if word in wanted else "..." for line, word in zip(printed.splitlines(), words, strict=True)]
+    return "\n".join(line for i, line in enumerate(kept) if line != "..." or kept[max(i - 1, 0)] != "..." or i == 0)
 
 
 def run_apart(block: Block, folder: Path) -> str:
-    """Run a block as a reader does, in a process of its own. Returns: what it printed. Progress bars are not kept."""
+    """Run a block in a process of its own, as a reader does. Returns: its standard output, which has no progress bars."""
     argv = ["bash", "-euo", "pipefail", "-c"] if block.kind == "bash" else [sys.executable, "-c"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     print(block.body, end="", flush=True)
@@ -114,15 +108,12 @@ def run_apart(block: Block, folder: Path) -> str:
 
 
 def pictures(page: str) -> Iterator[tuple[str, str]]:
-    """Of each picture that a block makes: where it is made, and where the page shows it from."""
+    """For each picture that a block makes: the path where it is made, and the path that the page shows."""
     yield from ((match["made"], match["shown"]) for match in PICTURE.finditer(page))
 
 
-# ------------------------------------------------------------------------------------------------------------------ both
-
-
 def main() -> None:
-    """Make one of them again."""
+    """Generate one of the two."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("options", "tutorial"))
     what = parser.parse_args().what
