@@ -1,6 +1,6 @@
 """Generate parts of docs/: `python docs/remake.py options`, `python docs/remake.py tutorial`.
 
-options    the tables of docs/options.md, from the options' own help texts
+options    the lists of docs/options.md, from the options' own help texts
 tutorial   run docs/tutorial.md block by block in a new folder, and put the output and pictures into it
 """
 
@@ -20,26 +20,25 @@ from typing import Any
 from softprompt.files import new_file
 
 DOCS = Path(__file__).parent
-TABLES = re.compile(r"(?<=<!-- options -->\n).*?(?=<!-- end of options -->)", re.DOTALL)
+LISTS = re.compile(r"(?<=<!-- options -->\n).*?(?=<!-- end of options -->)", re.DOTALL)
 FENCE = re.compile(r"^```(?P<kind>\w*)(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
 PICTURE = re.compile(r"<!-- made: (?P<made>\S+) -->\n!\[[^\]]*\]\((?P<shown>[^)]+)\)")
 
 
-def option_tables() -> str:
-    """A table for each group of options: name, default, and the help text."""
+def option_lists() -> str:
+    """A list for each group of options: name and default as in YAML, and the help text."""
     from train.options.command_line import make_parser, option_kinds
     from train.options.config import Config
 
     meanings = {action.dest: " ".join((action.help or "").split()) for action in make_parser()._actions}
-    tables: dict[str, list[str]] = {}
+    lists: dict[str, list[str]] = {}
     for name in option_kinds():
         group, _, last = name.rpartition(".")
         values = _group(Config(), group)
         default = json.dumps(getattr(values, last)).replace('"', "")
-        head = f"## `{group}`\n\n{' '.join((values.__doc__ or '').split())}\n\n" if group else ""
-        rows = tables.setdefault(group, [f"{head}| option | default | meaning |", "|---|---|---|"])
-        rows.append(f"| `{name}` | `{default}` | {meanings[name]} |")
-    return "\n" + "\n\n".join("\n".join(rows) for rows in tables.values()) + "\n\n"
+        head = [f"## `{group}`\n\n{' '.join((values.__doc__ or '').split())}\n"] if group else []
+        lists.setdefault(group, head).append(f"- `{name}: {default}`  {meanings[name]}")
+    return "\n" + "\n\n".join("\n".join(items) for items in lists.values()) + "\n\n"
 
 
 def _group(values: Any, name: str) -> Any:
@@ -120,7 +119,7 @@ def main() -> None:
     path = DOCS / f"{what}.md"
     page = path.read_text(encoding="utf-8")
     if what == "options":
-        made = TABLES.sub(lambda _: option_tables(), page)
+        made = LISTS.sub(lambda _: option_lists(), page)
     else:
         with tempfile.TemporaryDirectory(prefix="softprompt-tutorial-") as name:
             made = filled_in(page, lambda block: run_apart(block, Path(name)))

@@ -60,17 +60,16 @@ def test_the_readme_is_one_page_and_links_every_other():
     assert all(f"({name})" in PAGES["README.md"] for name in PAGES if name.startswith("docs/"))
 
 
-def test_the_tables_hold_every_option_with_its_default_and_help():
+def test_the_page_of_options_has_each_with_its_default_and_help():
     page = PAGES["docs/options.md"]
-    rows = re.findall(r"^\| `([a-z_.]+)` \| `(.*?)` \| \S.* \|$", page, re.MULTILINE)
+    items = re.findall(r"^- `([a-z_.]+): (.*?)`  \S", page, re.MULTILINE)
     # YAML reads 1e-4 as a text; the options' own reader does not.
-    table = {name: yaml.safe_load(re.sub(r"^(\d+)e", r"\1.0e", value)) for name, value in rows}
-    assert table == defaults(Config())
+    assert {name: yaml.safe_load(re.sub(r"^(\d+)e", r"\1.0e", value)) for name, value in items} == defaults(Config())
     spec = importlib.util.spec_from_file_location("remake", REPOSITORY / "docs" / "remake.py")
     assert spec is not None and spec.loader is not None
     remake = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(remake)
-    assert remake.TABLES.search(page).group() == remake.option_tables(), "run python docs/remake.py options"
+    assert remake.LISTS.search(page).group() == remake.option_lists(), "run python docs/remake.py options"
 
 
 def test_the_table_of_what_may_change_on_a_resume_is_complete():
