@@ -1,7 +1,7 @@
 """Draw the figure of docs/guide.md from a run that kept its checkpoints: `python docs/formula.py RUN docs/formula.svg`.
 
-Left, the prompt of one view in two coordinates: along the line from W_0 to W_1, and away from it. Right, the position s, and the
-distance of each view's prompt from its start.
+Left, the prompt of one view in two coordinates: along the line from W_0 to W_1, and away from it. Right, the position s, and
+the distance of each view's prompt from its start.
 """
 
 import sys
