@@ -1,7 +1,7 @@
-"""Draw the figure of docs/how-it-works.md from a run that kept its checkpoints: `python docs/formula.py RUN docs/formula.svg`.
+"""Draw the figure of docs/guide.md from a run that kept its checkpoints: `python docs/formula.py RUN docs/formula.svg`.
 
-Left, the prompt of one view in two numbers: how far along the line from W_0 to W_1, and how far off it. Nothing is left out of
-them but the direction in which it is off. Right, the position s, and how far the six prompts have gone.
+Left, the prompt of one view in two coordinates: along the line from W_0 to W_1, and away from it. Right, the position s, and
+the distance of each view's prompt from its start.
 """
 
 import sys
@@ -20,15 +20,15 @@ from train.state.checkpoint import read_state
 from train.state.folder import list_checkpoints
 
 VIEW = 2
-"""right: a view whose prompt goes far."""
+"""Index of the view shown: right, whose prompt moves far."""
 SHOWN = 20
-"""Step at which the sum is drawn."""
+"""Step at which the parallelogram is drawn."""
 PATH, LEARNED, EFFECTIVE = "#666666", "#d55e00", "#0072b2"
 VIEW_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def trace(run: Path) -> tuple[float, list[tuple[int, float, float]]]:
-    """How long the line from W_0 to W_1 is, and of each step that was kept where P is: step, along the line, off it."""
+    """Length of the line from W_0 to W_1, and for each kept checkpoint (step, P along the line, P away from it)."""
     points = [(0, 0.0, 0.0)]
     length = 0.0
     for folder in list_checkpoints(run):
@@ -42,7 +42,7 @@ def trace(run: Path) -> tuple[float, list[tuple[int, float, float]]]:
 
 
 def draw_plane(axes: Axes, length: float, points: list[tuple[int, float, float]], positions: dict[int, float]) -> None:
-    """W_0, W_1, the path between them, the learned P and the prompt E that the UNet sees."""
+    """Draw W_0, W_1, the path between them, the learned P and the prompt E that the UNet sees."""
     axes.plot([0, length], [0, 0], color=PATH, linewidth=2, zorder=1)
     learned = [(along, off) for _, along, off in points]
     effective = [(positions[step] * length + along, off) for step, along, off in points]
@@ -80,7 +80,7 @@ def draw_plane(axes: Axes, length: float, points: list[tuple[int, float, float]]
 
 
 def draw_series(position: Axes, drift: Axes, series: list[dict[str, float]]) -> None:
-    """s, and the distance of each view's prompt from W_0, over the steps."""
+    """Draw s, and the distance of each view's prompt from W_0, over the steps."""
     paced = [(p["step"], p["curriculum/position"]) for p in series if "curriculum/position" in p]
     position.plot(*zip(*paced, strict=True), color=PATH, linewidth=2)
     position.set_ylim(-0.05, 1.1)
@@ -97,7 +97,7 @@ def draw_series(position: Axes, drift: Axes, series: list[dict[str, float]]) -> 
 
 
 def main(run: Path, output: Path) -> None:
-    """Draw. run: of two waypoints, `carry: keep` and `lerp`, whose checkpoints are all there."""
+    """Draw the figure. run: a run with two waypoints, `carry: keep`, `lerp` and all its checkpoints."""
     config = parse(["--config", str(run / "config.yaml")]).config
     assert len(config.prompt.waypoints) == 2 and config.prompt.carry == "keep" and config.prompt.interpolation == "lerp"
     series = read_series(run)
@@ -112,7 +112,7 @@ def main(run: Path, output: Path) -> None:
     for axes in (plane, position, drift):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-    # The date would make each file another one.
+    # A date would make each file different.
     metadata = {"Date": None} if output.suffix == ".svg" else {}
     with rc_context({"svg.hashsalt": "formula"}), new_file(output) as partial:
         figure.savefig(partial, format=output.suffix[1:], facecolor="white", dpi=150, metadata=metadata)

@@ -1,7 +1,7 @@
-"""Make again what is generated in docs/: `python docs/remake.py options`, `python docs/remake.py tutorial`.
+"""Generate parts of docs/: `python docs/remake.py options`, `python docs/remake.py tutorial`.
 
-options    the tables of docs/options.md, from the options' own words
-tutorial   run docs/tutorial.md block by block in a new folder, and put its output and pictures into it
+options    the lists of docs/options.md, from the options' own help texts
+tutorial   run docs/tutorial.md block by block in a new folder, and put the output and pictures into it
 """
 
 import argparse
@@ -20,29 +20,25 @@ from typing import Any
 from softprompt.files import new_file
 
 DOCS = Path(__file__).parent
-TABLES = re.compile(r"(?<=<!-- options -->\n).*?(?=<!-- end of options -->)", re.DOTALL)
+LISTS = re.compile(r"(?<=<!-- options -->\n).*?(?=<!-- end of options -->)", re.DOTALL)
 FENCE = re.compile(r"^```(?P<kind>\w*)(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
 PICTURE = re.compile(r"<!-- made: (?P<made>\S+) -->\n!\[[^\]]*\]\((?P<shown>[^)]+)\)")
 
 
-# --------------------------------------------------------------------------------------------------------------- options
-
-
-def option_tables() -> str:
-    """A table for each group of options: name, default, meaning, in the words of --help."""
+def option_lists() -> str:
+    """A list for each group of options: name and default as in YAML, and the help text."""
     from train.options.command_line import make_parser, option_kinds
     from train.options.config import Config
 
     meanings = {action.dest: " ".join((action.help or "").split()) for action in make_parser()._actions}
-    tables: dict[str, list[str]] = {}
+    lists: dict[str, list[str]] = {}
     for name in option_kinds():
         group, _, last = name.rpartition(".")
         values = _group(Config(), group)
         default = json.dumps(getattr(values, last)).replace('"', "")
-        head = f"## `{group}`\n\n{' '.join((values.__doc__ or '').split())}\n\n" if group else ""
-        rows = tables.setdefault(group, [f"{head}| option | default | meaning |", "|---|---|---|"])
-        rows.append(f"| `{name}` | `{default}` | {meanings[name]} |")
-    return "\n" + "\n\n".join("\n".join(rows) for rows in tables.values()) + "\n\n"
+        head = [f"## `{group}`\n\n{' '.join((values.__doc__ or '').split())}\n"] if group else []
+        lists.setdefault(group, head).append(f"- `{name}: {default}`  {meanings[name]}")
+    return "\n" + "\n\n".join("\n".join(items) for items in lists.values()) + "\n\n"
 
 
 def _group(values: Any, name: str) -> Any:
@@ -51,17 +47,14 @@ def _group(values: Any, name: str) -> Any:
     return values
 
 
-# -------------------------------------------------------------------------------------------------------------- tutorial
-
-
 @dataclass(frozen=True)
 class Block:
     """A fenced block of a page."""
 
     kind: str
-    """Its language: bash, python, text or another."""
+    """Language: bash, python, text or another."""
     info: str
-    """What stands behind the language."""
+    """The rest of the fence's first line."""
     body: str
 
 
@@ -71,9 +64,9 @@ def blocks(page: str) -> list[Block]:
 
 
 def filled_in(page: str, run: Callable[[Block], str]) -> str:
-    """A page whose bash and python blocks are run in order; the text block behind one becomes what it printed.
+    """Run the bash and python blocks of a page in order, and replace the text block after each by what it printed.
 
-    A text block with `from=WORD` begins at the first line whose first word it is; what is left out before it is shown as "...".
+    A text block with `lines=WORD,WORD` shows only the lines that begin with one of these words, and "..." for what is left out.
     """
     printed: str | None = None
 
@@ -92,18 +85,18 @@ def filled_in(page: str, run: Callable[[Block], str]) -> str:
 
 
 def _shortened(printed: str, info: str) -> str:
-    word = info.removeprefix("from=")
-    if word == info:
+    if not info.startswith("lines="):
         return printed
-    lines = printed.splitlines()
-    first = next((i for i, line in enumerate(lines) if line.split()[:1] == [word]), None)
-    if first is None:
-        raise SystemExit(f"no line's first word is {word!r} in what was printed:\n{printed}")
-    return "\n".join(["..."] * (first > 0) + lines[first:])
+    wanted = info.removeprefix("lines=").split(",")
+    words = [(line.split() or [""])[0] for line in printed.splitlines()]
+    if missing := set(wanted) - set(words):
+        raise SystemExit(f"no line begins with {', '.join(sorted(missing))}; expected by `{info}`; printed was:\n{printed}")
+    kept = [line if word in wanted else "..." for line, word in zip(printed.splitlines(), words, strict=True)]
+    return "\n".join(line for i, line in enumerate(kept) if line != "..." or kept[max(i - 1, 0)] != "..." or i == 0)
 
 
 def run_apart(block: Block, folder: Path) -> str:
-    """Run a block as a reader does, in a process of its own. Returns: what it printed. Progress bars are not kept."""
+    """Run a block in a process of its own, as a reader does. Returns: its standard output, which has no progress bars."""
     argv = ["bash", "-euo", "pipefail", "-c"] if block.kind == "bash" else [sys.executable, "-c"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     print(block.body, end="", flush=True)
@@ -114,22 +107,19 @@ def run_apart(block: Block, folder: Path) -> str:
 
 
 def pictures(page: str) -> Iterator[tuple[str, str]]:
-    """Of each picture that a block makes: where it is made, and where the page shows it from."""
+    """For each picture that a block makes: the path where it is made, and the path that the page shows."""
     yield from ((match["made"], match["shown"]) for match in PICTURE.finditer(page))
 
 
-# ------------------------------------------------------------------------------------------------------------------ both
-
-
 def main() -> None:
-    """Make one of them again."""
+    """Generate one of the two."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("options", "tutorial"))
     what = parser.parse_args().what
     path = DOCS / f"{what}.md"
     page = path.read_text(encoding="utf-8")
     if what == "options":
-        made = TABLES.sub(lambda _: option_tables(), page)
+        made = LISTS.sub(lambda _: option_lists(), page)
     else:
         with tempfile.TemporaryDirectory(prefix="softprompt-tutorial-") as name:
             made = filled_in(page, lambda block: run_apart(block, Path(name)))

@@ -1,6 +1,6 @@
-"""Each command of README.md and docs/: run, shortened, in a folder made for its page, or at least read by its own parser.
+"""Each command of the pages is run, shortened, in order and in a folder of its page, or at least parsed by its own parser.
 
-A page's commands are run in their order, in one folder, as a reader does. HOW decides for each whether it is run.
+HOW decides which of the two.
 """
 
 import importlib
@@ -31,7 +31,7 @@ from train.options.command_line import option_kinds, parse
 from train.prompts.__main__ import COMMANDS as PROMPTS
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
 
 SHORT = (
@@ -39,13 +39,13 @@ SHORT = (
     "--monitor.validate_every=2 --monitor.validation_timesteps=1 --monitor.preview_every=2 --monitor.preview_objects=1 "
     "--monitor.preview_steps=2 --monitor.checkpoint_every=1"
 ).split()
-"""Makes a training run as small as it gets."""
+"""Options of the shortest training run."""
 
-# How each command is held, by the first of these patterns that it is like:
-#   run        it is run, with these options added, and has to end with exit code 0
-#   read       its own parser reads it, and what it would do is not done; what a training would leave is put there
-#   shell      it is run as it is
-#   elsewhere  it is not this project's, or another test's: where, is said
+# How a command is tested; the first pattern that matches it counts:
+#   run        run with these options added; the exit code must be 0
+#   read       parsed by its own parser, but its work is not done; a finished run is put where a training would leave one
+#   shell      run unchanged
+#   elsewhere  not this project's, or tested elsewhere
 HOW: list[tuple[str, str, Sequence[str] | str]] = [
     ("python -m train.softprompt *--dry-run", "run", SHORT),
     ("python -m train.softprompt *--output runs/mice", "run", [*SHORT, "--export.pipeline=false", "--export.report=false"]),
@@ -67,7 +67,7 @@ HOW: list[tuple[str, str, Sequence[str] | str]] = [
     ("python -m train.replay *", "read", []),
     ("python -m train.micro*", "read", []),
     ("python docs/formula.py *", "run", []),
-    ("python docs/remake.py *", "elsewhere", "tests/test_readme.py, and the tutorial's test below"),
+    ("python docs/remake.py *", "elsewhere", "tests/test_docs.py, and the tutorial's test below"),
     ("ls *", "shell", []),
     ("cp *", "shell", []),
     ("tensorboard *", "elsewhere", "tensorboard's"),
@@ -77,14 +77,14 @@ HOW: list[tuple[str, str, Sequence[str] | str]] = [
 ]
 
 READERS: dict[str, Callable[[list[str]], object]] = {"train.softprompt": parse, "train.compare": read_request}
-"""What reads the options of a command that is only read, where that is a function of its own."""
+"""Functions that only parse the options of a command."""
 WORK: dict[str, Sequence[str]] = {
     "train.benchmark": ["_measure", "_count", "_growth", "_write"],
     "train.gpu": ["_all"],
     "train.replay": ["replay"],
     "train.micro": ["build", "report"],
 }
-"""Where it is none: the functions that do the work of a command, once its options are read. They are left out."""
+"""For commands without one: the functions that do the work after parsing. They are replaced."""
 
 VARIABLES = {
     "FACELIFT": "FACELIFT",
@@ -92,11 +92,11 @@ VARIABLES = {
     "SAMPLES": "SAMPLES",
     "PICTURE": "PICTURE",
 }
-"""What stands for the paths that a page has its reader set."""
+"""Values of the variables that a page tells its reader to set."""
 
 
 def name_of(page: Path) -> str:
-    """In the names of tests."""
+    """Path within the repository, for the names of tests."""
     return page.relative_to(REPOSITORY).as_posix()
 
 
@@ -109,22 +109,22 @@ class Command:
 
     @property
     def argv(self) -> list[str]:
-        """Without environment variables before it."""
+        """Words of the command, without leading environment variables."""
         words = shlex.split(self.text, comments=True)
         return words[next(i for i, word in enumerate(words) if not re.fullmatch(r"[A-Z_]+=.*", word)) :]
 
     @property
     def rule(self) -> tuple[str, Sequence[str] | str]:
-        """How it is held, of HOW; fails where there is no rule."""
+        """Its entry of HOW. Fails if there is none."""
         plain = shlex.join(self.argv)
         for pattern, how, what in HOW:
             if fnmatchcase(plain, pattern):
                 return how, what
-        pytest.fail(f"{self.page}: {plain}: is like no pattern of HOW")
+        pytest.fail(f"{self.page}: {plain}: matches no pattern of HOW")
 
 
 def load(name: str) -> ModuleType:
-    """A script of docs/, which is no package."""
+    """Import a script of docs/, which is not a package."""
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -136,13 +136,13 @@ REMAKE = load("remake")
 
 
 def commands(page: Path) -> list[Command]:
-    """Those of its bash blocks, in order."""
+    """The commands of a page's bash blocks, in order."""
     blocks = REMAKE.blocks(page.read_text(encoding="utf-8"))
     return [command for block in blocks if block.kind == "bash" for command in commands_of(page, block.body)]
 
 
 def commands_of(page: Path, body: str) -> list[Command]:
-    """Those of a block; lines that only set a variable are none."""
+    """The commands of a block, without lines that only set a variable."""
     found = []
     for line in body.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -151,12 +151,9 @@ def commands_of(page: Path, body: str) -> list[Command]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- the ground
-
-
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the capital words of the docs stand for: pictures, FaceLift's repository, and a finished run of two steps."""
+    """What the capital words of the pages stand for: pictures, FaceLift's repository, and a finished run of two steps."""
     folder = tmp_path_factory.mktemp("ground")
     write_source(MicroWorld("mice", 0, 3), folder / "SAMPLES")
     write_source(MicroWorld("mice", 10_000, 1), folder / "HELD_OUT")
@@ -177,7 +174,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of a page's own, with all that its commands may name in it; it is the working directory."""
+    """Working directory of one page, with everything that its commands may name."""
     for name in ("SAMPLES", "HELD_OUT", "PICTURE"):
         (tmp_path / name).symlink_to(ground / name)
     for name in ("FACELIFT", "RUN"):
@@ -190,12 +187,12 @@ def place(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def home(module: str) -> ModuleType:
-    """Where `main` of `python -m MODULE` is."""
+    """The module with `main` of `python -m MODULE`."""
     return importlib.import_module(f"{module}.__main__" if (REPOSITORY / module.replace(".", "/")).is_dir() else module)
 
 
 def call(module: str, argv: Sequence[str]) -> object:
-    """A command in this process. Returns: its exit code."""
+    """Run a command in this process. Returns: its exit code."""
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         return home(module).main(list(argv))
@@ -203,8 +200,8 @@ def call(module: str, argv: Sequence[str]) -> object:
         return stopped.code
 
 
-def hold(command: Command, monkeypatch: pytest.MonkeyPatch, ground: Path) -> None:
-    """Run it or read it, as its rule says."""
+def check(command: Command, monkeypatch: pytest.MonkeyPatch, ground: Path) -> None:
+    """Run or parse a command, as its rule says."""
     (how, what), argv = command.rule, command.argv
     if how == "elsewhere":
         return
@@ -236,15 +233,12 @@ def hold(command: Command, monkeypatch: pytest.MonkeyPatch, ground: Path) -> Non
             shutil.copytree(ground / "RUN", left)
 
 
-# --------------------------------------------------------------------------------------------------------------- promises
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if page != TUTORIAL and commands(page)], ids=name_of)
 def test_the_commands_of_a_page_run_in_their_order(
     page: Path, place: Path, ground: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for command in commands(page):
-        hold(command, monkeypatch, ground)
+        check(command, monkeypatch, ground)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != TUTORIAL and "```python" in page.read_text()], ids=name_of)
@@ -265,32 +259,20 @@ def test_the_yaml_of_a_page_is_a_configuration(page: Path, tmp_path: Path) -> No
 
 
 def inline(page: Path) -> list[str]:
-    """What stands in backticks outside of blocks."""
+    """Text in backticks outside of blocks."""
     return re.findall(r"`([^`\n]+)`", REMAKE.FENCE.sub("", page.read_text(encoding="utf-8")))
 
 
-ELSEWHERE = {"--train_text_encoder_ti_frac", "--signal", "--logdir"}
-"""Options of diffusers' scripts, of SLURM and of TensorBoard that the docs name."""
+ELSEWHERE = {"--train_text_encoder_ti_frac", "--signal", "--logdir", "--numprocesses"}
+"""Options of diffusers' scripts, SLURM, TensorBoard and pytest that the pages name."""
 
 
 @pytest.fixture(scope="module")
 def known_options(ground: Path) -> dict[str, set[str]]:
-    """By command, the options that its --help names; those of the launcher under its own name."""
+    """By command, the options in its --help; those of the launcher under its own name."""
     found = {"accelerate": set(launch_command_parser()._option_string_actions)}
-    for module in (
-        "softprompt",
-        "compare",
-        "benchmark",
-        "doctor",
-        "export",
-        "gpu",
-        "micro",
-        "replay",
-        "report",
-        "runs",
-        "sample",
-    ):
-        found[f"train.{module}"] = options_of(f"train.{module}", [])
+    for name in "softprompt compare benchmark doctor export gpu micro replay report runs sample".split():
+        found[f"train.{name}"] = options_of(f"train.{name}", [])
     harness = (REPOSITORY / "tests" / "faults" / "__main__.py").read_text(encoding="utf-8")
     found["tests.faults"] = set(re.findall(r'"(--[\w-]+)"', harness))
     found["train.softprompt"] |= {f"--{name}" for name in option_kinds()}
@@ -299,7 +281,7 @@ def known_options(ground: Path) -> dict[str, set[str]]:
 
 
 def options_of(module: str, argv: list[str]) -> set[str]:
-    """Those that its --help names."""
+    """Options in a command's --help."""
     printed = io.StringIO()
     with redirect_stdout(printed):
         assert call(module, [*argv, "--help"]) == 0
@@ -318,7 +300,7 @@ def test_options_that_a_page_names_are_there(page: Path, known_options: dict[str
             known = known_options.get(module[1], everywhere) | (known_options["accelerate"] if "accelerate" in code else set())
         assert options <= known, f"{code}: {sorted(options - known)}"
         for name in re.findall(r"(?<![\w./-])([a-z]+\.[a-z_]+)(?![\w./(])", code):
-            if name.split(".")[0] in groups:
+            if name.split(".")[0] in groups and not (REPOSITORY / f"{name.replace('.', '/')}.py").is_file():
                 assert name in option_kinds() or name in known_options, f"{code}: {name} is no option"
 
 
@@ -329,19 +311,18 @@ def test_the_tutorial_runs_and_its_pictures_are_made(place: Path, ground: Path, 
         if block.kind == "python":  # fewer objects than there
             exec(re.sub(r'(MicroWorld\("\w+", [\d_]+), \d+\)', r"\1, 2)", block.body), {})
         for command in commands_of(TUTORIAL, block.body) if block.kind == "bash" else []:
-            hold(command, monkeypatch, ground)
+            check(command, monkeypatch, ground)
     made = list(REMAKE.pictures(page))
     assert len(made) == 3 and page.count("![") == len(made)
     for source, shown in made:
         assert (place / source).is_file() and (TUTORIAL.parent / shown).is_file(), source
-    assert all(block.body.strip() for block in blocks), "python docs/remake.py tutorial puts the output in"
+    assert all(block.body.strip() for block in blocks), "run python docs/remake.py tutorial"
 
 
-def test_what_is_printed_takes_the_place_of_what_was(tmp_path: Path) -> None:
-    page = "```bash\nls\n```\n\n```text from=b\nold\n```\n\n```\nkept\n```\n\n```python\n1\n```\n\n```text\n```\n"
-    printed = iter(["a\nb: no\nb yes\nc\n", "2\n"])
-    assert REMAKE.filled_in(page, lambda block: next(printed)) == page.replace("old", "...\nb yes\nc").replace(
-        "```text\n", "```text\n2\n"
-    )
-    with pytest.raises(SystemExit, match="no line's first word is 'b'"):
+def test_output_replaces_the_text_block_after_a_command(tmp_path: Path) -> None:
+    page = "```bash\nls\n```\n\n```text lines=b\nold\n```\n\n```\nkept\n```\n\n```python\n1\n```\n\n```text\n```\n"
+    printed = iter(["a\nc\nb yes\nd\n", "2\n"])
+    filled = REMAKE.filled_in(page, lambda block: next(printed))
+    assert filled == page.replace("old", "...\nb yes\n...").replace("```text\n", "```text\n2\n")
+    with pytest.raises(SystemExit, match="no line begins with b"):
         REMAKE.filled_in(page, lambda block: "nothing")
