@@ -227,7 +227,8 @@ def _refuse_another_model(model: str, unet: str | None, export: Path) -> None:
 
     Raises: InputError for that, or where the folder is no export.
     """
-    from train.export.read import exported_prompt, refuse_another_unet
+    from train.export.read import refuse_another_unet
+    from train.state.folder import exported_prompt
 
     exported_prompt(export, option="export")
     about = export / "clr_embeds.json"
@@ -288,7 +289,7 @@ def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:
     from softprompt.model.sampling import RISES, Annealed
     from softprompt.prompt.embeddings import load_prompt
     from softprompt.prompt.encoding import load_waypoints
-    from train.export.read import exported_prompt
+    from train.state.folder import exported_prompt
 
     views, width = pipeline.num_views, pipeline.prompt_width
 

@@ -16,7 +16,7 @@ from train.evaluation.evaluator import averaged
 from train.export.facelift import how_to_use
 from train.log.series import OUTCOMES
 from train.options.command_line import Request
-from train.report.page import NAME as REPORT
+from train.state.folder import REPORT
 from train.state.run import Job, Run
 from train.step import training_step
 

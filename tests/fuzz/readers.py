@@ -43,7 +43,8 @@ from tests.fuzz.mutations import (
     splice,
 )
 from train.compare.__main__ import read_request
-from train.export.read import LORA_WEIGHTS, start_from
+from train.export.read import start_from
+from train.export.write import LORA_WEIGHTS
 from train.log.series import FILE, read_series
 from train.options.command_line import parse, read_yaml
 from train.options.config import Config, to_yaml

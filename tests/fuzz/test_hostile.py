@@ -33,7 +33,7 @@ from softprompt.prompt.embeddings import load_prompt
 from tests.fuzz.mutations import png_chunk, time_limit
 from tests.fuzz.readers import PROGRESS, loras, make_checkpoint, make_samples, prompt, saved
 from train.compare.__main__ import read_request
-from train.export.read import LORA_WEIGHTS
+from train.export.write import LORA_WEIGHTS
 from train.log.series import FILE, read_series
 from train.options.command_line import parse
 from train.state.checkpoint import MANIFEST, STATE, DamagedError, _digest, _write_manifest, load_checkpoint, read_state, verify

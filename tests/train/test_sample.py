@@ -19,7 +19,7 @@ from softprompt.model.loading import load_pipeline
 from softprompt.model.sampling import RISES
 from softprompt.prompt.embeddings import load_prompt
 from tests.pictures import ONE_LEVEL, levels_apart, pixels
-from train.export.read import LORA_WEIGHTS
+from train.export.write import LORA_WEIGHTS
 from train.loop import train
 from train.options.config import Config
 from train.sample import Options, find_pictures, main, make_cases

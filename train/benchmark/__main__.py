@@ -22,7 +22,7 @@ from train.options.command_line import Parser
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from train.benchmark.steps import Setting
+    from train.benchmark.way import Setting, Way
 
 EXIT_BAD_INPUT = 2
 
@@ -150,7 +150,7 @@ def _start(options: Options) -> tuple["Setting", "Accelerator", str]:
     import torch
     from accelerate import Accelerator
 
-    from train.benchmark.steps import Setting
+    from train.benchmark.way import Setting
     from train.device import choose_precision, quiet_libraries
 
     precision, said = choose_precision(options.device, options.precision, group="")
@@ -166,6 +166,10 @@ def _start(options: Options) -> tuple["Setting", "Accelerator", str]:
 def _growth(options: Options) -> dict[str, Any]:
     setting, accelerator, said = _start(options)
     from train.benchmark.growth import draw, growing_steps, many_objects
+    from train.benchmark.steps import adapting_ways
+
+    def with_kl_at_each_step(setting: "Setting") -> "Way":
+        return next(way for way in adapting_ways(setting, accelerator) if way.name == "ours, KL at each step")
 
     progress = sys.stderr.isatty()
     with tempfile.TemporaryDirectory(prefix="softprompt-growth-") as folder:
@@ -176,7 +180,7 @@ def _growth(options: Options) -> dict[str, Any]:
         memory = [b / 1e6 for b in (one.memory_bytes, one.epoch_memory_bytes)]
         numbers = [one.built / one.build_seconds, one.open_seconds, *memory, one.epoch_seconds]
         print(f"{one.objects:10d} " + " ".join(f"{number:10.3g}" for number in numbers))
-    steps = growing_steps(setting, accelerator, repeats=options.repeats, progress=progress)
+    steps = growing_steps(setting, with_kl_at_each_step, repeats=options.repeats, progress=progress)
     for name, group in steps.items():
         print(f"\n{name:>10} {'ms/step':>10}")
         for step in group:

@@ -5,14 +5,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from softprompt.files import new_file
 from softprompt.model.pipeline import Pipeline
 from train.benchmark.measure import measure
 from train.benchmark.models import DEFAULT_PICTURE, random_pipeline
-from train.benchmark.steps import Setting, adapting_ways
+from train.benchmark.way import Setting, Way
 
 SIDE = 8
 """Of the pictures whose number grows: it is the handling of many that is measured, not encoding."""
@@ -113,9 +112,12 @@ def _memory() -> int:
 
 
 def growing_steps(
-    setting: Setting, accelerator: Accelerator, *, repeats: int, progress: bool
+    setting: Setting, way_of: Callable[[Setting], Way], *, repeats: int, progress: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    """Seconds a step with the KL at each, by batch, by views, by size of picture; all else as in `setting`."""
+    """Seconds of a step by batch size, by number of views and by picture size; everything else as in `setting`.
+
+    way_of: the way of training that is measured, for a setting.
+    """
     side = DEFAULT_PICTURE[setting.size]
     settings = {
         "batch_size": [replace(setting, batch_size=n) for n in (1, 2, 4, 8, 16)],
@@ -126,8 +128,7 @@ def growing_steps(
     for name, group in settings.items():
         found[name] = []
         for one in group:
-            way = next(w for w in adapting_ways(one, accelerator) if w.name == "ours, KL at each step")
-            (measured,) = measure([way], device=setting.device, repeats=repeats, progress=progress)
+            (measured,) = measure([way_of(one)], device=setting.device, repeats=repeats, progress=progress)
             value = getattr(one, name) or side
             found[name].append({name: value, "seconds": measured.typical, "peak_bytes": measured.peak_bytes})
     return found

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from train.benchmark.steps import Way
+from train.benchmark.way import Way
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The ways of training that are compared: one optimizer step of each, on the same random objects."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from softprompt.objectives.losses import denoising_loss, snr, snr_weights
 from softprompt.objectives.rewards import REWARDS
 from softprompt.prompt.soft_prompt import SoftPrompt
 from train.benchmark.models import NoisePictures, random_pipeline
+from train.benchmark.way import Setting, Way
 from train.build import build_trainer
 from train.objectives.dpo import OwnDpo
 from train.objectives.draft import Draft
@@ -35,35 +36,6 @@ FACELIFT = "FaceLift: every weight, encoding live, checkpointing"
 """The way that FaceLift's own trainer goes."""
 OBJECTS = 8
 """Random objects that all ways train on."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all ways of training have in common."""
-
-    size: str
-    """A key of train.benchmark.models.SIZES."""
-    device: torch.device
-    dtype: torch.dtype
-    """Of frozen weights and of the arithmetic."""
-    batch_size: int = 1
-    """Objects a step."""
-    views: int = 6
-    picture: int | None = None
-    """Side in pixels; None: the size's own."""
-    rank: int = 16
-    compiled: bool = False
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way of training."""
-
-    name: str
-    step: Callable[[int], None]
-    """Does optimizer step number i."""
-    phases: dict[str, tuple[Any, str]]
-    """What a step's time goes into: name => an object and its method that does it."""
 
 
 class LiveObjects(EncodedObjects):

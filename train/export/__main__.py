@@ -18,7 +18,7 @@ from train.device import calm_environment
 from train.options.command_line import PlainParser
 
 if TYPE_CHECKING:
-    from train.export.source import Source
+    from train.export.read import Source
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -158,7 +158,8 @@ def _open(given: argparse.Namespace) -> "Source":
     import torch
 
     from train.device import choose_precision, quiet_libraries
-    from train.export.source import is_run, open_export, open_run
+    from train.export.read import is_run
+    from train.export.source import open_export, open_run
 
     quiet_libraries(True)
     choose_precision(given.device, "fp32", group="")  # refuses a device that is not there

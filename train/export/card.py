@@ -17,7 +17,7 @@ from softprompt import __version__
 from softprompt.errors import RunError
 from softprompt.files import new_file
 from train.export.lora import FORMATS
-from train.export.source import Source
+from train.export.read import Source
 from train.export.write import has_lora
 from train.log.series import OUTCOMES, is_evaluation, read_series
 from train.options.config import Config, option_values

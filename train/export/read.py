@@ -1,10 +1,11 @@
 """What is in an export, put back: its prompt and its LoRA."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -12,26 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from softprompt.errors import InputError, no_folder
+from softprompt.errors import InputError
 from softprompt.model.adapted import AdaptedModel
-from softprompt.model.loading import load_unet
-from softprompt.model.pipeline import Pipeline, place
+from softprompt.model.pipeline import Pipeline
 from softprompt.model.weights import how_they_fit, noted, unwrapped
 from softprompt.prompt.embeddings import load_prompt
-
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-def exported_prompt(folder: Path, *, option: str) -> Path:
-    """The prompt in an export, float32 where it has that. option: that named the folder.
-
-    Raises: InputError when there is none.
-    """
-    for name in ("clr_embeds.safetensors", "clr_embeds.pt"):
-        if (folder / name).is_file():
-            return folder / name
-    inside = f"; did you mean {folder / 'export'}?" if (folder / "export").is_dir() else no_folder(folder)
-    raise InputError(f"{option}: {folder} holds no clr_embeds.safetensors or .pt; expected a run's export folder{inside}")
+from train.export.write import LORA_WEIGHTS, with_lora_of
+from train.options.config import Config
+from train.options.groups import ExportConfig
+from train.state.folder import exported_prompt
 
 
 def refuse_another_unet(given: str | None, trained_on: object, export: Path) -> None:
@@ -49,22 +39,6 @@ def refuse_another_unet(given: str | None, trained_on: object, export: Path) -> 
             f"unet: is {'null' if given is None else given}; {export} was trained on {trained_on}: give that with --unet, "
             f"under the name it had where it has moved"
         )
-
-
-def with_lora_of(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
-    """The pretrained pipeline as the disk has it, with the LoRA of an export (`folder`), where it has one, beside frozen parts
-    that are shared. dtype: of the UNet; the LoRA is float32."""
-    unet = place(load_unet(pipeline.unet_folder, dtype=dtype), pipeline.device)
-    if (folder / "lora").is_dir():
-        unet.load_lora_adapter(folder / "lora", prefix="unet", weight_name=LORA_WEIGHTS, adapter_name="default")
-        for name, parameter in unet.named_parameters():
-            if ".lora_" in name:
-                parameter.data = parameter.data.float()
-        # Again, since the first time its float32 was rounded to the precision of the UNet.
-        weights = load_file(folder / "lora" / LORA_WEIGHTS)
-        set_peft_model_state_dict(unet, {name.removeprefix("unet."): weight for name, weight in weights.items()})
-        unet.requires_grad_(False).eval()
-    return replace(pipeline, unet=unet)
 
 
 def open_lora(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
@@ -148,3 +122,38 @@ def start_from(folder: Path, adapted: AdaptedModel, position: float) -> None:
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise InputError(f"init_from: {file} holds NaN or infinite values; it comes from a run that diverged, or is damaged")
     set_peft_model_state_dict(adapted.unet, weights)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model with what it has learned, in float32, and where it comes from."""
+
+    folder: Path
+    """Checkpoint or export that it was read from."""
+    run: Path | None
+    """The run it is of; None for an export that lies alone."""
+    config: Config | None
+    """Of that run."""
+    metadata: Mapping[str, Any]
+    """See `train.export.write.describe`."""
+    pipeline: Pipeline
+    """Its UNet carries the LoRA, where there is one."""
+    prompt: Tensor
+    """E [V, T, D], float32."""
+    averaged: bool = False
+    """Whether prompt and LoRA are the run's moving average."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that it was trained for."""
+        return int(self.metadata["steps"])
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference allowed between views in memory and of what is read back."""
+        return (ExportConfig() if self.config is None else self.config.export).tolerance
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, not an export."""
+    return (folder / "config.yaml").is_file() and not (folder / "clr_embeds.json").is_file()

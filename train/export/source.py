@@ -1,14 +1,10 @@
 """What is exported: a checkpoint of a run as the run itself would export it, or an export that is there already."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.files import read_json
@@ -18,13 +14,12 @@ from softprompt.model.pipeline import Pipeline
 from softprompt.prompt.embeddings import load_prompt
 from softprompt.prompt.pacing import CurriculumState
 from train.build import build_adapted, make_curriculum
-from train.export.read import exported_prompt, open_lora, refuse_another_unet, start_from
+from train.export.read import Source, is_run, open_lora, refuse_another_unet, start_from
 from train.export.write import describe
 from train.options.command_line import parse
-from train.options.config import Config
-from train.options.groups import MICRO, ExportConfig
+from train.options.groups import MICRO
 from train.state.checkpoint import DamagedError, read_state, restore_trained, verify
-from train.state.folder import checkpoint_folder, list_checkpoints
+from train.state.folder import checkpoint_folder, exported_prompt, list_checkpoints
 
 _DESCRIBED: dict[str, type | tuple[type, ...]] = {
     "origin": str,
@@ -38,41 +33,6 @@ _DESCRIBED: dict[str, type | tuple[type, ...]] = {
     "validation": dict,
 }
 """What `train.export.write.describe` says, and of what kind it is."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model with what it has learned, in float32, and where it comes from."""
-
-    folder: Path
-    """Checkpoint or export that it was read from."""
-    run: Path | None
-    """The run it is of; None for an export that lies alone."""
-    config: Config | None
-    """Of that run."""
-    metadata: Mapping[str, Any]
-    """See `train.export.write.describe`."""
-    pipeline: Pipeline
-    """Its UNet carries the LoRA, where there is one."""
-    prompt: Tensor
-    """E [V, T, D], float32."""
-    averaged: bool = False
-    """Whether prompt and LoRA are the run's moving average."""
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps that it was trained for."""
-        return int(self.metadata["steps"])
-
-    @property
-    def tolerance(self) -> float:
-        """Largest difference allowed between views in memory and of what is read back."""
-        return (ExportConfig() if self.config is None else self.config.export).tolerance
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, not an export."""
-    return (folder / "config.yaml").is_file() and not (folder / "clr_embeds.json").is_file()
 
 
 def open_run(run: Path, which: str, *, model: str | None, unet: str | None = None, device: torch.device) -> Source:

@@ -3,13 +3,14 @@
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import get_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt.errors import InputError, RunError
@@ -19,22 +20,11 @@ from softprompt.model.pipeline import Pipeline, place
 from softprompt.model.sampling import sample_views
 from softprompt.prompt.embeddings import load_prompt, save_prompt
 from softprompt.prompt.templates import view_texts
-from train.export.read import with_lora_of
 from train.options.config import Config
 from train.options.groups import MICRO
+from train.state.folder import Exported
 
 BASE_LICENCE = "the terms of its weights hold for this file too (FaceLift's: Adobe Research License)"
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written, and how near it is to the model in memory; differences are the largest in pictures of range 0 to 1."""
-
-    folder: Path
-    read_back: float
-    """Views of the files read back in a fresh model, against the model in memory under the same rounded prompt."""
-    rounding: float
-    """What rounding the prompt to float16 itself changes."""
 
 
 def export(
@@ -229,3 +219,22 @@ def _replace(folder: Path, new: Path) -> None:
     for path in sorted(new.iterdir()):
         path.replace(folder / path.name)
     new.rmdir()
+
+
+def with_lora_of(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
+    """The pretrained pipeline as the disk has it, with the LoRA of an export (`folder`), where it has one, beside frozen parts
+    that are shared. dtype: of the UNet; the LoRA is float32."""
+    unet = place(load_unet(pipeline.unet_folder, dtype=dtype), pipeline.device)
+    if (folder / "lora").is_dir():
+        unet.load_lora_adapter(folder / "lora", prefix="unet", weight_name=LORA_WEIGHTS, adapter_name="default")
+        for name, parameter in unet.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+        # Again, since the first time its float32 was rounded to the precision of the UNet.
+        weights = load_file(folder / "lora" / LORA_WEIGHTS)
+        set_peft_model_state_dict(unet, {name.removeprefix("unet."): weight for name, weight in weights.items()})
+        unet.requires_grad_(False).eval()
+    return replace(pipeline, unet=unet)
+
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -1,53 +1,72 @@
 """The checks, the most important first: each is done in a process of its own, within a time of its own."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pkgutil import resolve_name
+from typing import Any
 
-from train.gpu import full, right
 from train.gpu.results import Row
 from train.gpu.setting import Setting
+
+OURS = "KL at every 4th"
+"""Part of the name of this project's own way of training."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One of them."""
+    """One check."""
 
     part: str
     seconds: float
-    """That it may take."""
-    run: Callable[[Setting], list[Row]]
+    """Its time limit."""
+    function: str
+    """`module:function`, by name: only the process of the check imports it."""
     needs: str = ""
     """Another check whose results it reads."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the function."""
+
+    def run(self, setting: Setting) -> list[Row]:
+        """Do it in this process."""
+        rows: list[Row] = resolve_name(self.function)(setting, **self.options)
+        return rows
+
+
+def _right(seconds: float, function: str, needs: str = "", **options: Any) -> Check:
+    return Check("right", seconds, f"train.gpu.right:{function}", needs, options)
+
+
+def _full(part: str, seconds: float, function: str, needs: str = "", **options: Any) -> Check:
+    return Check(part, seconds, f"train.gpu.full:{function}", needs, options)
 
 
 CHECKS: dict[str, Check] = {
-    "float32 on the CPU": Check("right", 60, right.reference),
-    "fp32": Check("right", 45, partial(right.precision, name="fp32"), "float32 on the CPU"),
-    "bf16": Check("right", 45, partial(right.precision, name="bf16"), "float32 on the CPU"),
-    "fp16": Check("right", 45, partial(right.precision, name="fp16"), "float32 on the CPU"),
-    "fp16's gradient scaler": Check("right", 45, right.scaler),
-    "encoders leave the card": Check("right", 45, right.encoders),
-    "out of memory": Check("right", 45, right.memory),
-    "killed and resumed": Check("right", 90, right.killed),
-    "compiled blocks": Check("right", 90, right.compiled),
-    "main job": Check("main job", 120, full.main_job),
-    "steps of 1 object": Check("full size", 90, partial(full.steps, batch_size=1)),
-    "ours alone": Check("full size", 60, partial(full.alone, way=full.OURS)),
-    "materials": Check("memory", 90, full.materials),
-    "12 GB": Check("memory", 90, partial(full.profile_of_memory, gigabytes=12), "materials"),
-    "24 GB": Check("memory", 90, partial(full.profile_of_memory, gigabytes=24), "materials"),
-    "80 GB": Check("memory", 90, partial(full.profile_of_memory, gigabytes=80), "materials"),
-    "long run": Check("long run", 90, full.long_run, "materials"),
-    "steps of 8 objects": Check("full size", 120, partial(full.steps, batch_size=8)),
-    "steps of 4 objects": Check("full size", 90, partial(full.steps, batch_size=4)),
-    "steps of 2 objects": Check("full size", 90, partial(full.steps, batch_size=2)),
-    "compiled, 4 objects": Check("full size", 120, partial(full.steps, batch_size=full.COMPILED_BATCH, compiled=True)),
-    "FaceLift's step alone": Check("full size", 60, partial(full.alone, way="FaceLift")),
-    "LoRA alone, cached": Check("full size", 60, partial(full.alone, way="LoRA, cached")),
-    "LoRA alone, live": Check("full size", 60, partial(full.alone, way="LoRA, encoding live")),
-    "ours alone, no KL": Check("full size", 60, partial(full.alone, way="no KL")),
-    "ours alone, original domain": Check("full size", 60, partial(full.alone, way="original domain")),
-    "main job on the CPU": Check("main job", 240, full.main_job_on_cpu, "main job"),
+    "float32 on the CPU": _right(60, "reference"),
+    "fp32": _right(45, "precision", "float32 on the CPU", name="fp32"),
+    "bf16": _right(45, "precision", "float32 on the CPU", name="bf16"),
+    "fp16": _right(45, "precision", "float32 on the CPU", name="fp16"),
+    "fp16's gradient scaler": _right(45, "scaler"),
+    "encoders leave the card": _right(45, "encoders"),
+    "out of memory": _right(45, "memory"),
+    "killed and resumed": _right(90, "killed"),
+    "compiled blocks": _right(90, "compiled"),
+    "main job": _full("main job", 120, "main_job"),
+    "steps of 1 object": _full("full size", 90, "steps", batch_size=1),
+    "ours alone": _full("full size", 60, "alone", way=OURS),
+    "materials": _full("memory", 90, "materials"),
+    "12 GB": _full("memory", 90, "profile_of_memory", "materials", gigabytes=12),
+    "24 GB": _full("memory", 90, "profile_of_memory", "materials", gigabytes=24),
+    "80 GB": _full("memory", 90, "profile_of_memory", "materials", gigabytes=80),
+    "long run": _full("long run", 90, "long_run", "materials"),
+    "steps of 8 objects": _full("full size", 120, "steps", batch_size=8),
+    "steps of 4 objects": _full("full size", 90, "steps", batch_size=4),
+    "steps of 2 objects": _full("full size", 90, "steps", batch_size=2),
+    "compiled, 4 objects": _full("full size", 120, "steps", batch_size=4, compiled=True),
+    "FaceLift's step alone": _full("full size", 60, "alone", way="FaceLift"),
+    "LoRA alone, cached": _full("full size", 60, "alone", way="LoRA, cached"),
+    "LoRA alone, live": _full("full size", 60, "alone", way="LoRA, encoding live"),
+    "ours alone, no KL": _full("full size", 60, "alone", way="no KL"),
+    "ours alone, original domain": _full("full size", 60, "alone", way="original domain"),
+    "main job on the CPU": _full("main job", 240, "main_job_on_cpu", "main job"),
 }
 PARTS = tuple(dict.fromkeys(check.part for check in CHECKS.values()))

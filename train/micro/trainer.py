@@ -39,7 +39,7 @@ from softprompt.micro.world import MicroWorld
 from softprompt.prompt.encoding import encode_texts
 
 if TYPE_CHECKING:
-    from train.micro.__main__ import Settings
+    from train.micro.settings import Settings
 
 
 class Trainer:

@@ -200,8 +200,7 @@ def make(given: argparse.Namespace, command: str) -> int:
     """Encode and write. Raises: InputError for what cannot be encoded, or a reference that is not reproduced."""
     del command
     from train.prompts.make import metadata, reproduce, whose
-    from train.prompts.sources import fill_in, model_takes, open_encoder, open_file
-    from train.prompts.writing import refuse_output, write
+    from train.prompts.sources import fill_in, model_takes, open_encoder, open_file, refuse_output, write
 
     output = Path(given.output)
     refuse_output(output, overwrite=given.overwrite)
@@ -282,7 +281,7 @@ def mix(given: argparse.Namespace, command: str) -> int:
 
     from softprompt.prompt.soft_prompt import point_on_path
     from train.prompts.measure import ANOTHER_ENCODER, start_distance
-    from train.prompts.writing import refuse_output, write
+    from train.prompts.sources import refuse_output, write
 
     output, last = Path(given.output), len(given.prompts) - 1
     if last < 1:

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from softprompt.errors import InputError
 from softprompt.files import new_folder
-from train.prompts.sources import SUFFIXES, Source, open_file
-from train.prompts.writing import kept_metadata, refuse_output, write
+from train.prompts.sources import SUFFIXES, Source, kept_metadata, open_file, refuse_output, write
 
 NAMES = {"clr_embeds": "of color pictures", "normal_embeds": "of normal maps"}
 """The files of such a folder. FaceLift reads the first alone; Era3D and Wonder3D both."""

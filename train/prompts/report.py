@@ -24,12 +24,11 @@ from train.prompts.measure import (
     start_distance,
 )
 from train.prompts.sources import TOY, Source
+from train.report.charts import chart, matrix_cells
 from train.report.template import render
 
 MADE_BY = "softprompt train.prompts"
 """Marks a page as ours."""
-BAR_HEIGHT, BAR_STEP, LABEL = 90, 10, 44
-"""Of a chart over tokens: height, width of a token, and room for the numbers at its left; in pixels before scaling."""
 
 
 @dataclass(frozen=True)
@@ -223,33 +222,4 @@ def as_context(one: Shown) -> dict[str, Any]:
             {"view": view, "change": change, "cosine": cosine}
             for view, change, cosine in zip(views, one.drift.by_view.tolist(), one.drift.cosines.tolist(), strict=True)
         ],
-    }
-
-
-def matrix_cells(cosines: Tensor, least: float) -> list[list[dict[str, float]]]:
-    """cosines: [V, V]. least: that is drawn without ink; 1 has all of it."""
-    return [[{"cosine": c, "ink": (c - least) / ((1 - least) or 1)} for c in row] for row in cosines.tolist()]
-
-
-def chart(title: str, values: Tensor, marked: set[int]) -> dict[str, Any]:
-    """Bars over tokens. values: [T]. marked: tokens that carry the view."""
-    top = float(values.max()) or 1.0
-    return {
-        "title": title,
-        "top": top,
-        "width": LABEL + BAR_STEP * len(values),
-        "height": BAR_HEIGHT,
-        "label": LABEL,
-        "bars": [
-            {
-                "x": LABEL + BAR_STEP * t + 1,
-                "width": BAR_STEP - 2,
-                "height": round(BAR_HEIGHT * value / top, 2),
-                "mark": t in marked,
-                "title": f"token {t}: {value:.3f}",
-            }
-            for t, value in enumerate(values.tolist())
-        ],
-        "ticks": [{"x": LABEL + BAR_STEP * t + BAR_STEP / 2, "token": t} for t in range(0, len(values), 10)],
-        "alt": f"{title}. Largest at token {int(values.argmax())}, {float(values.max()):.3f} of a token's norm.",
     }

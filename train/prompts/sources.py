@@ -15,9 +15,10 @@ from softprompt.errors import InputError, base_of
 from softprompt.files import read_json
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.loading import load_text_encoder
-from softprompt.prompt.embeddings import check_prompt, refuse_foreign
+from softprompt.prompt.embeddings import check_prompt, refuse_foreign, save_prompt
 from softprompt.prompt.encoding import encode_texts
 from softprompt.prompt.prompt_files import read_prompt_file
+from softprompt.prompt.similarity import closest_pair
 from softprompt.prompt.templates import PROMPT_SUFFIXES, TEMPLATES, VIEWS, Template, view_names
 from train.options.command_line import suggestion
 
@@ -220,3 +221,42 @@ def _listed(content: Mapping[str, Any], name: str, kind: type, length: int) -> l
     """What a JSON lists under a name, one of a kind for each view; empty where it is anything else."""
     value = content.get(name)
     return value if isinstance(value, list) and len(value) == length and all(isinstance(v, kind) for v in value) else []
+
+
+KINDS = {".pt": "float16, what FaceLift loads", ".safetensors": "float32"}
+
+
+def refuse_output(path: Path, *, overwrite: bool, beside: Path | None = None) -> None:
+    """Before any work is done. beside: a prompt file whose JSON may be replaced, since it describes the same prompt.
+
+    Raises: InputError where a prompt cannot be written under that name, or something lies there.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: a prompt is saved as .pt (FaceLift's float16) or .safetensors (float32)")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected the name of a file")
+    sidecar = path.with_suffix(".json")
+    shared = beside is not None and beside.with_suffix(".json").resolve() == sidecar.resolve()
+    taken = [file for file in (path, sidecar) if file.exists() and not (shared and file is sidecar)]
+    if taken and not overwrite:
+        raise InputError(f"{taken[0]}: exists already; choose another --output, or replace it with --overwrite")
+
+
+def write(prompt: Tensor, path: Path, views: tuple[str, ...], metadata: Mapping[str, Any]) -> str:
+    """Write a prompt and the JSON beside it. Returns: what was written, in a sentence.
+
+    prompt: [V, T, D]. Raises: InputError when it cannot be written.
+    """
+    a, b, cosine = closest_pair(prompt, views)
+    named = {"views": list(views), "closest_views": [a, b, round(cosine, 6)]}
+    try:
+        sidecar = save_prompt(prompt, path, metadata={**metadata, **named})
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); likely read-only, or its disk is full") from error
+    return f"{path} ({KINDS[path.suffix]}) and {sidecar.name}; closest {a} and {b}, cosine {cosine:.3f}"
+
+
+def kept_metadata(path: Path, prompt: Tensor) -> dict[str, Any]:
+    """What the JSON beside a prompt file says that still holds of a copy in the other format."""
+    measured = ("file", "shape", "dtype", "token_norms", "view_cosines", "mean_view_cosine", "rounding_error")
+    return {key: value for key, value in described(path, prompt).items() if key not in measured}

@@ -4,7 +4,7 @@ import base64
 import io
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -13,7 +13,10 @@ from softprompt.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
+BAR_HEIGHT, BAR_STEP, LABEL = 90, 10, 44
+"""Of a bar chart, in pixels: the bars' greatest height, their distance, the room for labels."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Told apart by colour-blind eyes, readable on white and on black (M. Okabe and K. Ito's set, less yellow and black)."""
 INK = "#010203"
@@ -96,3 +99,35 @@ def data_uri(strip: Image.Image) -> str:
     file = io.BytesIO()
     strip.save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def matrix_cells(cosines: "Tensor", least: float) -> list[list[dict[str, float]]]:
+    """cosines: [V, V]. least: that is drawn without ink; 1 has all of it."""
+    return [[{"cosine": c, "ink": (c - least) / ((1 - least) or 1)} for c in row] for row in cosines.tolist()]
+
+
+def chart(title: str, values: "Tensor", marked: set[int]) -> dict[str, Any]:
+    """Bars over tokens. values: [T]. marked: tokens that carry the view."""
+    top = float(values.max()) or 1.0
+    return {
+        "title": title,
+        "top": top,
+        "width": LABEL + BAR_STEP * len(values),
+        "height": BAR_HEIGHT,
+        "label": LABEL,
+        "bars": [
+            {
+                "x": LABEL + BAR_STEP * t + 1,
+                "width": BAR_STEP - 2,
+                "height": round(BAR_HEIGHT * value / top, 2),
+                "mark": t in marked,
+                "title": f"token {t}: {value:.3f}",
+            }
+            for t, value in enumerate(values.tolist())
+        ],
+        "ticks": [{"x": LABEL + BAR_STEP * t + BAR_STEP / 2, "token": t} for t in range(0, len(values), 10)],
+        "alt": f"{title}. Largest at token {int(values.argmax())}, {float(values.max()):.3f} of a token's norm.",
+    }
+
+
+"""Of a chart over tokens: height, width of a token, and room for the numbers at its left; in pixels before scaling."""

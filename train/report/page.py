@@ -16,13 +16,12 @@ from train.export.facelift import into_facelift
 from train.log.series import ABLATION_PSNR, ABLATION_SSIM, HANDED_ON, VIEWS_FOLLOW, in_words
 from train.options.groups import MICRO
 from train.prompts.measure import drift, in_ranges, measure
-from train.prompts.report import chart, matrix_cells
 from train.report import template as page
-from train.report.charts import cut_strips, data_uri
+from train.report.charts import chart, cut_strips, data_uri, matrix_cells
 from train.report.figures import panels
 from train.report.read import Story
+from train.state.folder import REPORT
 
-NAME = "report.html"
 MADE_BY = "softprompt train.report"
 """Marks a page as ours."""
 OVERFITTED = 0.02
@@ -35,9 +34,9 @@ def write_report(story: Story, output: Path | None = None) -> tuple[Path, str]:
     output: where to; None: RUN/report.html. Returns: the page, and its headline.
     Raises: InputError for a folder that is no run, or where something lies that is no earlier page.
     """
-    run, target = story.folder, output or story.folder / NAME
+    run, target = story.folder, output or story.folder / REPORT
     if target.is_dir():
-        raise InputError(f"--output {target}: is a folder; expected the name of a page, e.g. {NAME}")
+        raise InputError(f"--output {target}: is a folder; expected the name of a page, e.g. {REPORT}")
     if target.is_file() and MADE_BY not in target.read_text(encoding="utf-8", errors="replace")[:1000]:
         raise InputError(f"--output {target}: is no earlier page of this command; choose another name, or move it away first")
     command = f"python -m train.report {shlex.quote(str(run))}"

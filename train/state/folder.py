@@ -3,14 +3,17 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from softprompt.errors import InputError
+from softprompt.errors import InputError, no_folder
 
 LOCK = ".lock"
 """File that the run's process holds locked: the lock ends with the process, however that ends."""
+REPORT = "report.html"
+"""The report's page."""
 ERROR = "error.txt"
 """File with the error that ended the run, until it is resumed."""
 
@@ -102,3 +105,26 @@ def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
     with suppress(FileNotFoundError):
         numbers += [int(n) for e in os.listdir(root) if (n := e.removeprefix(f"{name}-")) != e and n.isdecimal()]
     return root / f"{name}-{max(numbers) + 1:03d}"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how near it is to the model in memory; differences are the largest in pictures of range 0 to 1."""
+
+    folder: Path
+    read_back: float
+    """Views of the files read back in a fresh model, against the model in memory under the same rounded prompt."""
+    rounding: float
+    """What rounding the prompt to float16 itself changes."""
+
+
+def exported_prompt(folder: Path, *, option: str) -> Path:
+    """The prompt in an export, float32 where it has that. option: that named the folder.
+
+    Raises: InputError when there is none.
+    """
+    for name in ("clr_embeds.safetensors", "clr_embeds.pt"):
+        if (folder / name).is_file():
+            return folder / name
+    inside = f"; did you mean {folder / 'export'}?" if (folder / "export").is_dir() else no_folder(folder)
+    raise InputError(f"{option}: {folder} holds no clr_embeds.safetensors or .pt; expected a run's export folder{inside}")

@@ -17,11 +17,11 @@ from softprompt.model.adapted import AdaptedModel
 from softprompt.model.pipeline import Pipeline
 from softprompt.prompt.pacing import CurriculumState
 from train.evaluation.evaluator import Evaluator
-from train.export.write import Exported
 from train.log.logger import Logger
 from train.objectives.terms import Shown
 from train.options.config import Config
 from train.state.checkpoint import Parts
+from train.state.folder import Exported
 from train.step import StepResult, Trainer
 
 

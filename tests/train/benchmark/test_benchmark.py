@@ -14,7 +14,8 @@ from train.benchmark.count import arms, count_parts, objective_arms
 from train.benchmark.growth import many_objects
 from train.benchmark.measure import matmul_flops
 from train.benchmark.models import DEFAULT_PICTURE, SIZES, random_pipeline
-from train.benchmark.steps import Setting, adapting_ways
+from train.benchmark.steps import adapting_ways
+from train.benchmark.way import Setting
 
 WAYS = [
     "FaceLift",

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from softprompt.errors import InputError
 from softprompt.model.loading import load_pipeline
-from train.export.read import LORA_WEIGHTS, open_lora
+from train.export.read import open_lora
+from train.export.write import LORA_WEIGHTS
 from train.loop import train
 from train.options.config import Config
 from train.setup import prepare

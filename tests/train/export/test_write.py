@@ -28,7 +28,8 @@ from softprompt.prompt.templates import VIEWS
 from train.export import read as read_module
 from train.export import write as write_module
 from train.export.facelift import how_to_use
-from train.export.write import Exported, export, export_pipeline
+from train.export.write import export, export_pipeline
+from train.state.folder import Exported
 
 METADATA = {
     "origin": "softprompt",

@@ -67,8 +67,8 @@ def test_a_check_that_breaks_or_takes_too_long_costs_its_own_row_alone(
     # The processes of the checks read this table too.
     script = tmp_path / "sitecustomize.py"
     script.write_text(
-        HERE + "checks.CHECKS.clear()\nchecks.CHECKS.update(noted=checks.Check('right', 30, noted), "
-        "broken=checks.Check('right', 30, broken), endless=checks.Check('main job', 3, endless))\n"
+        HERE + "checks.CHECKS.clear()\nchecks.CHECKS.update(noted=checks.Check('right', 30, 'tests.train.gpu.test_gpu:noted'), "
+        "broken=checks.Check('right', 30, 'tests.train.gpu.test_gpu:broken'), endless=checks.Check('main job', 3, 'tests.train.gpu.test_gpu:endless'))\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(checks, "CHECKS", mine)
@@ -90,7 +90,7 @@ def test_a_check_that_breaks_or_takes_too_long_costs_its_own_row_alone(
 
 
 def test_no_check_begins_without_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "CHECKS", {"noted": Check("right", 30, noted)})
+    monkeypatch.setattr(checks, "CHECKS", {"noted": Check("right", 30, f"{__name__}:noted")})
     assert main(["--device=cpu", f"--output={tmp_path / 'out'}", "--minutes=0.1", "--parts=right"]) == 0
     (row,) = json.loads((tmp_path / "out" / "gpu.json").read_text())["rows"]
     assert row["outcome"] == "skip" and "no time was left" in row["found"]

@@ -1,0 +1,36 @@
+"""A way of training, and what all ways in a benchmark have in common."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all ways of training have in common."""
+
+    size: str
+    """A key of train.benchmark.models.SIZES."""
+    device: torch.device
+    dtype: torch.dtype
+    """Of frozen weights and of the arithmetic."""
+    batch_size: int = 1
+    """Objects a step."""
+    views: int = 6
+    picture: int | None = None
+    """Side in pixels; None: the size's own."""
+    rank: int = 16
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of training."""
+
+    name: str
+    step: Callable[[int], None]
+    """Does optimizer step number i."""
+    phases: dict[str, tuple[Any, str]]
+    """What a step's time goes into: name => an object and its method that does it."""
