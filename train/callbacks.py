@@ -29,8 +29,9 @@ from train.evaluation.diagnostics import (
     worse_sign,
 )
 from train.evaluation.evaluator import averaged, preview_series
+from train.evaluation.prompt_metrics import prompt_series
 from train.export import write
-from train.log.logger import preview_grid, preview_tiles, prompt_series
+from train.log.grids import preview_grid, preview_tiles
 from train.log.series import FILE, in_words, is_ablation, read_series
 from train.state.checkpoint import save_checkpoint, save_progress
 from train.state.run import Job, Run

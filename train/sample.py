@@ -382,7 +382,7 @@ def _write(folder: Path, name: str, given: "Tensor", cases: Sequence[Case], rows
 
     from softprompt.data.samples import picture_name
     from softprompt.prompt.templates import view_names
-    from train.log.logger import preview_grid
+    from train.log.grids import preview_grid
 
     views = next(row for case, row in zip(cases, rows, strict=True) if case.shown)
     pixels = rearrange((views.clamp(0, 1) * 255).round().byte().cpu(), "v c h w -> v h w c").numpy()

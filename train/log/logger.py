@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from softprompt.files import new_file
-from softprompt.objectives.losses import separation_ratios
-from softprompt.prompt.similarity import closest_pair, mean_pairwise_cosine, prompt_cosines
-from softprompt.prompt.soft_prompt import SoftPrompt, point_on_path
 from softprompt.prompt.templates import view_names
 from train.log.series import FILE, is_evaluation, read_series
 
@@ -177,74 +172,3 @@ def _drop_after(run: Path, step: int, *, evaluated: bool) -> list[dict[str, Any]
     with new_file(run / FILE) as partial:
         partial.write_text("".join(json.dumps(point) + "\n" for point in kept), encoding="utf-8")
     return kept
-
-
-@torch.no_grad()
-def prompt_series(prompt: SoftPrompt, position: float) -> dict[str, float]:
-    """Where E(position) is: norms, drift from W_0, nearness to each waypoint, how alike the views are."""
-    effective = prompt(position)
-    names = view_names(len(effective))
-    norms = effective.norm(dim=-1)  # V T
-    to_path = norms / point_on_path(prompt.waypoints, position, prompt.interpolation).norm(dim=-1).clamp(min=1e-12)
-    drift = (effective - prompt.start).norm(dim=(1, 2)) / prompt.start.norm(dim=(1, 2))
-    series = {
-        "prompt_norm/mean": float(norms.mean()),
-        "prompt_norm/min": float(norms.min()),
-        "prompt_norm/max": float(norms.max()),
-        "prompt_norm/least_to_path": float(to_path.min()),
-        "prompt_norm/most_to_path": float(to_path.max()),
-        "prompt_views_alike/mean_cosine": mean_pairwise_cosine(effective),
-        "prompt_views_alike/closest_pair": closest_pair(effective, names)[2],
-        "prompt_views_alike/closest_ratio": float(separation_ratios(effective, prompt.start).min()),
-    }
-    if "front_right" in names:
-        cosines = prompt_cosines(effective)
-        series["prompt_views_alike/front_right_front_left"] = float(cosines[1, 5])
-    series |= {f"prompt_drift_from_start/{name}": float(d) for name, d in zip(names, drift, strict=True)}
-    for i, waypoint in enumerate(prompt.waypoints):
-        cosine = F.cosine_similarity(effective.flatten(1), waypoint.flatten(1), dim=-1)
-        series |= {f"prompt_cosine_to_waypoint_{i}/{name}": float(c) for name, c in zip(names, cosine, strict=True)}
-    return series
-
-
-def preview_grid(
-    rows: Sequence[tuple[str, Tensor]], pictures: Tensor, names: Sequence[str], scale_to: int = 128
-) -> Image.Image:
-    """One block per object, one row per kind of views, the input picture at the left.
-
-    rows: (label, [B, V, 3, S, S] in [0, 1]). pictures: [B, 3, S, S], what was given. names: of the views.
-    scale_to: side of a tile in pixels at least.
-    """
-    objects, views, _, size, _ = rows[0][1].shape
-    tile = size * max(1, -(-scale_to // size))
-    margin, header, gap = 92, 18, 10
-    width = margin + (views + 1) * tile
-    height = header + objects * (len(rows) * tile + gap)
-    grid = Image.new("RGB", (width, height), "white")
-    ink, font = ImageDraw.Draw(grid), ImageFont.load_default()
-    for column, name in enumerate(("input", *names)):
-        ink.text((margin + column * tile + 4, 3), name, fill="black", font=font)
-    for b in range(objects):
-        for r, (label, sampled) in enumerate(rows):
-            y = header + b * (len(rows) * tile + gap) + r * tile
-            ink.text((4, y + tile // 2 - 6), label, fill="black", font=font)
-            for v in range(views):
-                grid.paste(_tile(sampled[b, v], tile), (margin + (v + 1) * tile, y))
-        grid.paste(_tile(pictures[b], tile), (margin, header + b * (len(rows) * tile + gap)))
-    return grid
-
-
-def preview_tiles(rows: Sequence[Tensor], pictures: Tensor) -> Image.Image:
-    """The same without words or margins: for each object a line of tiles [S, S] per kind of views, its input picture first.
-
-    rows: [B, V, 3, S, S] in [0, 1] each. pictures: [B, 3, S, S].
-    """
-    given = pictures[:, None].cpu()
-    tiles = torch.stack([torch.cat([given, views.cpu()], dim=1) for views in rows], dim=1)  # B rows 1+V 3 S S
-    pixels = (tiles.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(rearrange(pixels, "b r v c h w -> (b r h) (v w) c").numpy())
-
-
-def _tile(picture: Tensor, side: int) -> Image.Image:
-    pixels = (picture.clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)

@@ -25,7 +25,6 @@ from softprompt.model.sampling import sample_views
 from softprompt.prompt.embeddings import load_prompt
 from softprompt.prompt.encoding import load_waypoints
 from softprompt.prompt.templates import VIEWS
-from train.export import read as read_module
 from train.export import write as write_module
 from train.export.facelift import how_to_use
 from train.export.write import export, export_pipeline
@@ -306,7 +305,7 @@ def test_an_export_that_reads_back_otherwise_is_none_and_the_earlier_one_stays(
     shutil.copytree(done.folder, tmp_path / "export")
     before = contents(tmp_path / "export")
     spoilt = {
-        "weights": (read_module, "load_unet", spoilt_unet),
+        "weights": (write_module, "load_unet", spoilt_unet),
         "nan": (write_module, "load_prompt", lambda *a, **k: load_prompt(*a, **k) * float("nan")),
     }
     monkeypatch.setattr(*spoilt[broken])

@@ -46,32 +46,27 @@ def endless(setting: Setting) -> list[Row]:
         pass
 
 
-HERE = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})
-from train.gpu import checks
-from tests.train.gpu.test_gpu import broken, endless, noted
-"""
+NAME = "tests.train.gpu.test_gpu"
+MINE = {
+    "noted": Check("right", 30, f"{NAME}:noted"),
+    "broken": Check("right", 30, f"{NAME}:broken"),
+    "endless": Check("main job", 3, f"{NAME}:endless"),
+    "after": Check("main job", 30, f"{NAME}:noted", needs="broken"),
+    "other": Check("memory", 30, f"{NAME}:noted"),
+}
 
 
 @pytest.mark.slow
 def test_a_check_that_breaks_or_takes_too_long_costs_its_own_row_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine = {
-        "noted": Check("right", 30, noted),
-        "broken": Check("right", 30, broken),
-        "endless": Check("main job", 3, endless),
-        "after": Check("main job", 30, noted, needs="broken"),
-        "other": Check("memory", 30, noted),
-    }
-    # The processes of the checks read this table too.
-    script = tmp_path / "sitecustomize.py"
+    script = tmp_path / "sitecustomize.py"  # the processes of the checks read this table too
     script.write_text(
-        HERE + "checks.CHECKS.clear()\nchecks.CHECKS.update(noted=checks.Check('right', 30, 'tests.train.gpu.test_gpu:noted'), "
-        "broken=checks.Check('right', 30, 'tests.train.gpu.test_gpu:broken'), endless=checks.Check('main job', 3, 'tests.train.gpu.test_gpu:endless'))\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\nfrom train.gpu import checks\n"
+        f"from {NAME} import MINE\nchecks.CHECKS.clear()\nchecks.CHECKS.update(MINE)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(checks, "CHECKS", mine)
+    monkeypatch.setattr(checks, "CHECKS", MINE)
     out = tmp_path / "out"
     assert main(["--size=tiny", "--device=cpu", f"--output={out}", "--parts=right, main job"]) == 1
     rows = json.loads((out / "gpu.json").read_text())["rows"]
@@ -90,7 +85,7 @@ def test_a_check_that_breaks_or_takes_too_long_costs_its_own_row_alone(
 
 
 def test_no_check_begins_without_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "CHECKS", {"noted": Check("right", 30, f"{__name__}:noted")})
+    monkeypatch.setattr(checks, "CHECKS", {"noted": MINE["noted"]})
     assert main(["--device=cpu", f"--output={tmp_path / 'out'}", "--minutes=0.1", "--parts=right"]) == 0
     (row,) = json.loads((tmp_path / "out" / "gpu.json").read_text())["rows"]
     assert row["outcome"] == "skip" and "no time was left" in row["found"]

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.prompt.templates import VIEWS
-from train.log.logger import Logger, preview_grid, preview_tiles, prompt_series, tensorboard_name
+from train.evaluation.prompt_metrics import prompt_series
+from train.log.grids import preview_grid, preview_tiles
+from train.log.logger import Logger, tensorboard_name
 from train.log.series import is_evaluation
 
 

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
-from softprompt.prompt.embeddings import VIEWS, load_prompt, save_prompt
+from softprompt.prompt.embeddings import load_prompt, save_prompt
 from softprompt.prompt.similarity import words_before_padding
 from softprompt.prompt.soft_prompt import slerp
+from softprompt.prompt.templates import VIEWS
 from tests.browser import Seen
 from train.prompts.__main__ import COMMANDS, main
 from train.prompts.cameras import in_words, read_angles
