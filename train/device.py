@@ -1,6 +1,5 @@
 """Device, precision, and what the libraries may print."""
 
-import os
 import sys
 import warnings
 
@@ -49,11 +48,3 @@ def _show_ours(message: Warning | str, category: type[Warning], *_: object, **__
     """In place of `warnings.showwarning`."""
     if issubclass(category, InputWarning):
         print(f"WARNING    {message}", file=sys.stderr)
-
-
-def calm_environment() -> None:
-    """Before the large libraries are imported: what they would otherwise say and do."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it gives advice while it is imported
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait by spinning make a step ten times as long where another process uses the same cores.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -19,7 +19,7 @@ from softprompt.prompt.embeddings import check_prompt, refuse_foreign
 from softprompt.prompt.encoding import encode_texts
 from softprompt.prompt.prompt_files import PROMPT_SUFFIXES, read_prompt_file
 from softprompt.prompt.templates import TEMPLATES, VIEWS, Template, view_names
-from train.options.command_line import suggestion
+from train.cli import suggestion
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

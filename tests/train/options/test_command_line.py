@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from softprompt.errors import InputError
-from train.options.command_line import FREE_ON_RESUME, option_kinds, parse, suggestion
+from train.cli import option_kinds, suggestion
+from train.options.command_line import FREE_ON_RESUME, parse
 from train.options.config import Config, to_yaml
 from train.softprompt import main
 
@@ -276,8 +277,8 @@ def option(name: str) -> str:
 
 
 def test_the_options_that_may_change_on_a_resume_are_known_one_by_one() -> None:
-    assert OTHER_VALUES.keys() == option_kinds().keys(), "a new option must be put among the free or the fixed"
-    assert {n for n in option_kinds() if any(n == free or n.startswith(f"{free}.") for free in FREE_ON_RESUME)} == FREE
+    assert OTHER_VALUES.keys() == option_kinds(Config).keys(), "a new option must be put among the free or the fixed"
+    assert {n for n in option_kinds(Config) if any(n == free or n.startswith(f"{free}.") for free in FREE_ON_RESUME)} == FREE
 
 
 @pytest.mark.parametrize("name", sorted(FREE))
@@ -405,7 +406,7 @@ def test_part_of_an_option_s_name_is_not_taken_for_it(
 
 def test_a_name_like_no_other_points_to_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(["--zzzzzz=1"], capsys) == "error: unknown option 'zzzzzz'; --help lists the options\n"
-    assert suggestion("zzzzzz", list(option_kinds())) == "; --help lists the options"
+    assert suggestion("zzzzzz", list(option_kinds(Config))) == "; --help lists the options"
 
 
 WRONG = [
@@ -491,4 +492,4 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert end.value.code == 0
     said = capsys.readouterr().out
-    assert all(f"--{name}" in said for name in option_kinds())
+    assert all(f"--{name}" in said for name in option_kinds(Config))
