@@ -226,28 +226,10 @@ OTHER_VALUES: dict[str, object] = {
 }
 """Of every option, one that is not its default."""
 FREE = {
-    *(
-        "model",
-        "unet",
-        "data.train",
-        "data.val",
-        "data.original",
-        "train.steps",
-        "train.device",
-        "train.gradient_checkpointing",
-    ),
-    *(
-        "train.batch_size",
-        "train.accumulation",
-        "init_from",
-        "data.cache",
-        "data.on_bad_sample",
-        "data.bad_share",
-        "train.compile",
-        "train.max_skipped",
-    ),
-    *(f"monitor.{name}" for name in ("log_every", "preview_every", "checkpoint_every", "checkpoints_kept")),
-    *(name for name in OTHER_VALUES if name.startswith("export.")),
+    *"model unet init_from data.train data.val data.original data.cache data.on_bad_sample data.bad_share train.steps".split(),
+    *"train.batch_size train.accumulation train.max_skipped train.device train.gradient_checkpointing train.compile".split(),
+    *"monitor.log_every monitor.preview_every monitor.checkpoint_every monitor.checkpoints_kept".split(),
+    *"export.pipeline export.report export.tolerance".split(),
 }
 """What may change when a run is resumed."""
 
@@ -394,14 +376,9 @@ def test_an_unknown_key_names_its_file_and_the_nearest(
         assert refusal(argv, capsys) == f"error: {bad}: unknown option '{wrong}'; did you mean '{near}'?\n"
 
 
-@pytest.mark.parametrize("argv", [["--resum", "{run}"], ["--train.step=3"]])
-def test_part_of_an_option_s_name_is_not_taken_for_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str]
-) -> None:
-    yaml_file(tmp_path, to_yaml(Config()), "config.yaml")
-    with pytest.raises((SystemExit, InputError)):
-        parse([argument.format(run=tmp_path) for argument in argv])
-    assert "did you mean" in capsys.readouterr().err
+@pytest.mark.parametrize("argv", [["--resum", "runs/micro-001"], ["--train.step=3"]])
+def test_part_of_an_option_s_name_is_not_taken_for_it(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert "did you mean" in refusal(argv, capsys)
 
 
 def test_a_name_like_no_other_points_to_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -438,20 +415,22 @@ def test_values_that_do_not_fit_together_are_refused_in_one_line(capsys: pytest.
     assert "curriculum.position: is 1.0; expected less than 1" in refusal(["--prompt.carry=fade"], capsys)
 
 
-@pytest.mark.parametrize("content", ["a: b: c\n", "\t- x: [", "just text", "- 1\n- 2\n", "", "lora: [rank"])
-def test_a_garbled_file_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
-    file = yaml_file(tmp_path, content)
-    assert refusal(["--config", file], capsys).startswith(f"error: {file}: ")
-
-
 @pytest.mark.parametrize(
     "content",
-    ["lora: 3\n", "lora: null\n", "lora:\n  rank: null\n", b"\xff\xfe\x00\x01"],
-    ids=["3", "empty group", "null", "binary"],
+    [
+        "a: b: c\n",
+        "\t- x: [",
+        "just text",
+        "- 1\n- 2\n",
+        "",
+        "lora: [rank",
+        "lora: 3\n",
+        "lora: null\n",
+        "lora:\n  rank: null\n",
+    ]
+    + [b"\xff\xfe\x00\x01"],
 )
-def test_a_group_or_value_of_the_wrong_kind_in_a_file_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | bytes
-) -> None:
+def test_a_garbled_file_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | bytes) -> None:
     file = yaml_file(tmp_path, content)
     assert refusal(["--config", file], capsys).startswith(f"error: {file}: ")
 
