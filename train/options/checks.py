@@ -1,6 +1,7 @@
 """Checks of single options, each written once beside its field. They hold however a dataclass is made: parsed or in Python."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
@@ -25,6 +26,21 @@ BELOW_1 = Check(lambda value: 0 <= value < 1, "a share in [0, 1)")
 ABOVE_0 = Check(lambda value: 0 < value <= 1, "a share in (0, 1]")
 BETWEEN = Check(lambda value: 0 < value < 1, "between 0 and 1")
 UNIT = Check(lambda value: 0 <= value <= 1, "0 to 1")
+
+REWARD_NAMES = ("psnr", "ssim", "silhouette", "consistency", "sharpness", "clip")
+"""What `draft.reward` may be by name; see softprompt.objectives.rewards."""
+
+
+def is_function(spec: str) -> bool:
+    """Whether a text is `module:function`."""
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", spec) is not None
+
+
+REWARD = Check(
+    lambda spec: spec in REWARD_NAMES or is_function(spec),
+    f"{', '.join(REWARD_NAMES)}, or module:function, e.g. my_rewards:smooth",
+)
+FUNCTION = Check(is_function, "module:function, e.g. my_losses:smooth")
 
 
 def option(default: T, check: Check) -> T:

@@ -3,26 +3,10 @@
 Each has a `weight`, 0 by default: then it is left out and costs nothing. Two objectives are combined by giving both a weight.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
-from train.options.checks import BETWEEN, FROM_0, FROM_1, FROM_2, Check, Checked, option, require
-
-REWARD_NAMES = ("psnr", "ssim", "silhouette", "consistency", "sharpness", "clip")
-"""What `draft.reward` may be by name; see softprompt.objectives.rewards."""
-
-
-def is_function(spec: str) -> bool:
-    """Whether a text is `module:function`."""
-    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", spec) is not None
-
-
-REWARD = Check(
-    lambda spec: spec in REWARD_NAMES or is_function(spec),
-    f"{', '.join(REWARD_NAMES)}, or module:function, e.g. my_rewards:smooth",
-)
-FUNCTION = Check(is_function, "module:function, e.g. my_losses:smooth")
+from train.options.checks import BETWEEN, FROM_0, FROM_1, FROM_2, FUNCTION, REWARD, Checked, option, require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from train.options.checks import FROM_0, FROM_1, FROM_2, POSITIVE, Check, Checked, option
-from train.options.objectives import REWARD
+from train.options.checks import FROM_0, FROM_1, FROM_2, POSITIVE, REWARD, Check, Checked, option
 
 OWN = "own"
 """Names the model's own samples where a list of pairs is expected."""

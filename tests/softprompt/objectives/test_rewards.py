@@ -10,7 +10,7 @@ from torch import Tensor
 from softprompt.metrics import psnr_per_view, ssim_per_view
 from softprompt.objectives import rewards
 from softprompt.objectives.rewards import REWARDS
-from train.options import objectives as objective_options
+from train.options import checks as objective_options
 
 SIZE = 8
 
