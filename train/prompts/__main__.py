@@ -303,8 +303,8 @@ def convert_parser() -> PlainParser:
     """Of `convert`."""
     parser = PlainParser(
         prog=f"{PROGRAM} convert",
-        description=".pt <=> .safetensors; prompts as other programs write them (a dict or list of tensors, a state dict, .npy, "
-        ".npz); and folders with clr_embeds, perhaps normal_embeds, as FaceLift, Era3D, Wonder3D keep them.",
+        description=".pt <=> .safetensors; prompts as other programs write them (a dict or list of tensors, a state dict, "
+        ".npy, .npz); and folders with clr_embeds, perhaps normal_embeds, as FaceLift, Era3D, Wonder3D keep them.",
         examples=[
             "export/clr_embeds.safetensors clr_embeds.pt",
             "prompt_embeds.npy mine.pt",
