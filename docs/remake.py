@@ -27,12 +27,13 @@ PICTURE = re.compile(r"<!-- made: (?P<made>\S+) -->\n!\[[^\]]*\]\((?P<shown>[^)]
 
 def option_lists() -> str:
     """A list for each group of options: name and default as in YAML, and the help text."""
-    from train.options.command_line import make_parser, option_kinds
+    from train.cli import option_kinds
+    from train.options.command_line import make_parser
     from train.options.config import Config
 
     meanings = {action.dest: " ".join((action.help or "").split()) for action in make_parser()._actions}
     lists: dict[str, list[str]] = {}
-    for name in option_kinds():
+    for name in option_kinds(Config):
         group, _, last = name.rpartition(".")
         values = _group(Config(), group)
         default = json.dumps(getattr(values, last)).replace('"', "")

@@ -1,6 +1,5 @@
 """Device, precision, and what the libraries may print. Nothing large is imported before it is needed."""
 
-import os
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -59,11 +58,3 @@ def _show_ours(message: Warning | str, category: type[Warning], *_: object, **__
     """Replacement of `warnings.showwarning`."""
     if issubclass(category, InputWarning):
         print(f"WARNING    {message}", file=sys.stderr)
-
-
-def calm_environment() -> None:
-    """Set defaults that must hold before the large libraries are imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it gives advice while it is imported
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait by spinning make a step ten times as long where another process uses the same cores.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -12,19 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import InputError
-from train.device import calm_environment
-from train.options.command_line import PlainParser
+from train.cli import FAILED, PlainParser, run_command
 
 if TYPE_CHECKING:
     from train.options.config import Config
 
-EXIT_BAD_INPUT = 2
-EXIT_NOT_FINITE = 1
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: 0 where all is finite this time, 1 where it is not again, 2 for bad input."""
-    calm_environment()
     parser = PlainParser(
         prog="python -m train.replay",
         description=__doc__,
@@ -33,11 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("incident", type=Path, help="Folder RUN/incidents/step-N that a run has left.")
     given, options = parser.parse_known_args(argv)
-    try:
-        return replay(given.incident, options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    return run_command(lambda: replay(given.incident, options), interrupted="interrupted")
 
 
 def replay(folder: Path, options: Sequence[str]) -> int:
@@ -64,7 +55,7 @@ def replay(folder: Path, options: Sequence[str]) -> int:
     numbers = [*found.losses, *(value for _, value in found.objectives), *found.norms.values()]
     sound = found.first_layer is None and all(map(math.isfinite, numbers))
     print("all finite this time" if sound else "not finite again")
-    return 0 if sound else EXIT_NOT_FINITE
+    return 0 if sound else FAILED
 
 
 @dataclass

@@ -11,11 +11,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from softprompt.errors import InputError, base_of
+from train.cli import PlainParser, run_command
 from train.log.series import FILE, is_evaluation, read_series
-from train.options.command_line import PlainParser
 from train.state.folder import ERROR, LOCK
-
-EXIT_BAD_INPUT = 2
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "folder", type=Path, nargs="?", default=Path("runs"), help="Folder of runs, or one run; runs by default."
     )
     given = parser.parse_args(argv)
-    try:
-        rows = read_runs(given.folder)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    print(table(rows, now=time.time()))
+    return run_command(lambda: _list(given.folder), interrupted="interrupted")
+
+
+def _list(folder: Path) -> int:
+    print(table(read_runs(folder), now=time.time()))
     return 0
 
 

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import yaml
-from jsonargparse import set_parsing_settings
 
 from softprompt.errors import InputError, base_of
 from softprompt.files import new_folder, read_json, refuse_taken
-from train.device import calm_environment
-from train.options.command_line import Parser
+from train.cli import Parser, run_command
 from train.options.groups import MICRO
 
 if TYPE_CHECKING:
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from softprompt.model.pipeline import Pipeline
     from softprompt.model.sampling import Annealed
 
-EXIT_BAD_INPUT = 2
 STRENGTHS = (0.0, 0.5, 1.0)
 """Of prompt and LoRA in a grid."""
 POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -101,13 +98,6 @@ class Options:
             raise InputError(f"{given}, between the pretrained model and an adapted one; give --export or --prompt")
 
 
-class SampleParser(Parser):
-    """Suggests the options of this command."""
-
-    options = Options
-    also = ()
-
-
 @dataclass(frozen=True)
 class Case:
     """What one row is sampled with."""
@@ -125,25 +115,20 @@ class Case:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: 0 done, 2 bad input, 130 interrupted."""
-    calm_environment()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = SampleParser(
+    parser = Parser(
         prog="python -m train.sample",
         description=__doc__,
         epilog="Examples: python -m train.sample --pictures mouse.png --export runs/micro-001/export | python -m train.sample "
         "--pictures mice/ --model PIPECKPTS --export RUN/export --rows ablation | python -m train.sample --pictures a.png "
         "b.png --prompt realistic --rows path | python -m train.sample --pictures 'mice/*.png'",
-        allow_abbrev=False,
     )
     parser.add_class_arguments(Options, None)
-    try:
-        return _sample(Options(**parser.parse_args(_as_list(sys.argv[1:] if argv is None else argv)).as_dict()))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
+
+    def command() -> int:
+        words = _as_list(sys.argv[1:] if argv is None else argv)
+        return _sample(Options(**parser.parse_args(words).as_dict()))
+
+    return run_command(command, interrupted="interrupted; nothing was written")
 
 
 def _as_list(argv: Sequence[str]) -> list[str]:

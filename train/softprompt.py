@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import InputError, RunError
-from train.device import calm_environment
+from train.cli import run_command
 from train.log.series import read_series
 from train.options.command_line import Request, parse
 from train.options.config import to_yaml
@@ -19,24 +19,13 @@ if TYPE_CHECKING:
 
     from train.state.run import Job
 
-EXIT_BAD_INPUT = 2
-EXIT_FAILED = 1
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the main job.
 
     Returns: 0 done; 1 failed in the middle; 2 bad input; 128 + N stopped by signal N (saved, can be resumed).
     """
-    calm_environment()
-    try:
-        return _run(parse(argv))
-    except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
-    except KeyboardInterrupt:
-        print("\ninterrupted before training began; no run was written", file=sys.stderr)
-        return 130
+    return run_command(lambda: _run(parse(argv)), interrupted="interrupted before training began; no run was written")
 
 
 def _run(request: Request) -> int:

@@ -18,7 +18,7 @@ def main() -> int:
     given = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[2]))
     os.environ["OMP_NUM_THREADS"] = "1"  # a process that has started threads cannot be forked from
-    from train.device import calm_environment
+    from train.cli import calm_environment
 
     calm_environment()
     from softprompt.data.samples import write_source

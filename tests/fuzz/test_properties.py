@@ -24,7 +24,8 @@ from softprompt.prompt.soft_prompt import SoftPrompt, point_on_path
 from tests.fuzz.mutations import YAML_WORDS, time_limit
 from tests.fuzz.readers import prompt
 from train.batches import object_at
-from train.options.command_line import option_kinds, parse
+from train.cli import option_kinds
+from train.options.command_line import parse
 from train.options.config import Config, to_yaml
 from train.state.checkpoint import STATE, _digest, _write_manifest, verify
 
@@ -63,7 +64,7 @@ def configs(draw: st.DrawFn) -> Config:
     """The default with any options changed that can be."""
     config = Config()
     kinds = get_type_hints(Config)
-    for name in draw(st.lists(st.sampled_from(sorted(option_kinds())), max_size=12, unique=True)):
+    for name in draw(st.lists(st.sampled_from(sorted(option_kinds(Config))), max_size=12, unique=True)):
         group, _, inner = name.rpartition(".")
         kind = get_type_hints(kinds[group])[inner] if group else kinds[name]
         value = draw(values(kind))
@@ -98,7 +99,7 @@ def refusal_of(argv: list[str]) -> str | None:
 
 @settings(max_examples=30)
 @given(
-    st.sampled_from(sorted(option_kinds())),
+    st.sampled_from(sorted(option_kinds(Config))),
     texts | st.floats().map(str) | st.integers().map(str) | st.sampled_from(YAML_WORDS) | st.lists(st.floats()).map(str),
 )
 @example("train.steps", "1000000000000")
@@ -115,7 +116,7 @@ def test_any_value_of_an_option_is_taken_or_refused_by_name(name: str, value: st
 
 
 def test_numbers_without_an_end_are_no_options() -> None:
-    numbers = [name for name, kind in option_kinds().items() if "a number" in kind.split(" or ")]
+    numbers = [name for name, kind in option_kinds(Config).items() if "a number" in kind.split(" or ")]
     for name, value in zip(numbers, cycle([".inf", "-.inf", ".nan"]), strict=False):
         assert name.rpartition(".")[2] in (refusal_of([f"--{name}={value}"]) or ""), name
 

@@ -26,8 +26,10 @@ from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
 from softprompt.prompt.embeddings import save_prompt
 from softprompt.prompt.encoding import load_waypoints
+from train.cli import option_kinds
 from train.compare.__main__ import read_request
-from train.options.command_line import option_kinds, parse
+from train.options.command_line import parse
+from train.options.config import Config
 from train.prompts.__main__ import COMMANDS as PROMPTS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -275,7 +277,7 @@ def known_options(ground: Path) -> dict[str, set[str]]:
         found[f"train.{name}"] = options_of(f"train.{name}", [])
     harness = (REPOSITORY / "tests" / "faults" / "__main__.py").read_text(encoding="utf-8")
     found["tests.faults"] = set(re.findall(r'"(--[\w-]+)"', harness))
-    found["train.softprompt"] |= {f"--{name}" for name in option_kinds()}
+    found["train.softprompt"] |= {f"--{name}" for name in option_kinds(Config)}
     found["train.prompts"] = set().union(*(options_of("train.prompts", [name]) for name in PROMPTS))
     return found
 
@@ -291,7 +293,7 @@ def options_of(module: str, argv: list[str]) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_options_that_a_page_names_are_there(page: Path, known_options: dict[str, set[str]]) -> None:
     everywhere = set().union(*known_options.values(), ELSEWHERE)
-    groups = {name.split(".")[0] for name in option_kinds() if "." in name}
+    groups = {name.split(".")[0] for name in option_kinds(Config) if "." in name}
     for code in inline(page):
         options = {option.rstrip(".") for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*", code)}
         module = re.search(r"python -m ((?:train|tests)\.\w+)|^(accelerate) launch", code)
@@ -301,7 +303,7 @@ def test_options_that_a_page_names_are_there(page: Path, known_options: dict[str
         assert options <= known, f"{code}: {sorted(options - known)}"
         for name in re.findall(r"(?<![\w./-])([a-z]+\.[a-z_]+)(?![\w./(])", code):
             if name.split(".")[0] in groups and not (REPOSITORY / f"{name.replace('.', '/')}.py").is_file():
-                assert name in option_kinds() or name in known_options, f"{code}: {name} is no option"
+                assert name in option_kinds(Config) or name in known_options, f"{code}: {name} is no option"
 
 
 def test_the_tutorial_runs_and_its_pictures_are_made(place: Path, ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:

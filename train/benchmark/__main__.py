@@ -12,19 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import set_parsing_settings
-
 from softprompt.errors import InputError
 from softprompt.files import new_file
-from train.device import calm_environment
-from train.options.command_line import Parser
+from train.cli import Parser, run_command
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from train.benchmark.way import Setting, Way
-
-EXIT_BAD_INPUT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,31 +73,21 @@ class Options:
             raise InputError(f"tflops: is {self.tflops}; expected a positive number")
 
 
-class BenchmarkParser(Parser):
-    """Suggests the options of this command."""
-
-    options = Options
-    also = ("count", "growth")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: the exit code."""
-    calm_environment()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = BenchmarkParser(prog="python -m train.benchmark", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m train.benchmark", description=__doc__)
     parser.add_class_arguments(Options, None)
     parser.add_argument("--count", action="store_true", help="Count operations and bytes instead: any size on any machine.")
     parser.add_argument("--growth", action="store_true", help="How cost grows with objects, batch, views and picture size.")
-    try:
-        given = parser.parse_args(argv).as_dict()
-        count, growth = given.pop("count"), given.pop("growth")
-        options = Options(**given)
-        if options.write_pipeline is not None:
-            return _write(options)
-        rows = _count(options) if count else _growth(options) if growth else _measure(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    given = parser.parse_args(argv).as_dict()
+    return run_command(lambda: _benchmark(**given), interrupted="interrupted; nothing was written")
+
+
+def _benchmark(*, count: bool, growth: bool, **given: Any) -> int:
+    options = Options(**given)
+    if options.write_pipeline is not None:
+        return _write(options)
+    rows = _count(options) if count else _growth(options) if growth else _measure(options)
     if options.output:
         with new_file(options.output) as partial:
             partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

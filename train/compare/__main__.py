@@ -1,6 +1,5 @@
 """Compare training strategies on your own data: `python -m train.compare` trains each variant with each seed and reports."""
 
-import re
 import shlex
 import signal
 import sys
@@ -9,24 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
-from typing import NoReturn
 
 from filelock import FileLock, Timeout
-from jsonargparse import set_parsing_settings
 from tqdm import tqdm
 
 from softprompt.errors import InputError
 from softprompt.files import new_file
+from train.cli import FAILED, Parser, expand_given, run_command
 from train.compare.plan import Comparison, Plan, PlannedRun, comparison_yaml, differences, make_plan, parse_quietly, read_file
 from train.compare.results import LOSS, RunResult, read_run
 from train.compare.runner import Children, ProcessRunner, Runner, last_error, run_all
-from train.options.command_line import Parser, suggestion
-from train.options.paths import expand_given
 from train.runs import is_running
 from train.state.folder import LOCK, list_checkpoints
 
-EXIT_BAD_INPUT = 2
-EXIT_FAILED = 1
 KEPT = "comparison.yaml"
 """File that marks the folder of a comparison: its settings, as they were last."""
 
@@ -45,35 +39,13 @@ class Request:
     """Name of the report's files, that of the comparison's YAML: comparisons may share a folder, and with it their runs."""
 
 
-class CompareParser(Parser):
-    """Suggests the options of this command, not of the main job."""
-
-    names: tuple[str, ...] = ("config", "output", "jobs", "report-only", *(f.name for f in fields(Comparison)))
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: --?([\w.\-]+)", message)
-        if unknown:
-            print(f"error: unknown option {unknown.group(1)!r}{suggestion(unknown.group(1), self.names)}", file=sys.stderr)
-            raise SystemExit(2)
-        value = re.match(r'Parser key "(seeds|base)": .*?(?:Got|Given) value: ?(.*)$', " ".join(message.split()))
-        if value:
-            expected = (
-                "a list, e.g. '[0, 1, 2]'" if value.group(1) == "seeds" else "a list of files, e.g. '[configs/micro.yaml]'"
-            )
-            print(f"error: {value.group(1)}: is {value.group(2)}; expected {expected}", file=sys.stderr)
-            raise SystemExit(2)
-        super().error(message, ex)
-
-
-def make_parser() -> CompareParser:
+def make_parser() -> Parser:
     """The command line."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = CompareParser(
+    parser = Parser(
         prog="python -m train.compare",
         description="Compare training strategies on your own data: train each variant with each seed, and report which differ "
         "significantly from the baseline. Finished runs are kept: repeat the command to continue, or add variants or seeds.",
         epilog="Example: python -m train.compare --config configs/compare/example.yaml --output comparisons/example --jobs 2",
-        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of the comparison, with the names below.")
     parser.add_argument("--output", type=str, required=True, help="Folder for the runs and the report.")
@@ -112,19 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns: 0 done; 1 a run failed, the others are reported; 2 bad input, nothing was started; 128 + N stopped by signal N.
     """
-    try:
+
+    def command() -> int:
         request = read_request(argv)
         plan = make_plan(request.comparison, request.output)
         for warning in plan.warnings:
             print(warning, file=sys.stderr)
         with comparison_folder(request):
             return compare(plan, request, ProcessRunner(request.jobs))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("\ninterrupted before the first run began", file=sys.stderr)
-        return 130
+
+    return run_command(command, interrupted="interrupted before the first run began")
 
 
 def compare(plan: Plan, request: Request, runner: Runner) -> int:
@@ -169,7 +138,7 @@ def compare(plan: Plan, request: Request, runner: Runner) -> int:
         return 128 + children.stopped_by
     for run in missing:
         print(f"error: {run.label}: {failures[run.label]} (log: {run.log})", file=sys.stderr)
-    return EXIT_FAILED if missing else 0
+    return FAILED if missing else 0
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import yaml
 
 from softprompt.errors import InputError, base_of
 from softprompt.prompt.templates import TEMPLATES, view_texts
-from train.options.command_line import option_kinds, parse, read_yaml, suggestion
+from train.cli import option_kinds, suggestion
+from train.options.command_line import parse, read_yaml
 from train.options.config import Config, option_values
 
 SET_BY_COMPARISON = ("train.seed", "output")
@@ -214,8 +215,8 @@ def flat_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
                 raise InputError(f"{where}: {name} is set by the comparison itself (seeds, --output); leave it out")
             if name in NOT_IN_OPTIONS:
                 raise InputError(f"{where}: {name} is no option of a configuration; files go into base, or a variant's config")
-            if name not in option_kinds():
-                raise InputError(f"{where}: unknown option {name!r}{suggestion(str(name), list(option_kinds()))}")
+            if name not in option_kinds(Config):
+                raise InputError(f"{where}: unknown option {name!r}{suggestion(str(name), list(option_kinds(Config)))}")
             flat[name] = value
     return flat
 
@@ -269,7 +270,7 @@ def _evaluation(config: Config) -> dict[str, Any]:
 
 
 def _groups() -> set[str]:
-    return {name.split(".")[0] for name in option_kinds() if "." in name}
+    return {name.split(".")[0] for name in option_kinds(Config) if "." in name}
 
 
 def _near(wanted: str, known: Sequence[str]) -> str:

@@ -11,14 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
-
 from softprompt.errors import InputError
 from softprompt.files import read_json
-from train.options.command_line import Parser
-
-EXIT_WOULD_NOT_RUN = 1
-EXIT_BAD_INPUT = 2
+from train.cli import FAILED, Parser, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +44,17 @@ class Options:
                 raise InputError(f"{name}: is {getattr(self, name)}; expected 1 or more")
 
 
-class DoctorParser(Parser):
-    """Suggests the options of this command."""
-
-    options = Options
-    also = ()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: 0 training would run, 1 it would not, 2 bad options or paths, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def command() -> int:
         options = read_options(argv)
         folder = Path(options.output)
         refuse_other_folder(folder)
         return examine(options, folder, shlex.join(["python", "-m", "train.doctor", *argv]))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
+
+    return run_command(command, interrupted="interrupted; nothing was written")
 
 
 def read_options(argv: Sequence[str]) -> Options:
@@ -77,12 +62,10 @@ def read_options(argv: Sequence[str]) -> Options:
 
     Raises: InputError for values that cannot be used.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = DoctorParser(
+    parser = Parser(
         prog="python -m train.doctor",
         description=__doc__,
         epilog="Example: python -m train.doctor --data.train mice/ --data.val held_out.txt",
-        allow_abbrev=False,
     )
     parser.add_class_arguments(Options, None)
     given: Any = parser.instantiate(parser.parse_args(argv))
@@ -127,7 +110,7 @@ def examine(options: Options, folder: Path, command: str) -> int:
         raise InputError(f"--output {folder}: cannot be written ({error}); likely read-only, or its disk is full") from error
     print_report(report)
     print(f"report     {folder / 'doctor.html'}")
-    return 0 if report.would_run else EXIT_WOULD_NOT_RUN
+    return 0 if report.would_run else FAILED
 
 
 if __name__ == "__main__":

@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING
 
 from softprompt.errors import InputError, RunError, base_of
 from softprompt.files import refuse_taken
-from train.device import calm_environment
-from train.options.command_line import PlainParser
+from train.cli import PlainParser, run_command
 
 if TYPE_CHECKING:
     from train.export.read import Source
 
-EXIT_BAD_INPUT = 2
-EXIT_FAILED = 1
 EXAMPLES = (
     ("the newest checkpoint, LoRA also for peft and kohya", "runs/mice-001 --output mice --lora peft kohya"),
     ("an earlier one", "runs/mice-001 --step 2000 --output mice-2000"),
@@ -39,7 +36,6 @@ def make_parser() -> PlainParser:
         description=__doc__,
         epilog="examples:\n" + "\n".join(f"  {what}:\n    python -m train.export {command}" for what, command in EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "source",
@@ -81,21 +77,17 @@ def make_parser() -> PlainParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: 0 done, 1 failed, 2 bad input, 130 interrupted."""
-    calm_environment()
     given = make_parser().parse_args(argv)
-    try:
+    undo = f"; --undo {given.into} restores FaceLift" if given.into else ""
+
+    def command() -> int:
         _check(given)
-        return _export(given)
-    except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
-    except OSError as error:
-        print(f"error: {error}; likely the disk is full, or may not be written. Nothing half-written is left", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        again = f"; --undo {given.into} puts FaceLift back as it was" if given.into else ""
-        print(f"\ninterrupted; nothing half-written is left{again}", file=sys.stderr)
-        return 130
+        try:
+            return _export(given)
+        except OSError as error:
+            raise RunError(f"{error}; likely the disk is full, or read-only. Nothing half-written is left") from error
+
+    return run_command(command, interrupted=f"interrupted; nothing half-written is left{undo}")
 
 
 def _check(given: argparse.Namespace) -> None:

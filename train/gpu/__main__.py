@@ -14,26 +14,14 @@ from typing import Any
 
 from softprompt.errors import InputError
 from softprompt.files import refuse_taken
-from train.device import calm_environment
-from train.options.command_line import PlainParser, suggestion
-
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+from train.cli import FAILED, PlainParser, run_command, suggestion
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: 0 where no check failed, 1 where one did, 2 bad input, 130 interrupted."""
-    calm_environment()
     given = _parser().parse_args(argv)
-    try:
-        if given.only:
-            return _one(given)
-        return _all(given)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; what was checked is in {given.output}", file=sys.stderr)
-        return 130
+    command = _one if given.only else _all
+    return run_command(lambda: command(given), interrupted=f"interrupted; finished checks are in {given.output}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,7 +89,7 @@ def _all(given: argparse.Namespace) -> int:
             print(f"{name:28s} {row.name:55s} {row.found}{wanted_of} {MARKS[row.outcome]}", flush=True)
     names = f": {', '.join(sorted(failed))}" if failed else ""
     print(f"\nwritten    {given.output / 'gpu.md'} and .json; {len(failed)} of the checks failed{names}")
-    return EXIT_FAILED if failed else 0
+    return FAILED if failed else 0
 
 
 def _in_process(name: str, limit: float, given: argparse.Namespace, read_rows: Any) -> Any:

@@ -14,44 +14,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, set_parsing_settings
-
-from softprompt.errors import InputError
+from train.cli import Parser, run_command
 from train.micro.settings import Settings
-from train.options.paths import expand_values
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EXIT_BAD_INPUT = 2
 _GRID_HEADS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build it. Returns: 0 done; 2 bad input; 130 stopped by Ctrl-C."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m train.micro", description=Settings.__doc__)
+    parser = Parser(prog="python -m train.micro", description=Settings.__doc__)
     parser.add_class_arguments(Settings, skip={"overwrite", "report_only"})
     parser.add_argument("--overwrite", action="store_true", help="Replace the output folder if it exists.")
     parser.add_argument(
         "--report_only", action="store_true", help="Build nothing: report on, and draw, the folder that is there."
     )
-    try:
-        options = parser.parse_args(argv)
-        expand_values(options)
+    options = parser.parse_args(argv)
+
+    def command() -> int:
         settings = Settings(**vars(options))
         _quiet()
         if settings.report_only:
             report(settings)
         else:
             build(settings)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last save", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return run_command(command, interrupted="stopped; the same command continues from the last save")
 
 
 def build(settings: Settings) -> None:

@@ -17,28 +17,14 @@ from typing import TYPE_CHECKING
 
 from softprompt.errors import InputError
 from softprompt.prompt.templates import FOREIGN_SUFFIXES, PROMPT_SUFFIXES, TEMPLATES, VIEWS
-from train.options.command_line import PlainParser
+from train.cli import BAD_INPUT, PlainParser, run_command
 
 if TYPE_CHECKING:
     from train.prompts.report import Phrases
     from train.prompts.sources import Source
 
-EXIT_BAD_INPUT = 2
 PROGRAM = "python -m train.prompts"
 ANGLE = "from above at an angle"
-
-
-class CommandParser(PlainParser):
-    """With examples."""
-
-    def __init__(self, name: str, description: str, examples: Sequence[str]) -> None:
-        super().__init__(
-            prog=f"{PROGRAM} {name}",
-            description=description,
-            epilog="examples:\n" + "\n".join(f"  {PROGRAM} {name} {example}" for example in examples),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,34 +32,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {PROGRAM} COMMAND ...\n\n{__doc__}\n{PROGRAM} COMMAND --help has examples of each.")
-        return 0 if argv else EXIT_BAD_INPUT
+        return 0 if argv else BAD_INPUT
     name, *rest = argv
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"error: no command {name!r}; expected one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    make_parser, run = COMMANDS[name]
-    given = make_parser().parse_args(rest)
-    try:
-        return run(given, shlex.join(["python", "-m", "train.prompts", *argv]))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
+        return BAD_INPUT
+    parser, command = COMMANDS[name]
+    given = parser().parse_args(rest)
+    line = shlex.join(["python", "-m", "train.prompts", *argv])
+    return run_command(lambda: command(given, line), interrupted="interrupted; nothing was written")
 
 
 # ------------------------------------------------------------------------------------------------------------------ show
 
 
-def show_parser() -> CommandParser:
+def show_parser() -> PlainParser:
     """Of `show`."""
-    parser = CommandParser(
-        "show",
-        "What is in prompts: in the terminal, and as one page with them side by side.",
-        [
+    parser = PlainParser(
+        prog=f"{PROGRAM} show",
+        description="What is in prompts: in the terminal, and as one page with them side by side.",
+        examples=[
             "clr_embeds.pt",
             "clr_embeds.pt runs/mice-001/export/clr_embeds.safetensors --output learned.html",
             "clr_embeds.pt realistic --model pipeckpts --subject rat",
@@ -122,12 +102,12 @@ def show(given: argparse.Namespace, command: str) -> int:
 # ----------------------------------------------------------------------------------------------------------------- check
 
 
-def check_parser() -> CommandParser:
+def check_parser() -> PlainParser:
     """Of `check`."""
-    parser = CommandParser(
-        "check",
-        "Would this file work with that model: one line, and exit code 0 or 2.",
-        ["clr_embeds.pt --model pipeckpts", "mine.safetensors --model micro"],
+    parser = PlainParser(
+        prog=f"{PROGRAM} check",
+        description="Would this file work with that model: one line, and exit code 0 or 2.",
+        examples=["clr_embeds.pt --model pipeckpts", "mine.safetensors --model micro"],
     )
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--model", required=True, help="Pipeline folder, or micro: the embedded model.")
@@ -174,12 +154,12 @@ def _whose_start(source: "Source", model: str) -> str:
 # ------------------------------------------------------------------------------------------------------------------ make
 
 
-def make_parser() -> CommandParser:
+def make_parser() -> PlainParser:
     """Of `make`."""
-    parser = CommandParser(
-        "make",
-        "Texts => a prompt file, with the text encoder of a pipeline folder.",
-        [
+    parser = PlainParser(
+        prog=f"{PROGRAM} make",
+        description="Texts => a prompt file, with the text encoder of a pipeline folder.",
+        examples=[
             "--text realistic --subject rat --model pipeckpts --reference clr_embeds.pt --output rat.pt",
             '--text "a photo of a beetle, {view} view, {angle}." --cameras opencv_cameras.json --output beetle.safetensors',
             "--text simple --views front,right,back,left --output four.pt",
@@ -255,12 +235,12 @@ def _angles(given: argparse.Namespace, views: tuple[str, ...]) -> str | list[str
 # ------------------------------------------------------------------------------------------------------------------- mix
 
 
-def mix_parser() -> CommandParser:
+def mix_parser() -> PlainParser:
     """Of `mix`."""
-    parser = CommandParser(
-        "mix",
-        "A point of the path between prompts, as training takes it, as a file.",
-        [
+    parser = PlainParser(
+        prog=f"{PROGRAM} mix",
+        description="A point of the path between prompts, as training takes it, as a file.",
+        examples=[
             "clr_embeds.pt realistic.safetensors --position 0.25 --output quarter.pt",
             "clr_embeds.pt elevated realistic --position 1.5 --interpolation slerp --model pipeckpts --output mix.pt",
         ],
@@ -317,13 +297,13 @@ def mix(given: argparse.Namespace, command: str) -> int:
 # --------------------------------------------------------------------------------------------------------------- convert
 
 
-def convert_parser() -> CommandParser:
+def convert_parser() -> PlainParser:
     """Of `convert`."""
-    parser = CommandParser(
-        "convert",
-        ".pt <=> .safetensors; prompts as other programs write them (a dict or list of tensors, a state dict, .npy, .npz); and "
-        "folders with clr_embeds, perhaps normal_embeds, as FaceLift, Era3D, Wonder3D keep them.",
-        [
+    parser = PlainParser(
+        prog=f"{PROGRAM} convert",
+        description=".pt <=> .safetensors; prompts as other programs write them (a dict or list of tensors, a state dict, "
+        ".npy, .npz); and folders with clr_embeds, perhaps normal_embeds, as FaceLift, Era3D, Wonder3D keep them.",
+        examples=[
             "export/clr_embeds.safetensors clr_embeds.pt",
             "prompt_embeds.npy mine.pt",
             "FACELIFT/mvdiffusion/data/fixed_prompt_embeds_6view mine.safetensors",
@@ -349,7 +329,7 @@ def convert(given: argparse.Namespace, command: str) -> int:
 # ---------------------------------------------------------------------------------------------------------------- common
 
 
-def _text_options(parser: CommandParser, angle: str | None = ANGLE) -> None:
+def _text_options(parser: PlainParser, angle: str | None = ANGLE) -> None:
     """What texts are encoded with."""
     parser.add_argument(
         "--model", default="micro", help="Pipeline folder whose text encoder takes texts. Default: micro, the embedded toy."
@@ -382,7 +362,7 @@ def _open_all(given: argparse.Namespace) -> list["Source"]:
     return sources
 
 
-Command = tuple[Callable[[], CommandParser], Callable[[argparse.Namespace, str], int]]
+Command = tuple[Callable[[], PlainParser], Callable[[argparse.Namespace, str], int]]
 COMMANDS: dict[str, Command] = {
     "show": (show_parser, show),
     "check": (check_parser, check),

@@ -20,7 +20,7 @@ from softprompt.prompt.encoding import encode_texts
 from softprompt.prompt.prompt_files import read_prompt_file
 from softprompt.prompt.similarity import closest_pair
 from softprompt.prompt.templates import PROMPT_SUFFIXES, TEMPLATES, VIEWS, Template, view_names
-from train.options.command_line import suggestion
+from train.cli import suggestion
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

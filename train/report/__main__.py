@@ -3,20 +3,17 @@
 Every run leaves this page, RUN/report.html, at its end; this makes it again, or makes that of a run that was killed.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from softprompt.errors import InputError
-from train.device import calm_environment
-from train.options.command_line import PlainParser
-
-EXIT_BAD_INPUT = 2
+from train.cli import PlainParser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns: the exit code."""
-    calm_environment()
     parser = PlainParser(
         prog="python -m train.report",
         description=__doc__,
@@ -26,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="The page to write; RUN/report.html by default.")
     parser.add_argument("--picture", type=Path, help="Also the run at a glance, as a PNG of this name.")
     given = parser.parse_args(argv)
+    return run_command(lambda: _report(given), interrupted="interrupted; nothing half-written is left")
+
+
+def _report(given: argparse.Namespace) -> int:
     from train.report.figures import picture  # torch and diffusers, which --help should not wait for
     from train.report.page import write_report
     from train.report.read import read_story
@@ -37,12 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         page, headline = write_report(story, given.output)
         if given.picture is not None:
             picture(story, given.picture)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
     except OSError as error:
-        print(f"error: cannot be written ({error}); likely read-only, or the disk is full", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        raise InputError(f"cannot be written ({error}); likely read-only, or the disk is full") from error
     print(f"{headline}\n\nmade       {page}" + (f", {given.picture}" if given.picture else ""))
     return 0
 

@@ -18,7 +18,7 @@ from softprompt.objectives.rewards import (
     foreground_share,
     statistics_of_truth,
 )
-from train.options import objectives as objective_options
+from train.options import checks as objective_options
 
 Views = tuple[Tensor, Tensor, Tensor]
 

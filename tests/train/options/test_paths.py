@@ -9,14 +9,14 @@ import pytest
 import yaml
 
 from train.benchmark.__main__ import Options as BenchmarkOptions
+from train.cli import PATHS, PHRASES, PROMPTS, PlainParser, option_kinds
 from train.compare.__main__ import read_request
 from train.compare.plan import Comparison, make_plan
 from train.doctor.__main__ import Options as DoctorOptions
 from train.doctor.__main__ import read_options
 from train.micro.__main__ import Settings
-from train.options.command_line import PlainParser, option_kinds, parse
+from train.options.command_line import parse
 from train.options.config import Config, option_values, to_yaml
-from train.options.paths import PATHS, PHRASES, PROMPTS
 from train.prompts.__main__ import COMMANDS
 from train.prompts.__main__ import main as prompts_main
 from train.sample import Options as SampleOptions
@@ -60,7 +60,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__module__)
 def test_each_option_that_takes_a_text_is_known_as_a_path_or_not(cls: type) -> None:
-    taken = {name for name, kind in option_kinds(cls).items() if any(word in kind for word in ("a text", "[a, b]", "Path"))}
+    taken = {name for name, kind in option_kinds(cls).items() if any(word in kind for word in ("a text", "[a, b]", "a path"))}
     assert taken <= PATHS | PROMPTS | TEXTS, taken - (PATHS | PROMPTS | TEXTS)
 
 
@@ -98,7 +98,7 @@ FILLED_IN = {"~/x.pt": "/home/somebody/x.pt", "$HOME/x.pt": "/home/somebody/x.pt
 
 @pytest.mark.parametrize("given", FILLED_IN)
 def test_paths_of_the_main_job_are_filled_in_from_yaml_and_options(given: str, place: Path) -> None:
-    names = sorted((PATHS | PROMPTS) & set(option_kinds()))
+    names = sorted((PATHS | PROMPTS) & set(option_kinds(Config)))
     assert len(names) >= 11
     options: dict[str, object] = {name: [given] if name == "prompt.waypoints" else given for name in names}
     options |= {"curriculum.at": [0], "curriculum.position": [0]}  # of one waypoint
