@@ -46,8 +46,9 @@ from train.compare.__main__ import read_request
 from train.export.read import start_from
 from train.export.write import LORA_WEIGHTS
 from train.log.series import FILE, read_series
-from train.options.command_line import parse, read_yaml
+from train.options.command_line import parse
 from train.options.config import Config, to_yaml
+from train.options.yaml_file import read_yaml
 from train.state.checkpoint import (
     _PROGRESS,
     MANIFEST,

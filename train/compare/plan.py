@@ -15,8 +15,9 @@ import yaml
 from softprompt.errors import InputError, base_of
 from softprompt.prompt.templates import TEMPLATES, view_texts
 from train.cli import option_kinds, suggestion
-from train.options.command_line import parse, read_yaml
+from train.options.command_line import parse
 from train.options.config import Config, option_values
+from train.options.yaml_file import read_yaml
 
 SET_BY_COMPARISON = ("train.seed", "output")
 """Options that no variant may set."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from softprompt.errors import InputError, no_folder
 from softprompt.prompt.embeddings import load_prompt
 from train.log.series import is_ablation, is_evaluation, read_series
-from train.options.command_line import read_yaml
 from train.options.config import Config, option_values
+from train.options.yaml_file import read_yaml
 from train.state.checkpoint import load_checkpoint
 from train.state.folder import exported_prompt, list_checkpoints
 
