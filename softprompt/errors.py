@@ -1,4 +1,4 @@
-"""What a user is told in one line: errors that end a run, and warnings."""
+"""Errors and warnings for the user, in one line each."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Do a step again whose numbers were not finite, and say where it comes from: `python -m train.replay INCIDENT`.
+"""Repeat a step whose numbers were not finite, and find its sample and layer: `python -m train.replay INCIDENT`.
 
 Each of its samples by itself, with the weights, noise and timestep that it had, then the other objectives on each batch; LoRA
 dropout and the separation are left out.
@@ -61,11 +61,11 @@ def replay(folder: Path, options: Sequence[str]) -> int:
 @dataclass
 class _Found:
     losses: list[float] = field(default_factory=list)
-    """Of each sample, in the incident's order, with the KL where the step held it."""
+    """Loss of each sample, in the incident's order, with the KL if the step had it."""
     objectives: list[tuple[str, float]] = field(default_factory=list)
-    """What each batch of training objects gives for each of their series."""
+    """Values of each batch of training objects, by series."""
     norms: dict[str, float] = field(default_factory=dict)
-    """Of the gradients, by group, of all that."""
+    """Gradient norm of each group."""
     first_layer: str | None = None
 
 

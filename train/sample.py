@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from softprompt.model.sampling import Annealed
 
 STRENGTHS = (0.0, 0.5, 1.0)
-"""Of prompt and LoRA in a grid."""
+"""Strengths of prompt and LoRA in a grid."""
 POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """On the path from the pretrained prompt to the given one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is sampled."""
+    """Options of the command."""
 
     pictures: list[str]
     """Pictures of the object, seen as view 0, on transparency (PNG, JPEG, WebP or TIFF), or folders of them: one, several after
@@ -50,9 +50,9 @@ class Options:
     pretrained: str = "facelift"
     """The prompt that the model was pretrained with, for strengths below 1: file, template or text with {view}."""
     subject: str = "mouse"
-    """What {subject} stands for in templates."""
+    """Value of {subject} in templates."""
     angle: str = "from above at an angle"
-    """What {angle} stands for in templates."""
+    """Value of {angle} in templates."""
     prompt_strength: float = 1.0
     """0 is the pretrained prompt, 1 the learned one, anything else a point of the line through both."""
     lora_strength: float = 1.0
@@ -62,7 +62,7 @@ class Options:
     steps that are done, its square, its fourth power, or all at once when it is 0.6. Layout and shape stay nearer to the
     pretrained model's; sampling takes up to twice as long."""
     rows: Literal["one", "strengths", "path", "ablation", "rises"] = "one"
-    """What a picture is sampled with: `one`, the strengths above; `strengths`, each pair of 0, 1/2 and 1; `path`, the untouched
+    """Rows sampled of a picture: `one`, the strengths above; `strengths`, each pair of 0, 1/2 and 1; `path`, the pretrained
     UNet under prompts between the pretrained and the given one; `ablation`, prompt and LoRA each alone, both, and both with
     the prompts handed on to the next view; `rises`, the pretrained model, and the strengths above with each `rise`."""
     guidance_scale: float = 3.0
@@ -73,13 +73,13 @@ class Options:
     eta: float = 1.0
     """0 is deterministic DDIM, 1 as noisy as DDPM."""
     seed: int = 0
-    """Of all noise."""
+    """Seed of all noise."""
     background: Literal["white", "black", "gray"] = "white"
     """Behind the object."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the UNet; auto: bf16 or fp16 on CUDA, fp32 on a CPU."""
+    """Precision of the UNet; auto: bf16 or fp16 on CUDA, fp32 on a CPU."""
     output: str = "views"
     """Folder, new or empty: NAME/cam_000.png ..., NAME.png (all rows) and NAME.gif (the views in turn); of several rows the
     views are those at full strength."""
@@ -100,7 +100,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """What one row is sampled with."""
+    """Model and prompt of one row."""
 
     label: str
     prompt: "Tensor"

@@ -1,4 +1,4 @@
-"""What the micro model is trained with: its objects encoded, its texts, and one loss per kind of training.
+"""Pretraining of the micro model: its objects encoded, its texts, and one loss per kind of training.
 
 The order of the phases, optimisers and files are in train/micro.py.
 """
@@ -30,7 +30,7 @@ PRIOR_TEXTS = {
     "cats": view_texts("a photograph of a cat, {view} view."),
     "cats_above": view_texts("realistic", subject="cat"),
 }
-"""What the prior is trained on: never mice, which are left for the user's run to learn."""
+"""Domains of the prior: never mice, which are left for the user's run to learn."""
 
 _KL_WEIGHT = 1e-4
 _FIXED_TIMESTEPS = (100, 350, 600, 850)
@@ -75,7 +75,7 @@ def encode_domain(pipeline: Pipeline, rgba: Tensor) -> EncodedDomain:
 
 @torch.no_grad()
 def with_embeds(pipeline: Pipeline, domain: EncodedDomain) -> EncodedDomain:
-    """The same objects with view 0's embedding by the image encoder as it is now, for every view."""
+    """The objects with view 0's embedding by the image encoder as it is now, for every view."""
     embeds = pipeline.image_encoder(domain.features).image_embeds
     num_views = len(domain.objects[0].mean)
     objects = [replace(o, embeds=repeat(e, "e -> v e", v=num_views)) for o, e in zip(domain.objects, embeds, strict=True)]

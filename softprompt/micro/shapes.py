@@ -1,4 +1,4 @@
-"""What the micro world's objects are made of: heads, cats and mice as lists of coloured ellipsoids.
+"""The shapes of the micro world's objects: heads, cats and mice as lists of coloured ellipsoids.
 
 Object space is right-handed: x to the right as the front camera sees it, y away from that camera, z up. An object faces
 -y. Units are arbitrary: the renderer scales each object to its frame.

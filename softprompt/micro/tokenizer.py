@@ -12,7 +12,7 @@ WORDS = """
     bottom mouse mice rat cat cats dog head heads face person animal fur tail ear ears eye eyes nose small white black
     gray grey brown light dark
 """.split()
-"""What becomes a single token; 3d is two, since CLIP takes digits one by one."""
+"""Words that are single tokens; 3d is two, since CLIP takes digits one by one."""
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 _END_OF_WORD = "</w>"

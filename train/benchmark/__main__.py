@@ -1,4 +1,4 @@
-"""What a training step costs on this machine, and where its time goes: `python -m train.benchmark`.
+"""Cost of a training step on this machine, by phase: `python -m train.benchmark`.
 
 Times ways of training against each other in one run, each in turn; or counts what they take, where the machine is too small.
 """
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured."""
+    """Options of the command."""
 
     size: Literal["tiny", "micro", "medium", "sd21"] = "micro"
-    """Of the model, with random weights: the embedded one, FaceLift's (Stable Diffusion 2.1), the smallest that there can be,
+    """Size of the model, with random weights: the embedded one, FaceLift's (Stable Diffusion 2.1), the smallest that there can be,
     or one of a hundred million weights."""
     write_pipeline: str | None = None
     """Instead of measuring, write a complete pipeline folder of this size and random weights to this folder, new or empty: to
@@ -37,11 +37,11 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of frozen weights and arithmetic; auto: as in training."""
+    """Precision of frozen weights and arithmetic; auto: as in training."""
     batch_size: int = 1
     """Objects a step."""
     rank: int = 16
-    """Of the LoRA."""
+    """Rank of the LoRA."""
     repeats: int = 5
     """Rounds of four steps of each way; the median counts."""
     facelift: bool = True
@@ -131,7 +131,7 @@ def _count(options: Options) -> dict[str, Any]:
 
 
 def _start(options: Options) -> tuple["Setting", "Accelerator", str]:
-    """What all is measured with, and what to say of the machine. Raises: InputError for what this machine has not."""
+    """Settings of the measurement, and a note on the machine. Raises: InputError for a device that it does not have."""
     import torch
     from accelerate import Accelerator
 

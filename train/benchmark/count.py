@@ -1,4 +1,4 @@
-"""What a step takes, counted and not measured: floating-point operations and bytes, at full size without a GPU."""
+"""Cost of a step, counted, not measured: floating-point operations and bytes, at full size without a GPU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Arm:
-    """What a way of training takes for one object."""
+    """Cost of a way of training, per object."""
 
     name: str
     flop: float
@@ -143,7 +143,7 @@ def arms(parts: Parts, *, views: int = 6) -> list[Arm]:
 
 
 def objective_arms(parts: Parts, *, views: int = 6, steps: int = 20, last: int = 1) -> list[Arm]:
-    """What the objectives add to a step, per object, beside its plain loss.
+    """Cost that the objectives add to a step, per object.
 
     steps: of a draft, with guidance. last: K, how many of them a gradient goes through. The encoders stay on the device with
     those that decode.

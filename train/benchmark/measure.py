@@ -24,9 +24,9 @@ class Measured:
 
     name: str
     seconds: list[float] = field(default_factory=list)
-    """Of each repeat: mean over its steps."""
+    """Seconds of a step in each repeat, mean over its steps."""
     flop: float = 0.0
-    """Of a step, mean over a cycle of steps; what gradient checkpointing does again counts."""
+    """Operations of a step, mean over a cycle of steps; recomputation by gradient checkpointing counts."""
     peak_bytes: int | None = None
     """Peak of the GPU's memory in its steps; None on a CPU."""
     phases: dict[str, float] = field(default_factory=dict)

@@ -35,9 +35,9 @@ class Size:
     unet: dict[str, Any]
     vae: dict[str, Any]
     vision: dict[str, Any]
-    """Of the CLIP image encoder."""
+    """Configuration of the CLIP image encoder."""
     text: dict[str, Any]
-    """Of the CLIP text encoder."""
+    """Configuration of the CLIP text encoder."""
     picture: int
     """Side in pixels that the image encoder takes."""
 

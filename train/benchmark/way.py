@@ -9,13 +9,13 @@ import torch
 
 @dataclass(frozen=True)
 class Setting:
-    """What all ways of training have in common."""
+    """Settings that all ways of training share."""
 
     size: str
     """A key of train.benchmark.models.SIZES."""
     device: torch.device
     dtype: torch.dtype
-    """Of frozen weights and of the arithmetic."""
+    """dtype of frozen weights and arithmetic."""
     batch_size: int = 1
     """Objects a step."""
     views: int = 6
@@ -33,4 +33,4 @@ class Way:
     step: Callable[[int], None]
     """Does optimizer step number i."""
     phases: dict[str, tuple[Any, str]]
-    """What a step's time goes into: name => an object and its method that does it."""
+    """Phases of a step: name => an object and its method that does it."""

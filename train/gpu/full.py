@@ -1,4 +1,4 @@
-"""What full size costs on the device: steps, memory, whole runs. Each check is one function, and a process of its own."""
+"""Cost at full size on the device: steps, memory, whole runs. Each check is one function, and a process of its own."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def main_job(setting: Setting) -> list[Row]:
 
 
 def main_job_on_cpu(setting: Setting) -> list[Row]:
-    """The same on the CPU, whose loss the device's has to be near."""
+    """The main job on the CPU, whose loss the device's must be near."""
     if setting.device == "cpu":
         return skipped("the device's loss against the CPU's", "there is one device")
     rows = _main_job(setting, "cpu")

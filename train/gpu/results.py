@@ -1,4 +1,4 @@
-"""What a check found: rows, kept as JSON and as a Markdown table."""
+"""Results of the checks: rows, kept as JSON and as a Markdown table."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What all checks have in common."""
+"""Settings that all checks share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def compiler(device: str) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Setting:
-    """Of a check."""
+    """Settings of a check."""
 
     size: str
     """sd21, or tiny to try the checks themselves."""

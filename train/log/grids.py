@@ -36,7 +36,7 @@ def preview_grid(
 
 
 def preview_tiles(rows: Sequence[Tensor], pictures: Tensor) -> Image.Image:
-    """The same without words or margins: for each object a line of tiles [S, S] per kind of views, its input picture first.
+    """The grid without words or margins: for each object a line of tiles [S, S] per kind of views, its input picture first.
 
     rows: [B, V, 3, S, S] in [0, 1] each. pictures: [B, 3, S, S].
     """

@@ -1,4 +1,4 @@
-"""What a run leaves to be looked at: metrics.jsonl, TensorBoard, preview grids."""
+"""Logger of a run: metrics.jsonl, TensorBoard, preview pictures."""
 
 import io
 import json
@@ -42,7 +42,7 @@ GROUPS = (
     "gradient",
     "speed",
 )
-"""Of the series, what matters most first."""
+"""Groups of series, the most important first."""
 
 
 WORKING = {

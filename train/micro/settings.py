@@ -27,7 +27,7 @@ class Settings:
     state: Path | None = None
     """File to go on from, saved along the way and removed at the end; null is .NAME.state.pt beside the output."""
     seed: int = 0
-    """Of all weights and noise."""
+    """Seed of all weights and noise."""
     objects: int = 500
     """Training objects of each domain."""
     batch_size: int = 4
@@ -65,7 +65,7 @@ class Settings:
         return self.state or self.output.with_name(f".{self.output.name}.state.pt")
 
     def fingerprint(self, phases: Sequence[str]) -> dict[str, Any]:
-        """What a state file of these phases must agree with."""
+        """Settings that a state file of these phases must agree with."""
         steps = [f"{phase}_steps" for phase in phases]
         names = ["seed", "objects", "learning_rate", *steps, *(["batch_size"] if len(phases) > 1 else [])]
         return {name: getattr(self, name) for name in names}

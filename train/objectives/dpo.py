@@ -42,7 +42,7 @@ class Dpo(PreferenceTerm):
         return stage_at(step, self._stage_steps, self.options.chunks)
 
     def unreached(self, steps: int) -> list[str]:
-        """What is to be said where a run of so many steps ends before the curriculum's last stage."""
+        """Warnings where a run of so many steps ends before the curriculum's last stage."""
         last = self.stage(steps - 1) + 1
         if self.weight == 0 or last == self.options.chunks:
             return []
@@ -70,7 +70,7 @@ class Dpo(PreferenceTerm):
         return context.adapted.reference
 
     def measured_against(self, context: Context) -> Predict:
-        """The same."""
+        """The pretrained model."""
         return context.adapted.reference
 
 
@@ -156,7 +156,7 @@ class OwnDpo(Dpo):
         return {} if self.started_from is None else {"start": self.started_from.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """What `state` gave."""
+        """Inverse of `state`."""
         self.started_from = Snapshot.from_state(state["start"])
 
 
@@ -236,7 +236,7 @@ class ListedDpo(Dpo):
         return [counts, *moved, *self._doubtful(), *self.unreached(self.end)]
 
     def state(self) -> dict[str, Any]:
-        """What stands for the list."""
+        """A digest of the list."""
         return {"pairs": self._key}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ class Guard:
     """A statistic has collapsed where it is below this share of what it was in the first draft, or of 1 where that was above
     1; and where it is above the inverse."""
     start: dict[str, float] = field(default_factory=dict)
-    """Of the first draft: the untouched model's, but for runs that begin with another."""
+    """Statistics of the first draft: the pretrained model's, unless the run starts from an export."""
     now: dict[str, float] = field(default_factory=dict)
     """Running means."""
 
@@ -58,7 +58,7 @@ class Guard:
         return self.share * min(1.0, start), max(1.0, start) / self.share
 
     def state(self) -> dict[str, Any]:
-        """As plain values, but for the share, which is the configuration's."""
+        """State as plain values, without the share, which is an option."""
         return {"start": self.start, "now": self.now}
 
 
@@ -146,8 +146,8 @@ class Draft(Term):
         prediction = checkpoint(ours, z, use_reentrant=False) if anew else ours(z)
         kl = z.new_zeros(len(z))
         if torch.is_grad_enabled():
-            untouched = _pass(step, adapted.reference, batch, scale, z.detach(), timesteps)
-            kl = formulas.trajectory_kl(z, prediction, untouched, scheduler.alphas_cumprod, timesteps, step.prediction_type)
+            pretrained = _pass(step, adapted.reference, batch, scale, z.detach(), timesteps)
+            kl = formulas.trajectory_kl(z, prediction, pretrained, scheduler.alphas_cumprod, timesteps, step.prediction_type)
         done = scheduler.step(prediction, t, z)
         return done.prev_sample, done.pred_original_sample, kl
 
@@ -190,16 +190,16 @@ class Draft(Term):
 
     @property
     def reward_name(self) -> str:
-        """Of the reward; a function of the user's may be called as one of ours is."""
+        """Name of the reward; a user's function may have the name of a built-in one."""
         _, own, name = self.settings.reward.rpartition(":")
         return f"own_{name}" if own else name
 
     def state(self) -> dict[str, Any]:
-        """Of the guard."""
+        """State of the guard."""
         return {} if self.guard is None else self.guard.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Of the guard."""
+        """Inverse of `state`."""
         if self.settings.guard is not None:
             self.guard = Guard(self.settings.guard, **state)
 

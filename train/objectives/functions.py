@@ -45,7 +45,7 @@ def load_function(spec: str, option: str) -> Callable[..., Any]:
 
 
 def call(function: Callable[..., Any], *given: Any, spec: str, option: str) -> Any:
-    """What a user's own function returns. Raises: InputError that names the option and the line where the function failed.
+    """The value of a user's own function. Raises: InputError that names the option and the line where the function failed.
 
     What is out of memory stays that: the trainer does the step again.
     """

@@ -39,22 +39,22 @@ class Snapshot:
     @classmethod
     @torch.no_grad()
     def take(cls, adapted: AdaptedModel, step: int, position: float) -> "Snapshot":
-        """Of the model as it is now."""
+        """Snapshot of the model as it is now."""
         lora = {name: weight.detach().clone() for name, weight in adapted.trainable().get("lora", {}).items()}
         return cls(step, position, adapted.prompt(position).clone(), lora)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Snapshot":
-        """What `state` gave, on the CPU."""
+        """Inverse of `state`, on the CPU."""
         return cls(state["step"], state["position"], state["prompt"], dict(state["lora"]))
 
     def to(self, device: torch.device) -> "Snapshot":
-        """The same there."""
+        """A copy on a device."""
         lora = {name: weight.to(device) for name, weight in self.lora.items()}
         return Snapshot(self.step, self.position, self.prompt.to(device), lora)
 
     def state(self) -> dict[str, Any]:
-        """As a checkpoint takes it."""
+        """State for a checkpoint."""
         lora = {name: weight.cpu() for name, weight in self.lora.items()}
         return {"step": self.step, "position": self.position, "prompt": self.prompt.cpu(), "lora": lora}
 
@@ -110,7 +110,7 @@ class Sampling:
     steps: int
     """DDIM steps."""
     guidance_scales: tuple[float, ...]
-    """Of an object's sets, in turn."""
+    """Guidance scales of an object's sets, in turn."""
     eta: float
     seed: int
 
@@ -192,7 +192,7 @@ class OwnSamples:
         return self._rows(index)["latents"]
 
     def rewards(self, index: int) -> list[float]:
-        """Of an object's sets."""
+        """Rewards of an object's sets."""
         found: list[float] = self._rows(index)["reward"].tolist()
         return found
 
@@ -224,7 +224,7 @@ class OwnSamples:
         return by_view.cpu() / pipeline.vae.config.scaling_factor, reward
 
     def _generator(self, index: int) -> torch.Generator:
-        """Of an object's background and the view given."""
+        """Generator of an object's background and input view."""
         return seeded(self._sampling.seed, "own samples", self._objects.names[index])
 
     def _pick(self, generator: torch.Generator) -> int:

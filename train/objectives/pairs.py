@@ -68,7 +68,7 @@ Told = tuple[str, str, str]
 
 
 def doubtful(pairs: Sequence[Told], measured: Sequence[Told]) -> list[str]:
-    """What a list may not have meant, as warnings: pairs twice, or that say the opposite, or are also measured on."""
+    """Warnings about a list: pairs that are there twice, contradict another, or are also evaluated on."""
     known = set(pairs)
     found = {
         "are there more than once": len(pairs) - len(known),

@@ -1,4 +1,4 @@
-"""What Diffusion-DPO and SPIN-Diffusion share: sets of views of one object that are compared under one condition, at one
+"""The common part of Diffusion-DPO and SPIN-Diffusion: sets of views of one object, compared under one condition, at one
 timestep and one noise, by the present model and by another that it is held to."""
 
 import math
@@ -30,7 +30,7 @@ class Contest:
     """Sets of views of one object, from one picture of it."""
 
     encoded: EncodedViews
-    """Of the object whose picture is given."""
+    """Encoded views of the object of the input picture."""
     reference: int
     """Which of its views that is."""
     sides: tuple[Side, ...]
@@ -109,7 +109,7 @@ class PreferenceTerm(Term):
         self.started_from: Snapshot | None = None
         """The model as it was at the first."""
         self.others: OwnSamples | None = None
-        """What that made of held-out objects."""
+        """Samples of held-out objects by that model."""
         self.held_out: list[HeldOut] = []
         self.options = settings
         self._expected: dict[tuple[int, int], Tensor] = {}
@@ -138,7 +138,7 @@ class PreferenceTerm(Term):
 
     @abstractmethod
     def measured_against(self, context: Context) -> Predict:
-        """The same on held-out contests: one model for the whole run, so that its numbers can be compared."""
+        """The model that held-out contests are compared with: one for the whole run, so that its numbers are comparable."""
 
     # --------------------------------------------------------------------------------------------------------- training
 
@@ -187,7 +187,7 @@ class PreferenceTerm(Term):
     def samples_of_training(
         self, context: Context, folder: Path, name: str, snapshot: Snapshot, *, sets: int, reward: tuple[str, Reward]
     ) -> OwnSamples:
-        """What a snapshot makes of training objects; they are still to be made. folder: of the run."""
+        """Samples of training objects by a snapshot, still to be made. folder: the run's."""
         return OwnSamples(
             context,
             context.train,
@@ -201,8 +201,8 @@ class PreferenceTerm(Term):
         )
 
     def samples_of_held_out(self, context: Context, folder: Path, *, sets: int, reward: tuple[str, Reward]) -> OwnSamples:
-        """What the model as it was when the objective began makes of held-out objects, all of it, whatever stops the run: they
-        are few."""
+        """Samples of held-out objects by the model as it was when the objective began; all are made at once, since they are
+        few."""
         assert self.started_from is not None, "it is taken first"
         others = OwnSamples(
             context,
@@ -229,7 +229,7 @@ class PreferenceTerm(Term):
         return f"{self.name:<10} own samples, {sets} of each of {made}: {passes:,} passes of the model{wide}"
 
     def bytes_of_samples(self, context: Context, *, sets: int) -> int:
-        """Of the samples of training objects, made once, and of held-out ones."""
+        """Bytes of the samples of training objects, made once, and of held-out ones."""
         return sum(self._counts(context)) * sets * 4 * context.pipeline.num_views * math.prod(context.pipeline.latent_shape)
 
     def _counts(self, context: Context) -> tuple[int, int]:

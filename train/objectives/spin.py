@@ -16,7 +16,7 @@ from train.options.config import Config
 from train.options.preferences import SpinConfig
 
 CLOSENESS = ("spin: psnr", REWARDS["psnr"])
-"""What `measure` compares samples by; nothing is trained on it."""
+"""Reward that `evaluate` compares samples by; nothing is trained on it."""
 
 
 class Spin(PreferenceTerm):
@@ -108,7 +108,7 @@ class Spin(PreferenceTerm):
         return {name: snapshot.state() for name, snapshot in iterates.items() if snapshot is not None}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """What `state` gave."""
+        """Inverse of `state`."""
         self.started_from = Snapshot.from_state(state["start"])
         self.iterate = Snapshot.from_state(state["iterate"]) if "iterate" in state else None
 

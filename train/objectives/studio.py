@@ -16,7 +16,7 @@ from train.objectives.terms import Context, Shown, StepBatch, Term
 from train.options.objectives import StudioConfig
 
 PARTS = ("pairs", "detail_pairs", "detail")
-"""Of the loss, by the names of their weights."""
+"""Parts of the loss, by the names of their weights."""
 
 
 class Studio(Term):

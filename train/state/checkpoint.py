@@ -22,7 +22,7 @@ from train.state.folder import checkpoint_folder, list_checkpoints, step_of
 
 STATE = "state.pt"
 MANIFEST = "manifest.json"
-"""Of a checkpoint, written last: size and checksum of its state, how far the run was, and a checksum of all that."""
+"""Last file of a checkpoint: size and checksum of its state, the run's progress, and a checksum of all that."""
 _STATE = {"trainable", "waypoints", "optimizer", "schedule", "ema", "scaler", "objectives"}
 _PROGRESS = {
     "step",
@@ -42,16 +42,15 @@ _PROGRESS = {
 
 @dataclass(frozen=True)
 class Parts:
-    """What a checkpoint holds of a run, but for its progress; `restore` puts it back into them."""
+    """The objects whose state a checkpoint holds, beside the run's progress; `restore` loads it into them."""
 
     adapted: AdaptedModel
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     ema: EMAModel | None
     scaler: Any | None
-    """Of fp16's gradients, where there is one."""
+    """fp16's gradient scaler, if any."""
     objectives: Objectives = field(default_factory=Objectives)
-    """What they remember."""
 
 
 class DamagedError(Exception):

@@ -109,13 +109,13 @@ def next_run_folder(name: str, root: Path = Path("runs")) -> Path:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how near it is to the model in memory; differences are the largest in pictures of range 0 to 1."""
+    """A verified export. Differences are the largest between views, in pictures of range 0 to 1."""
 
     folder: Path
     read_back: float
     """Views of the files read back in a fresh model, against the model in memory under the same rounded prompt."""
     rounding: float
-    """What rounding the prompt to float16 itself changes."""
+    """Difference made by rounding the prompt to float16."""
 
 
 def exported_prompt(folder: Path, *, option: str) -> Path:

@@ -67,7 +67,7 @@ def _describe(job: Job, wanted: Wanted) -> dict[str, Any]:
 
 
 def read_incident(folder: Path) -> dict[str, Any]:
-    """What `write_incident` wrote. Raises: InputError."""
+    """Read an incident. Raises: InputError."""
     try:
         incident: dict[str, Any] = verify(folder)["incident"]
     except (DamagedError, KeyError) as error:
