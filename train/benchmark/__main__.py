@@ -27,7 +27,7 @@ class Options:
     """Options of the command."""
 
     size: Literal["tiny", "micro", "medium", "sd21"] = "micro"
-    """Size of the model, with random weights: the embedded one, FaceLift's (Stable Diffusion 2.1), the smallest that there can be,
+    """Model with random weights: the embedded one, FaceLift's (Stable Diffusion 2.1), the smallest that there can be,
     or one of a hundred million weights."""
     write_pipeline: str | None = None
     """Instead of measuring, write a complete pipeline folder of this size and random weights to this folder, new or empty: to

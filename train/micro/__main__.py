@@ -75,10 +75,10 @@ def build(settings: Settings) -> None:
 
 def report(settings: Settings) -> None:
     """Read the folder back, and print and draw what it can do."""
-    from softprompt.micro.pretrain import fixed_noise_loss, held_out
     from softprompt.model.loading import load_pipeline, load_text_encoder
     from softprompt.prompt.encoding import encode_texts
     from softprompt.prompt.templates import view_texts
+    from train.micro.pretrain import fixed_noise_loss, held_out
 
     pipeline, encoders = load_pipeline(settings.output), load_text_encoder(settings.output)
     prompts = {template: encode_texts(view_texts(template), *encoders) for template in ("facelift", "realistic")}
@@ -99,8 +99,8 @@ def draw_grid(pipeline: Any, prompt: "Tensor", path: Path) -> None:
     from PIL import Image
 
     from softprompt.files import new_file
-    from softprompt.micro.pretrain import given_picture, held_out
     from softprompt.model.sampling import sample_views
+    from train.micro.pretrain import given_picture, held_out
 
     source = held_out("heads", _GRID_HEADS)
     true = torch.stack([given_picture(source, i) for i in range(len(source))])  # B V 3 S S

@@ -18,7 +18,9 @@ from softprompt.data.batch import seeded
 from softprompt.errors import InputError
 from softprompt.files import new_file
 from softprompt.micro.parts import MicroParts, round_weights
-from softprompt.micro.pretrain import (
+from softprompt.micro.world import MicroWorld
+from softprompt.prompt.encoding import encode_texts
+from train.micro.pretrain import (
     PRIOR_TEXTS,
     EncodedDomain,
     TrainedPrompts,
@@ -35,8 +37,6 @@ from softprompt.micro.pretrain import (
     vae_loss,
     with_embeds,
 )
-from softprompt.micro.world import MicroWorld
-from softprompt.prompt.encoding import encode_texts
 
 if TYPE_CHECKING:
     from train.micro.settings import Settings

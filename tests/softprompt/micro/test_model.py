@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt.micro import MICRO_MODEL
-from softprompt.micro.pretrain import fixed_noise_loss, given_picture, held_out
 from softprompt.micro.tokenizer import WORDS, learn_merges
 from softprompt.model.loading import load_pipeline, load_text_encoder
 from softprompt.model.pipeline import Pipeline
@@ -20,6 +19,7 @@ from softprompt.prompt.encoding import encode_texts
 from softprompt.prompt.templates import TEMPLATES, view_texts
 from train.micro import __main__ as micro
 from train.micro import trainer as micro_trainer
+from train.micro.pretrain import fixed_noise_loss, given_picture, held_out
 
 MEGABYTE = 1_000_000
 HEADS_BOUND = 0.04
