@@ -43,8 +43,10 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 def values(kind: Any) -> st.SearchStrategy[Any]:
     """Of an option of this type; many are valid, not all."""
     if get_origin(kind) in (Union, UnionType):
-        # A text `null` is null to the options' reader: no file of that name can be given.
-        return st.one_of([values(part).filter(lambda value: value != "null") for part in get_args(kind)])
+        # YAML's words for null are null to the options' reader: no file of such a name can be given.
+        return st.one_of(
+            [values(part).filter(lambda value: value not in ("null", "Null", "NULL", "~")) for part in get_args(kind)]
+        )
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
     if get_origin(kind) is list:

@@ -474,7 +474,7 @@ def test_a_dry_run_makes_no_samples(small, tmp_path):
     ("group", "options", "message"),
     [
         (DpoConfig, {"chunks": 4, "samples": 4}, r"dpo\.chunks: is 4; expected 3 at most: 4 samples"),
-        (DpoConfig, {"samples": 1}, r"dpo\.samples: is 1; expected 2 or more: a pair is made of two sets"),
+        (DpoConfig, {"samples": 1}, r"dpo\.samples: is 1; expected 2 or more"),
         (
             DpoConfig,
             {"guidance_scales": [1.0, 0.5]},
@@ -501,8 +501,8 @@ def test_options_that_make_no_sense_are_refused(group, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"spin.start": 1}, r"spin\.start: is 1\.0; expected a fraction of the run, less than 1"),
-        ({"spin.iterations": 5}, r"spin\.iterations: is 5; expected 2 at most: an iteration takes a step at least"),
+        ({"spin.start": 1}, r"spin\.start: is 1\.0; expected a time before the end of the run"),
+        ({"spin.iterations": 5}, r"spin\.iterations: is 5; expected 2 at most: each iteration takes at least one step"),
         ({"spin.start": 1.5, "curriculum.unit": "step", "curriculum.at": "[0, 2]"}, r"spin\.start: is 1\.5; .* whole number"),
     ],
 )

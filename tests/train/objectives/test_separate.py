@@ -66,7 +66,7 @@ def test_what_cannot_be_separated_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=r"separate\.side: is 12; the UNet's cross-attention has maps of side 16, 8"):
         make_job(**{"separate.weight": 1, "separate.side": 12})
-    with pytest.raises(InputError, match=r"train\.compile: is true; expected false with separate"):
+    with pytest.raises(InputError, match=r"train\.compile: is true; expected false with the objective separate"):
         small_config(mice, **{"separate.weight": 1, "train.compile": "true"})
     save_prompt(torch.randn(6, 77, 1024), tmp_path / "noise.pt")
     with pytest.raises(InputError, match=r"prompt .*noise\.pt has 76 tokens that tell its views apart and 0 other words"):
