@@ -4,7 +4,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 Carry = Literal["keep", "fade"]
@@ -98,6 +97,8 @@ def match_tokens(waypoints: Tensor, matching: Matching) -> Tensor:
     """
     if matching == "none":
         return waypoints
+    from scipy.optimize import linear_sum_assignment  # a second to import, and absent on bare GPU nodes
+
     matched = [waypoints[0]]
     for waypoint in waypoints[1:]:
         costs = torch.cdist(matched[-1].double(), waypoint.double()).square()  # V T T
