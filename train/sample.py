@@ -335,7 +335,7 @@ def _rows(options: Options, start: "Tensor", learned: "Tensor") -> list[Case]:
         Case("prompt alone", learned, 0.0, False),
         Case("LoRA alone", start, 1.0, False),
         Case("both", learned, 1.0, True),
-        Case("next prompt", learned.roll(-1, dims=0), 1.0, False),
+        Case("shifted prompts", learned.roll(-1, dims=0), 1.0, False),
     ]
 
 

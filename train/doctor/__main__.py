@@ -1,4 +1,4 @@
-"""What is wrong with a data set, before training finds out: `python -m train.doctor`.
+"""Find what is wrong with a data set before training: `python -m train.doctor`.
 
 Looks at every picture and says what training would stumble over, and what it would silently learn: as a table, and as a page
 with the pictures. Nothing in the data set is changed.

@@ -99,7 +99,7 @@ KINDS = {
         "uneven background",
         False,
         "No transparency, and the border has no one colour: the background is part of what is learned, and size, place and "
-        "order of views cannot be looked at.",
+        "order of views cannot be checked.",
         "Segment the object and save RGBA.",
     ),
     "cut": Kind(

@@ -154,7 +154,7 @@ def look_at_all(samples: Sequence[Files]) -> list[list[Picture | None]]:
 
     Returns: as `look_at_sample`, in the given order.
     """
-    watched = partial(tqdm, total=len(samples), desc="looking at", unit="object", delay=2, dynamic_ncols=True)
+    watched = partial(tqdm, total=len(samples), desc="inspecting", unit="object", delay=2, dynamic_ncols=True)
     cores = len(os.sched_getaffinity(0))
     if cores == 1 or sum(map(len, samples)) <= FEW_PICTURES:
         return list(watched(map(look_at_sample, samples)))

@@ -1,4 +1,4 @@
-"""What the doctor found: in the terminal, as one HTML page that needs nothing else, and as JSON."""
+"""Data set report: in the terminal, as one HTML page that needs nothing else, and as JSON."""
 
 import base64
 import io
@@ -61,7 +61,7 @@ class Report:
         return f"Training would run; {counted[1] if by_kind else 'nothing was found'}."
 
     @property
-    def looked_at(self) -> str:
+    def inspected(self) -> str:
         """What, and how much of it."""
         on = sum(sample.is_train for sample in self.samples)
         pictures = [p for sample in self.samples for p in sample.pictures if p is not None]
@@ -87,7 +87,7 @@ class Report:
 def print_report(report: Report) -> None:
     """A table of findings and one of the views, as wide as the terminal, 80 to 120 columns."""
     width = min(120, max(80, shutil.get_terminal_size().columns))
-    print(f"looked at  {report.looked_at}")
+    print(f"inspected  {report.inspected}")
     titles = {True: "ERRORS: training would not run", False: "WARNINGS: training would run"}
     for is_error, title in titles.items():
         rows = {kind: found for kind, found in report.by_kind().items() if KINDS[kind].is_error == is_error}
@@ -107,7 +107,7 @@ def print_report(report: Report) -> None:
         medians = [f"{view.share:.1%}", f"{x:+.3f}", f"{y:+.3f}"] if view.pictures else ["-", "-", "-"]
         print(f"{view.name:<14} {view.pictures:>8} {medians[0]:>11} {medians[1]:>14} {medians[2]:>7}")
     for sentence in report.unseen:
-        print(textwrap.fill(f"not looked at: {sentence}", width, subsequent_indent=" " * 6))
+        print(textwrap.fill(f"not inspected: {sentence}", width, subsequent_indent=" " * 6))
     print(f"\n{report.headline}")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 ALIKE_VIEWS = 0.5
 """Generated views that differ by less than this share of what the true ones differ have collapsed."""
 COPIES = 0.5
-"""Views that have gone this share of the way from the truth to the picture given are copies of it."""
+"""Views that have gone this share of the way from the truth to the input picture are copies of it."""
 RISE = 0.25
 """A copy score that has risen by so much since step 0 is one as well."""
 ALIKE_PROMPTS = 0.5
@@ -24,7 +24,7 @@ SPIKE = 5.0
 """A step's loss is a spike where it is so many times the running mean."""
 
 _REMEDY = (
-    "Likely the prompts do not tell the views apart, or the picture given is a random view: try data.reference_view 0 and "
+    "Likely the prompts do not distinguish the views, or the input picture is a random view: try data.reference_view 0 and "
     "prompt.learn true, both together"
 )
 
@@ -65,7 +65,7 @@ def collapse_signs(series: Mapping[str, float], start: Mapping[str, float]) -> d
     most = min(COPIES, start.get("views/copy_score", COPIES) + RISE)
     if copied is not None and copied > most:
         signs["copies_input"] = (
-            f"the generated views have gone {copied:.0%} of the way from the true ones to the picture given "
+            f"the generated views have gone {copied:.0%} of the way from the true ones to the input picture "
             f"(views/copy_score, above {most:.0%}{then('views/copy_score')}): the model copies its input. {_REMEDY}"
         )
     closest = series.get("prompt_views_alike/closest_ratio")
@@ -114,7 +114,7 @@ def worse_sign(in_a_row: int, loss: float, start: float) -> dict[str, str]:
         "worse_than_start": (
             f"the last {in_a_row} validations were worse than that at step 0 (loss {loss:.4g}, then {start:.4g}). "
             f"Likely a learning rate is too high, or the data's views are in another order than the prompts'; "
-            f"python -m train.doctor looks at the latter"
+            f"python -m train.doctor checks the latter"
         )
     }
 

@@ -203,7 +203,7 @@ def _kept_aside(folder: Path, new: Path, error: RunError) -> RunError:
     unverified = folder.with_name(f"{folder.name}.unverified")
     shutil.rmtree(unverified, ignore_errors=True)
     new.rename(unverified)
-    return RunError(f"{error}. It is kept as {unverified} to be looked at; the checkpoints hold the model")
+    return RunError(f"{error}. It is kept as {unverified} for inspection; the checkpoints hold the model")
 
 
 def _adapter_metadata(pipeline: Pipeline) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whether all of it is right and fast on this machine's GPU, in one command: `python -m train.gpu`.
+"""Check correctness and speed on this machine's GPU in one command: `python -m train.gpu`.
 
 Each check is a process of its own with a time limit of its own; results are kept after each, as JSON and as a table.
 """

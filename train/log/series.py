@@ -56,5 +56,5 @@ def is_ablation(point: Mapping[str, float]) -> bool:
 
 
 def in_words(name: str) -> str:
-    """A view, a row or a part as it is read: front_right => "front right", lora_alone => "LoRA alone"."""
-    return name.replace("_", " ").replace("lora", "LoRA")
+    """A view, a row or a part in words: front_right => "front right", lora_alone => "LoRA alone"."""
+    return "shifted prompts" if name == HANDED_ON else name.replace("_", " ").replace("lora", "LoRA")

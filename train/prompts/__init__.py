@@ -1,1 +1,1 @@
-"""`python -m train.prompts`: prompt files looked at, checked, made, mixed and converted, without training."""
+"""`python -m train.prompts`: inspect, check, make, mix and convert prompt files, without training."""

@@ -1,4 +1,4 @@
-"""Prompt files looked at, checked, made, mixed and converted, without training: `python -m train.prompts`.
+"""Inspect, check, make, mix and convert prompt files, without training: `python -m train.prompts`.
 
 show      what is in prompts: norms, likeness of views, the tokens that carry the view, distance to the first
 check     would this file work with that model

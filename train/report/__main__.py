@@ -1,4 +1,4 @@
-"""What a run was asked, what happened, what came of it, and what to do with it, as one page: `python -m train.report`.
+"""Report of a run on one page: results, settings, curves, next steps: `python -m train.report`.
 
 Every run leaves this page, RUN/report.html, at its end; this makes it again, or makes that of a run that was killed.
 """

@@ -69,7 +69,7 @@ def to_svg(figure: "Figure", *, salt: str) -> str:
 def cut_strips(tiles: Path, *, views: int, rows: int) -> list[list[Image.Image]]:
     """Each object's rows of a picture that train.log.logger.preview_tiles made: V + 1 square tiles a row and nothing else.
 
-    Returns: RGBA pictures, the first row of an object led by the picture given, the others by an empty tile; none where the
+    Returns: RGBA pictures, the first row of an object led by the input picture, the others by an empty tile; none where the
     picture is of another number of views or rows: better none than one cut wrongly.
     Raises: InputError when the file is damaged.
     """

@@ -67,7 +67,7 @@ def test_every_run_leaves_a_report_that_says_what_its_log_says(reported):
         assert f">{view.replace('_', ' ')}</th>" in page and f"<td>{value:.2f}</td>" in page
     for title in ("Loss", "Learning rates", "Gradient norms", "KL to the pretrained model"):
         assert f'aria-label="{title}"><h3>' in page
-    for row in ("pretrained", "prompt alone", "LoRA alone", "both", "next prompt"):
+    for row in ("pretrained", "prompt alone", "LoRA alone", "both", "shifted prompts"):
         assert f'<span class="name">{row}</span>' in page
     assert "mice &amp; rats" in page
 
@@ -110,7 +110,7 @@ def test_a_run_that_is_not_finished_says_so_and_how_to_go_on(small_config, mice,
     story, page = read_story(tmp_path / "run"), (tmp_path / "run" / "report.html").read_text()
     assert "The run is not finished: it stands at step 1 of 3." in page
     assert any("--resume" in command for _, command in commands(story))
-    assert not story.ablation and "next prompt" not in page
+    assert not story.ablation and "shifted prompts" not in page
 
 
 def test_a_run_that_overfitted_is_told_so(copy):
