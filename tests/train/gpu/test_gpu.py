@@ -12,6 +12,8 @@ from train.gpu.checks import CHECKS, Check
 from train.gpu.results import Row, judged, write_results
 from train.gpu.setting import Setting
 
+pytestmark = pytest.mark.xdist_group("gpu")  # the checks read each other's results
+
 SAME = ("steps of 2 objects", "steps of 4 objects", "steps of 8 objects", "24 GB", "80 GB", "main job on the CPU")
 """Checks that differ from one that is tried in a number alone, or have nothing to do where there is one device."""
 ON_A_GPU_ALONE = {name for name in CHECKS if "alone" in name and name != "ours alone"}
