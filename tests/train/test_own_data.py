@@ -8,13 +8,13 @@ import pytest
 
 from softprompt.data.samples import write_source
 from softprompt.micro import MICRO_MODEL
+from softprompt.micro.models import SIZES
 from softprompt.micro.world import MicroWorld
 from softprompt.model.loading import load_pipeline, load_text_encoder
 from softprompt.prompt.embeddings import load_prompt, save_prompt
 from softprompt.prompt.encoding import load_waypoints
 from tests.train.test_documented_commands import SHORT, call, commands
 from train.benchmark.__main__ import main as benchmark
-from train.benchmark.models import SIZES
 
 README = Path(__file__).parents[2] / "README.md"
 QUICK = {

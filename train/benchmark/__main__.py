@@ -97,7 +97,7 @@ def _benchmark(*, count: bool, growth: bool, **given: Any) -> int:
 
 def _write(options: Options) -> int:
     from softprompt.files import refuse_taken
-    from train.benchmark.models import write_pipeline
+    from softprompt.micro.models import write_pipeline
     from train.device import quiet_libraries
 
     quiet_libraries(True)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from softprompt.micro.models import random_pipeline
 from softprompt.model.adapted import AdaptedModel, add_lora
 from softprompt.prompt.soft_prompt import SoftPrompt
-from train.benchmark.models import random_pipeline
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 

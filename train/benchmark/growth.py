@@ -19,9 +19,9 @@ from softprompt.data.batch import seeded
 from softprompt.data.cache import EncodedObjects, PictureCache
 from softprompt.data.samples import open_source, picture_name
 from softprompt.files import new_file
+from softprompt.micro.models import SIZES, random_pipeline
 from softprompt.model.pipeline import Pipeline
 from train.benchmark.measure import measure
-from train.benchmark.models import DEFAULT_PICTURE, random_pipeline
 from train.benchmark.way import Setting, Way
 
 SIDE = 8
@@ -118,7 +118,7 @@ def growing_steps(
 
     way_of: the way of training that is measured, for a setting.
     """
-    side = DEFAULT_PICTURE[setting.size]
+    side = SIZES[setting.size].picture
     settings = {
         "batch_size": [replace(setting, batch_size=n) for n in (1, 2, 4, 8, 16)],
         "views": [replace(setting, views=n) for n in (1, 2, 4, 6, 8, 12)],

@@ -14,9 +14,9 @@ from unittest.mock import patch
 import torch
 
 from softprompt.data.samples import write_source
+from softprompt.micro.models import write_pipeline
 from softprompt.micro.world import MicroWorld
 from train.benchmark import steps as benchmarked
-from train.benchmark.models import write_pipeline
 from train.callbacks import checkpoint
 from train.evaluation.evaluator import averaged
 from train.gpu.checks import OURS

@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from softprompt.micro.models import SIZES, random_pipeline
 from train.benchmark import growth
 from train.benchmark.__main__ import main
 from train.benchmark.count import arms, count_parts, objective_arms
 from train.benchmark.growth import many_objects
 from train.benchmark.measure import matmul_flops
-from train.benchmark.models import DEFAULT_PICTURE, SIZES, random_pipeline
 from train.benchmark.steps import adapting_ways
 from train.benchmark.way import Setting
 
@@ -68,7 +68,6 @@ def test_a_random_pipeline_has_the_views_and_the_size_asked_for(views: int, pict
 def as_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The micro size is as small as the tiny one."""
     monkeypatch.setitem(SIZES, "micro", SIZES["tiny"])
-    monkeypatch.setitem(DEFAULT_PICTURE, "micro", DEFAULT_PICTURE["tiny"])
 
 
 @pytest.mark.usefixtures("as_tiny")
