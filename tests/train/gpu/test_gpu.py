@@ -2,15 +2,15 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from train.gpu import checks, results
 from train.gpu.__main__ import main
-from train.gpu.checks import CHECKS, Check
+from train.gpu.checks import CHECKS, SMALL, Check, Setting
 from train.gpu.results import Row, judged, write_results
-from train.gpu.setting import Setting
 
 SAME = ("steps of 2 objects", "steps of 4 objects", "steps of 8 objects", "24 GB", "80 GB", "main job on the CPU")
 """Checks that differ from one that is tried in a number alone, or have nothing to do where there is one device."""
@@ -20,9 +20,11 @@ ON_A_GPU_ALONE |= {"fp16", "fp16's gradient scaler", "out of memory"}
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """One for all checks, which read each other's results."""
-    return Setting("tiny", "cpu", tmp_path_factory.mktemp("gpu"))
+def setting(tmp_path_factory: pytest.TempPathFactory, smallest_model: Path) -> Iterator[Setting]:
+    """One for all checks, which read each other's results; their runs are of the smallest model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SMALL, "model", str(smallest_model))
+        yield Setting("tiny", "cpu", tmp_path_factory.mktemp("gpu"))
 
 
 @pytest.mark.slow
@@ -60,12 +62,7 @@ MINE = {
 def test_a_check_that_breaks_or_takes_too_long_costs_its_own_row_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = tmp_path / "sitecustomize.py"  # the processes of the checks read this table too
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\nfrom train.gpu import checks\n"
-        f"from {NAME} import MINE\nchecks.CHECKS.clear()\nchecks.CHECKS.update(MINE)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))  # of the processes of the checks
     monkeypatch.setattr(checks, "CHECKS", MINE)
     out = tmp_path / "out"
     assert main(["--size=tiny", "--device=cpu", f"--output={out}", "--parts=right, main job"]) == 1
@@ -108,7 +105,7 @@ def test_a_number_that_is_none_passes_no_bound() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--parts=rihgt", "--device=cpu"], "error: --parts: 'rihgt' is none; expected some of right, main job"),
+        (["--parts=rihgt", "--device=cpu"], "error: --parts: 'rihgt' is no part; expected some of right, main job"),
         (["--device=cpu", "--output=."], "exists already and is not an empty folder"),
         (["--devcie=cpu"], "error: unknown option 'devcie'; did you mean 'device'?"),
     ],
