@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from softprompt.files import new_folder, write_json
+from softprompt.micro import MICRO_MODEL
 from softprompt.micro.tokenizer import END, START, write_tokenizer
 from softprompt.model.pipeline import Pipeline
 from softprompt.model.unet import FACELIFT_DEFAULTS, build_unet, save_unet
@@ -167,7 +168,7 @@ def random_pipeline(
                 steps_offset=1,
                 prediction_type="v_prediction",
             ),
-            folder=Path(__file__).parent,  # nothing is read from it
+            folder=MICRO_MODEL,  # only a name for its encoders, e.g. in a cache
         )
     for model in (pipeline.unet, pipeline.vae, pipeline.image_encoder, pipeline.image_normalizer):
         model.requires_grad_(False).eval()

@@ -38,7 +38,7 @@ def compiler(device: str) -> Callable[..., None]:
     """`compile_blocks`; on a CPU it makes the same graphs, without the minutes that compiling them takes there."""
     from softprompt.model.adapted import compile_blocks  # seconds, which not every check needs
 
-    return partial(compile_blocks, backend="inductor" if device == "cuda" else "aot_eager")
+    return partial(compile_blocks, backend="inductor" if device == "cuda" else "eager")
 
 
 @dataclass(frozen=True)

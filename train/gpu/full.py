@@ -88,7 +88,11 @@ def steps(setting: Setting, batch_size: int, *, compiled: bool = False) -> list[
     """Ways of training against each other in one process, FaceLift's own where it fits."""
     file = setting.folder / f"steps-{batch_size}{'-compiled' if compiled else ''}.json"
     options = [f"--size={setting.size}", f"--device={setting.device}", f"--batch_size={batch_size}", f"--output={file}"]
-    options += ["--repeats=2", f"--compile={str(compiled).lower()}", f"--facelift={str(not compiled).lower()}"]
+    options += [
+        f"--repeats={2 if setting.size == 'sd21' else 1}",
+        f"--compile={str(compiled).lower()}",
+        f"--facelift={str(not compiled).lower()}",
+    ]
     with patch.object(benchmarked, "compile_blocks", compiler(setting.device)):
         code = run_main("train.benchmark.__main__", options)
     if code:
