@@ -33,7 +33,7 @@ from train.options.preferences import DpoConfig
 from train.step import training_step
 
 FACELIFT = "FaceLift: every weight, encoding live, checkpointing"
-"""The way that FaceLift's own trainer goes."""
+"""Name of FaceLift's own way of training."""
 OBJECTS = 8
 """Random objects that all ways train on."""
 
@@ -65,7 +65,7 @@ class NoisePictures:
 
 
 class LiveObjects(EncodedObjects):
-    """Objects whose pictures go through the encoders each time they are asked for; nothing is kept."""
+    """Objects that are encoded each time they are read; nothing is cached."""
 
     def __init__(self, source: NoisePictures, pipeline: Pipeline, *, through_vae: int, through_clip: int) -> None:
         super().__init__(source, pipeline, "random")

@@ -118,7 +118,7 @@ def test_a_cache_of_more_objects_opens_as_fast_takes_no_more_memory_and_is_drawn
     assert "written/s" in capsys.readouterr().out
 
 
-def test_a_matrix_product_s_speed_is_of_this_planet() -> None:
+def test_the_speed_of_a_matrix_product_is_plausible() -> None:
     assert 1e8 < matmul_flops(torch.device("cpu"), torch.float32, repeats=2) < 1e15
 
 
@@ -133,7 +133,7 @@ def test_a_matrix_product_s_speed_is_of_this_planet() -> None:
         ("--device=cuda", "error: device: is cuda; this machine has no CUDA device"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_refused_in_one_line(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     if "cuda" in option and torch.cuda.is_available():
         pytest.skip("there is one here")
     try:

@@ -88,7 +88,7 @@ def test_no_check_begins_without_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert row["outcome"] == "skip" and "no time was left" in row["found"]
 
 
-def test_what_is_kept_is_whole_after_each_check(tmp_path: Path) -> None:
+def test_results_are_complete_after_each_check(tmp_path: Path) -> None:
     for count in (1, 2):
         rows = [Row(f"row {number}", "a|b\nc", check="one") for number in range(count)]
         write_results(rows, {"card": "none"}, tmp_path)
@@ -96,7 +96,7 @@ def test_what_is_kept_is_whole_after_each_check(tmp_path: Path) -> None:
         assert (tmp_path / "gpu.md").read_text().count("a/b c") == count
 
 
-def test_a_number_that_is_none_passes_no_bound() -> None:
+def test_nan_passes_no_bound() -> None:
     assert judged("x", float("nan"), most=1).outcome == judged("x", float("nan"), least=1).outcome == "fail"
     assert judged("x", 1, most=1).outcome == judged("x", 1, least=1).outcome == "pass"
     assert judged("x", 1).outcome == "info" and set(results.MARKS) == {"pass", "fail", "skip", "info"}
@@ -110,7 +110,7 @@ def test_a_number_that_is_none_passes_no_bound() -> None:
         (["--devcie=cpu"], "error: unknown option 'devcie'; did you mean 'device'?"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_refused_in_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code: object = main(options)
     except SystemExit as stopped:
