@@ -1,28 +1,16 @@
 """A model for tests that are not about numbers: as small as one gets, in FaceLift's format, with random weights."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from softprompt.micro import MICRO_MODEL
-from train.benchmark.models import SIZES, Size, write_pipeline
+from softprompt.micro.models import SIZES, vae_config, write_pipeline
 
 PICTURE = 16
 """Side of its pictures in pixels."""
-_TINY = SIZES["tiny"]
-_SMALLEST = Size(
-    unet=_TINY.unet,
-    vae=_TINY.vae
-    | {
-        "block_out_channels": [8, 8],
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-    },
-    vision=_TINY.vision,
-    text=_TINY.text,
-    picture=_TINY.picture,
-)
 
 
 def write_smallest_model(folder: Path) -> Path:
@@ -30,10 +18,10 @@ def write_smallest_model(folder: Path) -> Path:
 
     Returns: the folder.
     """
-    SIZES.setdefault("smallest", _SMALLEST)
+    SIZES["smallest"] = replace(SIZES["tiny"], vae=vae_config([8, 8], layers=1, groups=8))
     torch.manual_seed(0)
     write_pipeline("smallest", folder, picture=PICTURE)
-    for part in ("tokenizer", "text_encoder"):  # whose texts mean something
+    for part in ("tokenizer", "text_encoder"):  # texts get their meaning from the embedded model
         shutil.rmtree(folder / part)
         shutil.copytree(MICRO_MODEL / part, folder / part)
     return folder

@@ -19,12 +19,13 @@ _END_OF_WORD = "</w>"
 _LENGTH = 77
 
 
-def write_tokenizer(folder: Path) -> int:
-    """Write the files of a `tokenizer` folder, as Stable Diffusion 2.x has them. Returns: the number of tokens."""
+def write_tokenizer(folder: Path, tokens: int = 0) -> None:
+    """Write the files of a `tokenizer` folder, as Stable Diffusion 2.x has them. tokens: at least, padded with unused ones."""
     merges = learn_merges(WORDS)
     characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]  # so that PAD has id 0
-    tokens = characters + [c + _END_OF_WORD for c in characters] + [a + b for a, b in merges] + [START, END]
-    ids = {token: i for i, token in enumerate(tokens)}
+    names = characters + [c + _END_OF_WORD for c in characters] + [a + b for a, b in merges] + [START, END]
+    names += [f"<unused_{number}>" for number in range(len(names), tokens)]
+    ids = {token: i for i, token in enumerate(names)}
     write_json(folder / "vocab.json", ids)
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
     specials = {
@@ -49,7 +50,6 @@ def write_tokenizer(folder: Path) -> int:
             "unk_token": END,
         },
     )
-    return len(tokens)
 
 
 def _special(token: str, *, normalized: bool) -> dict[str, str | bool]:

@@ -99,8 +99,9 @@ def test_the_newest_checkpoints_and_that_of_the_best_validation_are_kept(small, 
 
 @pytest.mark.usefixtures("without_exports")
 @pytest.mark.slow
-def test_the_micro_world_as_png_folders_gives_the_same_losses(small, tmp_path):
-    size, counts = PICTURE, {"train": (0, 8), "val": (10_000, 24)}
+def test_the_micro_world_as_png_folders_gives_the_same_losses(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.setup.MICRO_HELD_OUT_OBJECTS", 4)
+    size, counts = PICTURE, {"train": (0, 8), "val": (10_000, 4)}
     lists = {name: write_source(MicroWorld("mice", *c, size=size), tmp_path / name) for name, c in counts.items()}
     options = [
         "--data.background=three_choices",
@@ -472,7 +473,9 @@ def test_a_sign_of_collapse_is_said_once_and_when_it_is_gone(small, tmp_path, mo
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_exports")
-def test_the_configuration_that_collapses_is_caught(tmp_path, capsys):
+def test_the_configuration_that_collapses_is_caught(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.setup.MICRO_HELD_OUT_OBJECTS", 4)
+    monkeypatch.setattr("train.setup.ORIGINAL_HELD_OUT_OBJECTS", 2)
     options = [
         f"--config={REPOSITORY / 'configs' / 'collapse.yaml'}",
         "--train.steps=30",

@@ -8,13 +8,13 @@ import pytest
 
 from softprompt.data.samples import write_source
 from softprompt.micro import MICRO_MODEL
+from softprompt.micro.models import SIZES
 from softprompt.micro.world import MicroWorld
 from softprompt.model.loading import load_pipeline, load_text_encoder
 from softprompt.prompt.embeddings import load_prompt, save_prompt
 from softprompt.prompt.encoding import load_waypoints
 from tests.train.test_documented_commands import SHORT, call, commands
 from train.benchmark.__main__ import main as benchmark
-from train.benchmark.models import SIZES
 
 README = Path(__file__).parents[2] / "README.md"
 QUICK = {
@@ -42,7 +42,7 @@ def test_the_readme_s_commands_for_own_data_work_with_a_model_that_is_not_the_to
     tokenizer, text_encoder = load_text_encoder(model)
     weights += sum(p.numel() for p in text_encoder.parameters())
     assert 0.8e8 < weights < 1.5e8
-    assert len(tokenizer) == text_encoder.config.vocab_size == SIZES["medium"].text["vocab_size"]
+    assert len(tokenizer) == text_encoder.config.vocab_size == SIZES["medium"].tokens
     (tmp_path / "PIPECKPTS").symlink_to(model)
     start = load_waypoints(["facelift"], folder=model, subject="mouse", angle="", num_views=6, width=1024)[0]
     save_prompt(start, repository / "clr_embeds.pt")

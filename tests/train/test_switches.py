@@ -92,12 +92,13 @@ def test_the_losses_are_those_of_the_plain_path(
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses_and_are_compiled_once_each(
-    mice: Path, small_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    mice: Path, small_config: Callable[..., Config], smallest_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # aot_eager: the same graphs and guards, without a minute of compiling them and without the need for a compiler.
     monkeypatch.setattr(setup, "compile_blocks", partial(model.compile_blocks, backend="aot_eager"))
     torch._dynamo.utils.counters.clear()
-    job, plain = (prepare(small_config(mice, **PLAIN | {"train.compile": on})) for on in ("true", "false"))
+    options = PLAIN | {"model": smallest_model}
+    job, plain = (prepare(small_config(mice, **options | {"train.compile": on})) for on in ("true", "false"))
     graphs = []
     for step in range(STEPS):  # each with the adapters on and off, and under two prompts
         found, expected = training_step(job.trainer, step), training_step(plain.trainer, step)

@@ -47,7 +47,7 @@ class Options:
     facelift: bool = True
     """Also measure FaceLift's own way of training, which takes 16 bytes of memory a weight."""
     objectives: bool = False
-    """Also measure steps with each objective that samples, decodes or looks at more than the plain loss does."""
+    """Also measure steps with each objective that samples, decodes or needs more than the denoising loss does."""
     only: str | None = None
     """Measure the ways whose names hold this alone, e.g. `KL at every 4th`: their peak of memory is then theirs."""
     kernels: bool = False
@@ -97,7 +97,7 @@ def _benchmark(*, count: bool, growth: bool, **given: Any) -> int:
 
 def _write(options: Options) -> int:
     from softprompt.files import refuse_taken
-    from train.benchmark.models import write_pipeline
+    from softprompt.micro.models import write_pipeline
     from train.device import quiet_libraries
 
     quiet_libraries(True)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from softprompt.micro.models import random_pipeline
 from softprompt.model.adapted import AdaptedModel, add_lora
 from softprompt.prompt.soft_prompt import SoftPrompt
-from train.benchmark.models import random_pipeline
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -25,13 +25,13 @@ class Parts:
     forward: float
     """FLOP of the UNet's forward pass; multiplications and additions each count."""
     backward_adapted: float
-    """FLOP of its backward pass where prompt and LoRA train."""
+    """FLOP of its backward pass if prompt and LoRA train."""
     backward_lora: float
-    """The same where LoRA alone does."""
+    """FLOP of its backward pass if only the LoRA trains."""
     backward_all: float
-    """The same where every weight does."""
+    """FLOP of its backward pass if every weight trains."""
     reference: float
-    """FLOP of the untouched model's forward pass."""
+    """FLOP of the pretrained model's forward pass."""
     vae: float
     """FLOP of encoding one picture."""
     clip: float
@@ -39,15 +39,15 @@ class Parts:
     decode: float
     """FLOP of decoding one picture."""
     backward_decode: float
-    """FLOP of the way back through its decoder, to its latents."""
+    """FLOP of the backward pass through the decoder, to its latents."""
     activations: int
     """Bytes kept for the backward pass of prompt and LoRA."""
     activations_decode: int
-    """Bytes kept for the way back through the decoder of one picture, in float32."""
+    """Bytes kept for the backward pass through the decoder of one picture, in float32."""
     unet_parameters: int
     trained_parameters: int
     encoder_parameters: int
-    """Of VAE and image encoder."""
+    """Parameters of VAE and image encoder."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def count_parts(size: str, *, views: int = 6, picture: int | None = None, rank: 
 
 
 def arms(parts: Parts, *, views: int = 6) -> list[Arm]:
-    """The ways of training, composed of their parts, per object."""
+    """The ways of training, each the sum of its parts, per object."""
     p = parts
     trained, ours = 4 * 4 * p.trained_parameters, 2 * p.unet_parameters  # fp32 weight, gradient, two moments; bf16 weights
     encoders = 4 * p.encoder_parameters
@@ -151,7 +151,7 @@ def objective_arms(parts: Parts, *, views: int = 6, steps: int = 20, last: int =
     p = parts
     trained, ours, encoders = 4 * 4 * p.trained_parameters, 2 * p.unet_parameters, 4 * p.encoder_parameters
     guided = 2  # halves of the batch
-    anew = 1 if last > 1 else 0  # passes that are computed again on the way back
+    anew = 1 if last > 1 else 0  # passes that are recomputed in the backward pass
     sampled = guided * ((steps + anew * last) * p.forward + last * (p.backward_adapted + p.reference))
     decoded = views * (2 * p.decode + p.backward_decode)
     # The last pass's activations, or those of one computed anew, beside those of one picture's decoder.

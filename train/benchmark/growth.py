@@ -1,4 +1,4 @@
-"""How cost grows: with the number of objects in the cache, with the batch, the views and the size of the pictures."""
+"""Growth of cost with the number of objects in the cache, with the batch, the views and the size of the pictures."""
 
 import json
 import os
@@ -19,29 +19,29 @@ from softprompt.data.batch import seeded
 from softprompt.data.cache import EncodedObjects, PictureCache
 from softprompt.data.samples import open_source, picture_name
 from softprompt.files import new_file
+from softprompt.micro.models import SIZES, random_pipeline
 from softprompt.model.pipeline import Pipeline
 from train.benchmark.measure import measure
-from train.benchmark.models import DEFAULT_PICTURE, random_pipeline
 from train.benchmark.way import Setting, Way
 
 SIDE = 8
-"""Of the pictures whose number grows: it is the handling of many that is measured, not encoding."""
+"""Side of the pictures whose number grows, in pixels: small, since handling many is measured, not encoding."""
 
 
 @dataclass(frozen=True)
 class ManyObjects:
-    """A cache of so many objects of one view."""
+    """Measurements of a cache of objects with one view."""
 
     objects: int
     build_seconds: float
-    """To read, encode and write those that the row before did not have."""
+    """Time to read, encode and write the objects that the row before did not have."""
     built: int
     open_seconds: float
-    """In a new process, from the list of samples to the first encoded object; imports and models aside."""
+    """Time in a new process from the list of samples to the first encoded object, without imports and models."""
     memory_bytes: int
-    """Of that process, after it opened the cache, beyond what it had before."""
+    """Memory that the process gained by opening the cache."""
     epoch_memory_bytes: int
-    """The same after it has read every object once."""
+    """Memory that it gained by opening the cache and reading every object once."""
     epoch_seconds: float
 
 
@@ -118,7 +118,7 @@ def growing_steps(
 
     way_of: the way of training that is measured, for a setting.
     """
-    side = DEFAULT_PICTURE[setting.size]
+    side = SIZES[setting.size].picture
     settings = {
         "batch_size": [replace(setting, batch_size=n) for n in (1, 2, 4, 8, 16)],
         "views": [replace(setting, views=n) for n in (1, 2, 4, 6, 8, 12)],
@@ -135,7 +135,7 @@ def growing_steps(
 
 
 def draw(objects: Sequence[ManyObjects], steps: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """All of it as one picture."""
+    """Draw all measurements as one picture."""
     import matplotlib
 
     matplotlib.use("Agg")

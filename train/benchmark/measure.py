@@ -30,7 +30,7 @@ class Measured:
     peak_bytes: int | None = None
     """Peak of the GPU's memory in its steps; None on a CPU."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Seconds of a step by phase, each phase waited for."""
+    """Seconds of a step by phase, synchronised after each."""
 
     @property
     def typical(self) -> float:
@@ -77,7 +77,7 @@ def dearest_kernels(way: Way, device: torch.device, *, count: int = 10) -> dict[
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, *, repeats: int = 10) -> float:
-    """FLOP/s of a large matrix product, the best of some: what the machine gives at most."""
+    """FLOP/s of a large matrix product, the best of some: the machine's practical maximum."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = 0.0

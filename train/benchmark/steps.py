@@ -11,6 +11,7 @@ from softprompt.data.batch import EncodedViews, draw, seeded
 from softprompt.data.cache import EncodedObjects
 from softprompt.data.pictures import composite
 from softprompt.errors import InputError
+from softprompt.micro.models import random_pipeline
 from softprompt.model.adapted import AdaptedModel, add_lora, compile_blocks, predict
 from softprompt.model.attention import attention_sides
 from softprompt.model.conditioning import image_embeddings, make_batch, noisy_and_target
@@ -18,7 +19,6 @@ from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.losses import denoising_loss, snr, snr_weights
 from softprompt.objectives.rewards import REWARDS
 from softprompt.prompt.soft_prompt import SoftPrompt
-from train.benchmark.models import NoisePictures, random_pipeline
 from train.benchmark.way import Setting, Way
 from train.build import build_trainer
 from train.objectives.dpo import OwnDpo
@@ -33,13 +33,39 @@ from train.options.preferences import DpoConfig
 from train.step import training_step
 
 FACELIFT = "FaceLift: every weight, encoding live, checkpointing"
-"""The way that FaceLift's own trainer goes."""
+"""Name of FaceLift's own way of training."""
 OBJECTS = 8
 """Random objects that all ways train on."""
 
 
+class NoisePictures:
+    """A source (see softprompt.data.samples) of opaque random pictures: as costly to encode and train on as any."""
+
+    locations: tuple[str, ...] = ()
+
+    def __init__(self, count: int, views: int, size: int) -> None:
+        self.names = [f"noise-{index:06d}" for index in range(count)]
+        self._shape = (views, 4, size, size)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def check(self, indices: object) -> None:
+        """Nothing to check."""
+
+    def files(self, index: int) -> tuple[()]:
+        """It has no files."""
+        return ()
+
+    def load(self, index: int) -> torch.Tensor:
+        """Returns: uint8 [V, 4, S, S]."""
+        pixels = torch.randint(256, self._shape, generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+        pixels[:, 3] = 255
+        return pixels
+
+
 class LiveObjects(EncodedObjects):
-    """Objects whose pictures go through the encoders each time they are asked for; nothing is kept."""
+    """Objects that are encoded each time they are read; nothing is cached."""
 
     def __init__(self, source: NoisePictures, pipeline: Pipeline, *, through_vae: int, through_clip: int) -> None:
         super().__init__(source, pipeline, "random")

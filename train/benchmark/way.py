@@ -12,7 +12,7 @@ class Setting:
     """Settings that all ways of training share."""
 
     size: str
-    """A key of train.benchmark.models.SIZES."""
+    """A key of softprompt.micro.models.SIZES."""
     device: torch.device
     dtype: torch.dtype
     """dtype of frozen weights and arithmetic."""

@@ -4,21 +4,26 @@ Each check is a process of its own with a time limit of its own; results are kep
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from softprompt.errors import InputError
 from softprompt.files import refuse_taken
 from train.cli import FAILED, PlainParser, run_command, suggestion
+from train.gpu import checks
+from train.gpu.checks import PARTS, Check, Setting
+from train.gpu.results import MARKS, Row, read_rows, save_rows, skipped, write_results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns: 0 where no check failed, 1 where one did, 2 bad input, 130 interrupted."""
+    """Returns: 0 if no check failed, 1 if one did, 2 bad input, 130 interrupted."""
     given = _parser().parse_args(argv)
     command = _one if given.only else _all
     return run_command(lambda: command(given), interrupted=f"interrupted; finished checks are in {given.output}")
@@ -30,38 +35,32 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="Examples: python -m train.gpu | python -m train.gpu --size tiny --device cpu --output try",
     )
-    parser.add_argument("--size", choices=("sd21", "tiny"), default="sd21", help="Of the model; tiny to try the checks.")
+    parser.add_argument("--size", choices=("sd21", "tiny"), default="sd21", help="Size of the model; tiny to try the checks.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu to try the checks.")
     parser.add_argument("--output", type=Path, default=Path("gpu"), help="New folder for gpu.md and gpu.json; gpu by default.")
-    parser.add_argument("--minutes", type=float, default=9, help="Time for all of them; 9 by default.")
-    parser.add_argument("--parts", help="Some parts alone, with commas: right, main job, full size, memory, long run.")
+    parser.add_argument("--minutes", type=float, default=9, help="Minutes for all of them; 9 by default.")
+    parser.add_argument("--parts", help="Only these parts, with commas: right, main job, full size, memory, long run.")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one check, in this process
     return parser
 
 
 def _one(given: argparse.Namespace) -> int:
     """One check, in the process that was started for it."""
-    from train.gpu.checks import CHECKS
-    from train.gpu.results import save_rows
-    from train.gpu.setting import Setting
-
-    rows = CHECKS[given.only].run(Setting(given.size, given.device, given.output))
-    save_rows(rows, _file_of(given.output, given.only))
+    only = json.loads(given.only)
+    check = Check("", 0, only["function"], options=only["options"])
+    save_rows(check.run(Setting(given.size, given.device, given.output)), _file_of(given.output, only["name"]))
     return 0
 
 
 def _all(given: argparse.Namespace) -> int:
     import torch
 
-    from train.gpu.checks import CHECKS, PARTS
-    from train.gpu.results import MARKS, Row, read_rows, skipped, write_results
-
     if given.device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device: is cuda; torch {torch.__version__} finds no CUDA device; likely a CPU build, or no driver")
     wanted = [part.strip() for part in given.parts.split(",")] if given.parts else list(PARTS)
     for part in wanted:
         if part not in PARTS:
-            raise InputError(f"--parts: {part!r} is none; expected some of {', '.join(PARTS)}{suggestion(part, PARTS)}")
+            raise InputError(f"--parts: {part!r} is no part; expected some of {', '.join(PARTS)}{suggestion(part, PARTS)}")
     refuse_taken(given.output)
     given.output.mkdir(parents=True, exist_ok=True)
     card = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
@@ -69,7 +68,7 @@ def _all(given: argparse.Namespace) -> int:
     rows: list[Row] = []
     failed: set[str] = set()
     began = time.monotonic()
-    for name, check in CHECKS.items():
+    for name, check in checks.CHECKS.items():
         if check.part not in wanted:
             continue
         left = 60 * given.minutes - (time.monotonic() - began)
@@ -78,8 +77,8 @@ def _all(given: argparse.Namespace) -> int:
         elif left < check.seconds / 3:
             new = skipped(name, f"no time was left (--minutes {given.minutes:g})")
         else:
-            new = _in_process(name, min(check.seconds, max(left, 1)), given, read_rows)
-        new = [row if row.check else Row(**{**row.__dict__, "check": name}) for row in new]
+            new = _in_process(name, check, min(check.seconds, max(left, 1)), given)
+        new = [replace(row, check=name) for row in new]
         rows += new
         if any(row.outcome == "fail" for row in new):
             failed.add(name)
@@ -92,11 +91,10 @@ def _all(given: argparse.Namespace) -> int:
     return FAILED if failed else 0
 
 
-def _in_process(name: str, limit: float, given: argparse.Namespace, read_rows: Any) -> Any:
+def _in_process(name: str, check: Check, limit: float, given: argparse.Namespace) -> list[Row]:
     """A check in a process of its own, killed where it takes too long. Returns: its rows."""
-    from train.gpu.results import Row
-
-    line = [sys.executable, "-m", "train.gpu", "--only", name, "--size", given.size, "--device", given.device]
+    only = json.dumps({"name": name, "function": check.function, "options": dict(check.options)})
+    line = [sys.executable, "-m", "train.gpu", "--only", only, "--size", given.size, "--device", given.device]
     line += ["--output", str(given.output)]
     began = time.monotonic()
     log = _file_of(given.output, name).with_suffix(".log")
@@ -113,14 +111,14 @@ def _in_process(name: str, limit: float, given: argparse.Namespace, read_rows: A
                 process.wait()
     seconds = time.monotonic() - began
     if code == 0:
-        return read_rows(_file_of(given.output, name), name, seconds)
+        return read_rows(_file_of(given.output, name), seconds)
     said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-1:]
     why = f"took more than {limit:.0f} s" if code is None else f"exit code {code}: {''.join(said)[:300]}"
-    return [Row("the check itself", f"{why} (see {log.name})", "an end", "fail", name, seconds)]
+    return [Row("the check itself", f"{why} (see {log.name})", "an end", "fail", seconds=seconds)]
 
 
 def _file_of(folder: Path, name: str) -> Path:
-    """Where a check leaves its rows."""
+    """The file of a check's rows."""
     return folder / "checks" / ("".join(c if c.isalnum() else "-" for c in name) + ".json")
 
 

@@ -1,15 +1,71 @@
 """The checks, the most important first: each is done in a process of its own, within a time of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 from train.gpu.results import Row
-from train.gpu.setting import Setting
 
 OURS = "KL at every 4th"
 """Part of the name of this project's own way of training."""
+
+
+SMALL = {
+    "train.batch_size": "1",
+    "train.steps": "3",
+    "train.warmup_steps": "0",
+    "lora.rank": "2",
+    "data.limit": "4",
+    "kl.domain": "new",
+    "kl.every": "1",
+    "monitor.log_every": "1",
+    "monitor.validate_every": "6",
+    "monitor.validation_timesteps": "1",
+    "monitor.preview_every": "6",
+    "monitor.preview_objects": "1",
+    "monitor.preview_steps": "2",
+    "monitor.checkpoint_every": "6",
+    "export.pipeline": "false",
+    "export.report": "false",
+}
+"""Options of a small run of the embedded model."""
+
+
+def compiler(device: str) -> Callable[..., None]:
+    """`compile_blocks`; on a CPU it makes the same graphs, without the minutes that compiling them takes there."""
+    from softprompt.model.adapted import compile_blocks  # seconds, which not every check needs
+
+    return partial(compile_blocks, backend="inductor" if device == "cuda" else "eager")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Settings of a check."""
+
+    size: str
+    """sd21, or tiny to try the checks themselves."""
+    device: str
+    """cuda or cpu."""
+    folder: Path
+    """Folder of results, runs and the written pipeline."""
+
+    @property
+    def reference(self) -> Path:
+        """File of the numbers of float32 on the CPU."""
+        return self.folder / "reference.json"
+
+    @property
+    def model(self) -> Path:
+        """The pipeline folder of random weights."""
+        return self.folder / "pipeckpts"
+
+    @property
+    def data(self) -> Path:
+        """A folder of samples."""
+        return self.folder / "mice"
 
 
 @dataclass(frozen=True)
@@ -27,9 +83,15 @@ class Check:
     """Arguments of the function."""
 
     def run(self, setting: Setting) -> list[Row]:
-        """Do it in this process."""
+        """Run it in this process."""
         rows: list[Row] = resolve_name(self.function)(setting, **self.options)
         return rows
+
+
+def run_main(module: str, options: list[str]) -> int:
+    """Run a command's `main` in this process, whose memory may be capped. Returns: its exit code."""
+    code: int = resolve_name(f"{module}:main")(options)
+    return code
 
 
 def _right(seconds: float, function: str, needs: str = "", **options: Any) -> Check:

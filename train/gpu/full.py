@@ -7,21 +7,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from pkgutil import resolve_name
 from statistics import median
 from unittest.mock import patch
 
 import torch
 
 from softprompt.data.samples import write_source
+from softprompt.micro.models import write_pipeline
 from softprompt.micro.world import MicroWorld
 from train.benchmark import steps as benchmarked
-from train.benchmark.models import write_pipeline
 from train.callbacks import checkpoint
 from train.evaluation.evaluator import averaged
-from train.gpu.checks import OURS
+from train.gpu.checks import OURS, SMALL, Setting, compiler, run_main
 from train.gpu.results import Row, is_true, judged, skipped
-from train.gpu.setting import SMALL, Setting, compiler
 from train.log.series import read_series
 from train.loop import start
 from train.options.command_line import parse
@@ -90,9 +88,13 @@ def steps(setting: Setting, batch_size: int, *, compiled: bool = False) -> list[
     """Ways of training against each other in one process, FaceLift's own where it fits."""
     file = setting.folder / f"steps-{batch_size}{'-compiled' if compiled else ''}.json"
     options = [f"--size={setting.size}", f"--device={setting.device}", f"--batch_size={batch_size}", f"--output={file}"]
-    options += ["--repeats=2", f"--compile={str(compiled).lower()}", f"--facelift={str(not compiled).lower()}"]
+    options += [
+        f"--repeats={2 if setting.size == 'sd21' else 1}",
+        f"--compile={str(compiled).lower()}",
+        f"--facelift={str(not compiled).lower()}",
+    ]
     with patch.object(benchmarked, "compile_blocks", compiler(setting.device)):
-        code = _command("train.benchmark.__main__", options)
+        code = run_main("train.benchmark.__main__", options)
     if code:
         return [is_true("train.benchmark", False, f"exit code {code}", "exit code 0")]
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -118,7 +120,7 @@ def alone(setting: Setting, way: str) -> list[Row]:
     """The peak of memory of one way, with nothing else in its process."""
     file = setting.folder / f"alone-{re.sub('[^A-Za-z0-9]+', '-', way)}.json"
     options = [f"--size={setting.size}", f"--device={setting.device}", f"--only={way}", "--repeats=1", f"--output={file}"]
-    if code := _command("train.benchmark.__main__", [*options, f"--kernels={str(way == OURS).lower()}"]):
+    if code := run_main("train.benchmark.__main__", [*options, f"--kernels={str(way == OURS).lower()}"]):
         return [is_true("train.benchmark", False, f"exit code {code}", "exit code 0")]
     found = json.loads(file.read_text(encoding="utf-8"))
     rows = []
@@ -138,7 +140,7 @@ def profile_of_memory(setting: Setting, gigabytes: int) -> list[Row]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
     run = setting.folder / f"run-{gigabytes}gb"
-    code = _command(
+    code = run_main(
         "train.softprompt", [*_real_run(setting, f"facelift_mouse_{gigabytes}gb"), f"--output={run}", "--export.report=false"]
     )
     if code:
@@ -178,12 +180,6 @@ def long_run(setting: Setting) -> list[Row]:
         Row("steps a second, warm, of 8 objects" if setting.size == "sd21" else "steps a second, warm", f"{1 / step_s:.3g}"),
         *_shares(config, step_s, {"validation": validation_s, "preview": preview_s, "checkpoint": checkpoint_s}),
     ]
-
-
-def _command(module: str, options: list[str]) -> int:
-    """Run a command in this process, whose memory may be capped. Returns: its exit code."""
-    code: int = resolve_name(f"{module}:main")(options)
-    return code
 
 
 def _shares(config: Config, step_s: float, once: dict[str, float]) -> list[Row]:

@@ -13,22 +13,22 @@ MARKS = {"pass": "pass", "fail": "**FAIL**", "skip": "skipped", "info": ""}
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was checked or measured."""
+    """One result."""
 
     name: str
     found: str
-    """In words, with its unit."""
+    """The value, with its unit."""
     wanted: str = ""
     outcome: str = "info"
-    """pass, fail, skip (could not be checked here) or info (a number that nothing is promised of)."""
+    """pass, fail, skip (could not be checked here) or info (a number without a bound)."""
     check: str = ""
-    """Which check it is of; filled in where all rows are gathered."""
+    """Name of its check; filled in when all rows are gathered."""
     seconds: float | None = None
-    """Of its check, on the first row of it."""
+    """Duration of the check, on its first row."""
 
 
 def judged(name: str, found: float, *, most: float | None = None, least: float | None = None, unit: str = "") -> Row:
-    """A number against a bound. NaN passes none."""
+    """A number against a bound; NaN fails."""
     good = (most is None or found <= most) and (least is None or found >= least)
     wanted = f"at most {most:.4g}{unit}" if most is not None else f"at least {least:.4g}{unit}" if least is not None else ""
     return Row(name, f"{found:.4g}{unit}", wanted, "info" if not wanted else "pass" if good else "fail")
@@ -40,18 +40,18 @@ def is_true(name: str, holds: bool, found: str, wanted: str) -> Row:
 
 
 def skipped(name: str, why: str) -> list[Row]:
-    """Of a check that cannot be made here."""
+    """The row of a check that cannot be done here."""
     return [Row(name, why, "", "skip")]
 
 
 def save_rows(rows: Sequence[Row], file: Path) -> None:
-    """Of one check, for the process that started it."""
+    """Write the rows of one check, for the process that started it."""
     write_json(file, {"rows": [asdict(row) for row in rows]})
 
 
-def read_rows(file: Path, check: str, seconds: float) -> list[Row]:
-    """The rows of a check that has ended."""
-    rows = [replace(Row(**row), check=check) for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+def read_rows(file: Path, seconds: float) -> list[Row]:
+    """The rows of a check that has ended, after so many seconds."""
+    rows = [Row(**row) for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
     return [replace(row, seconds=seconds if index == 0 else None) for index, row in enumerate(rows)]
 
 

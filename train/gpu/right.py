@@ -1,12 +1,9 @@
 """Whether the numbers are right on the device, at the micro size: each check is one function, and a process of its own."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,8 +14,8 @@ from softprompt.errors import RunError
 from softprompt.model.sampling import sample_views
 from train import setup
 from train.evaluation.evaluator import averaged
+from train.gpu.checks import SMALL, Setting, compiler, run_main
 from train.gpu.results import Row, is_true, judged, skipped
-from train.gpu.setting import SMALL, Setting, compiler
 from train.log.series import read_series
 from train.loop import train
 from train.options.command_line import parse
@@ -106,23 +103,15 @@ def killed(setting: Setting) -> list[Row]:
     line = [f"--{name}={value}" for name, value in {**SMALL, "train.device": setting.device, "train.steps": 6}.items()]
     line += ["--monitor.checkpoint_every=2", "--resume-or-start"]
 
-    def start(folder: Path) -> "subprocess.Popen[str]":
-        argv = [sys.executable, "-m", "train.softprompt", *line, f"--output={folder}"]
-        return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-    def finish(folder: Path) -> None:
-        with start(folder) as process:
-            _, said = process.communicate()
-        if process.returncode != 0:
-            raise RunError(f"train.softprompt ended with {process.returncode}: {said.strip().splitlines()[-1:]}")
-
-    with start(cut) as process:
+    argv = [sys.executable, "-m", "train.softprompt", *line, f"--output={cut}"]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not list((cut / "checkpoints").glob("step-*")):
             time.sleep(0.05)
         was_killed = process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)
-    finish(cut)
-    finish(whole)
+        process.kill()
+    for folder in (cut, whole):
+        if code := run_main("train.softprompt", [*line, f"--output={folder}"]):
+            raise RunError(f"train.softprompt ended with {code}")
     same = 0.0 if setting.device == "cpu" else 1e-2  # kernels on a GPU are not all deterministic
     ends = [[point["loss/validation"] for point in read_series(run) if "loss/validation" in point][-1] for run in (cut, whole)]
     return [

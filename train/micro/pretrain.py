@@ -4,18 +4,18 @@ The order of the phases, optimisers and files are in train/micro.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from einops import rearrange, repeat
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from softprompt.data.batch import Draw, EncodedViews, draw, seeded
 from softprompt.data.pictures import BACKGROUNDS, composite, pick_background
 from softprompt.data.samples import Source
-from softprompt.micro.parts import MicroParts
 from softprompt.micro.world import MicroWorld
 from softprompt.model.conditioning import encode_views, make_batch, noisy_and_target
 from softprompt.model.pipeline import Pipeline
@@ -34,9 +34,6 @@ PRIOR_TEXTS = {
 
 _KL_WEIGHT = 1e-4
 _FIXED_TIMESTEPS = (100, 350, 600, 850)
-
-
-# ----------------------------------------------------------------------------------------------------------- pictures
 
 
 def load_all(source: Source) -> Tensor:
@@ -73,20 +70,8 @@ def encode_domain(pipeline: Pipeline, rgba: Tensor) -> EncodedDomain:
     return EncodedDomain(objects, torch.cat(features))
 
 
-@torch.no_grad()
-def with_embeds(pipeline: Pipeline, domain: EncodedDomain) -> EncodedDomain:
-    """The objects with view 0's embedding by the image encoder as it is now, for every view."""
-    embeds = pipeline.image_encoder(domain.features).image_embeds
-    num_views = len(domain.objects[0].mean)
-    objects = [replace(o, embeds=repeat(e, "e -> v e", v=num_views)) for o, e in zip(domain.objects, embeds, strict=True)]
-    return EncodedDomain(objects, domain.features)
-
-
-# ---------------------------------------------------------------------------------------------------------------- VAE
-
-
 def vae_loss(vae: AutoencoderKL, rgba: Tensor, generator: torch.Generator) -> Tensor:
-    """Reconstruction on any background, white the commonest, with just enough KL to keep the latents bounded.
+    """Reconstruction on any background, most often white, with just enough KL to keep the latents bounded.
 
     rgba: uint8 [K, 4, S, S].
     """
@@ -99,7 +84,7 @@ def vae_loss(vae: AutoencoderKL, rgba: Tensor, generator: torch.Generator) -> Te
 
 
 def decoder_loss(vae: AutoencoderKL, rgba: Tensor, generator: torch.Generator) -> Tensor:
-    """Reconstruction by the decoder, the encoder as it is; the object weighs more than what is behind it.
+    """Reconstruction by the decoder, the encoder frozen; the foreground weighs more than the background.
 
     rgba: uint8 [K, 4, S, S].
     """
@@ -127,13 +112,10 @@ def latent_spread(vae: AutoencoderKL, pictures: Tensor) -> float:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, pictures: Tensor) -> float:
-    """Mean PSNR in dB of what the VAE makes of pictures [K, 3, S, S] in [0, 1]."""
+    """Mean PSNR in dB of the VAE's reconstructions of pictures [K, 3, S, S] in [0, 1]."""
     decoded = torch.cat([vae.decode(vae.encode(part * 2 - 1).latent_dist.mode()).sample for part in pictures.split(12)])
     error = (decoded / 2 + 0.5).clamp(0, 1) - pictures
     return float(-10 * error.square().mean(dim=(1, 2, 3)).log10().mean())
-
-
-# --------------------------------------------------------------------------------------------------------------- UNet
 
 
 def draws_of(objects: Sequence[EncodedViews], *key: int | str) -> list[Draw]:
@@ -202,21 +184,19 @@ def fit_normalizer(pipeline: Pipeline, features: Tensor) -> None:
 class TrainedPrompts:
     """The texts' prompts while the text encoder is trained along.
 
-    Encoding is as dear as a step of the UNet, so it is done once in `every` steps; the gradients of these steps are
-    gathered at the prompts and go through the text encoder together.
+    Encoding costs as much as a step of the UNet, so it is done once in `every` steps; the gradients of these steps add up
+    at the prompts and go through the text encoder together.
     """
 
-    def __init__(self, parts: MicroParts, texts: Sequence[Sequence[str]], every: int) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel, texts: Sequence[Sequence[str]], every: int) -> None:
         flat = [text for views in texts for text in views]
-        self._tokens = parts.tokenizer(
-            flat, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-        ).input_ids
-        self._encoder, self._every, self._num_texts = parts.text_encoder, every, len(texts)
+        self._tokens = tokenizer(flat, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        self._encoder, self._every, self._num_texts = encoder, every, len(texts)
         self._encoded: Tensor | None = None
         self._leaf: Tensor | None = None
 
     def get(self) -> Tensor:
-        """[K, V, T, D], one per text; a leaf whose gradient is gathered."""
+        """[K, V, T, D], one per text; a leaf that collects the gradients."""
         if self._leaf is None:
             self._encoded = rearrange(self._encoder(self._tokens)[0], "(k v) t d -> k v t d", k=self._num_texts)
             self._leaf = self._encoded.detach().requires_grad_()
@@ -231,10 +211,10 @@ class TrainedPrompts:
 
 
 def held_out(domain: str, count: int) -> MicroWorld:
-    """Objects that no training here has seen."""
+    """Objects that the micro model was not trained on."""
     return MicroWorld(domain, 20_000, count)
 
 
 def given_picture(source: Source, index: int) -> Tensor:
-    """[V, 3, S, S] in [0, 1]: an object on white; view 0 is the picture to be given."""
+    """[V, 3, S, S] in [0, 1]: an object on white; view 0 is the input picture."""
     return on_background(source.load(index), 0)

@@ -3,29 +3,29 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
+
+TEXT_EVERY = 8
+"""Steps of the prior between those of the text encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Build the embedded micro pipeline, a small FaceLift, from nothing."""
 
-    TEXT_EVERY: ClassVar[int] = 8
-    """Steps of the prior between those of the text encoder."""
-
     output: Path = MICRO_MODEL
     """Pipeline folder to write."""
     overwrite: bool = False
     """Replace that folder if it exists."""
     grid: Path | None = None
-    """Picture to write at the end: held-out heads, given | six true views | six sampled views."""
+    """Picture to write at the end: held-out heads, input | six true views | six sampled views."""
     report_only: bool = False
-    """Build nothing: say, and with --grid draw, what the folder that is there can do."""
+    """Build nothing: report on, and with --grid draw, the existing folder."""
     state: Path | None = None
-    """File to go on from, saved along the way and removed at the end; null is .NAME.state.pt beside the output."""
+    """File to continue from, saved along the way and removed at the end; null is .NAME.state.pt beside the output."""
     seed: int = 0
     """Seed of all weights and noise."""
     objects: int = 500
@@ -48,29 +48,25 @@ class Settings:
     """Held-out objects in the evaluation."""
 
     def __post_init__(self) -> None:
-        for name in ("objects", "vae_steps", "prior_steps", "heads_steps", "decoder_steps", "evaluated"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        _require(self.batch_size > 0 and self.batch_size % 4 == 0, "batch_size", self.batch_size, "a multiple of 4")
-        _require(
-            self.save_every > 0 and self.save_every % self.TEXT_EVERY == 0,
-            "save_every",
-            self.save_every,
-            f"a multiple of {self.TEXT_EVERY}",
-        )
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
+        checks = {name: (getattr(self, name) >= 1, "1 or more") for name in ("objects", "evaluated")}
+        checks |= {f"{phase}_steps": (self.steps(phase) >= 1, "1 or more") for phase in ("vae", "prior", "heads", "decoder")}
+        checks["batch_size"] = self.batch_size > 0 and self.batch_size % 4 == 0, "a multiple of 4"
+        checks["save_every"] = self.save_every > 0 and self.save_every % TEXT_EVERY == 0, f"a multiple of {TEXT_EVERY}"
+        checks["learning_rate"] = self.learning_rate > 0, "a positive number"
+        for name, (holds, expected) in checks.items():
+            if not holds:
+                raise InputError(f"{name}: is {getattr(self, name)}; expected {expected}")
 
     @property
     def state_file(self) -> Path:
-        """Where the state is."""
+        """The file that the state is saved to."""
         return self.state or self.output.with_name(f".{self.output.name}.state.pt")
+
+    def steps(self, phase: str) -> int:
+        """Steps of a phase."""
+        return int(getattr(self, f"{phase}_steps"))
 
     def fingerprint(self, phases: Sequence[str]) -> dict[str, Any]:
         """Settings that a state file of these phases must agree with."""
-        steps = [f"{phase}_steps" for phase in phases]
-        names = ["seed", "objects", "learning_rate", *steps, *(["batch_size"] if len(phases) > 1 else [])]
-        return {name: getattr(self, name) for name in names}
-
-
-def _require(holds: bool, name: str, found: Any, expected: str) -> None:
-    if not holds:
-        raise InputError(f"{name}: is {found}; expected {expected}")
+        names = ["seed", "objects", "learning_rate", *(f"{phase}_steps" for phase in phases)]
+        return {name: getattr(self, name) for name in [*names, *(["batch_size"] if len(phases) > 1 else [])]}

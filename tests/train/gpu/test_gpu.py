@@ -2,15 +2,15 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from train.gpu import checks, results
 from train.gpu.__main__ import main
-from train.gpu.checks import CHECKS, Check
+from train.gpu.checks import CHECKS, SMALL, Check, Setting
 from train.gpu.results import Row, judged, write_results
-from train.gpu.setting import Setting
 
 pytestmark = pytest.mark.xdist_group("gpu")  # the checks read each other's results
 
@@ -22,9 +22,11 @@ ON_A_GPU_ALONE |= {"fp16", "fp16's gradient scaler", "out of memory"}
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """One for all checks, which read each other's results."""
-    return Setting("tiny", "cpu", tmp_path_factory.mktemp("gpu"))
+def setting(tmp_path_factory: pytest.TempPathFactory, smallest_model: Path) -> Iterator[Setting]:
+    """One for all checks, which read each other's results; their runs are of the smallest model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SMALL, "model", str(smallest_model))
+        yield Setting("tiny", "cpu", tmp_path_factory.mktemp("gpu"))
 
 
 @pytest.mark.slow
@@ -62,12 +64,7 @@ MINE = {
 def test_a_check_that_breaks_or_takes_too_long_costs_its_own_row_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = tmp_path / "sitecustomize.py"  # the processes of the checks read this table too
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\nfrom train.gpu import checks\n"
-        f"from {NAME} import MINE\nchecks.CHECKS.clear()\nchecks.CHECKS.update(MINE)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))  # of the processes of the checks
     monkeypatch.setattr(checks, "CHECKS", MINE)
     out = tmp_path / "out"
     assert main(["--size=tiny", "--device=cpu", f"--output={out}", "--parts=right, main job"]) == 1
@@ -93,7 +90,7 @@ def test_no_check_begins_without_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert row["outcome"] == "skip" and "no time was left" in row["found"]
 
 
-def test_what_is_kept_is_whole_after_each_check(tmp_path: Path) -> None:
+def test_results_are_complete_after_each_check(tmp_path: Path) -> None:
     for count in (1, 2):
         rows = [Row(f"row {number}", "a|b\nc", check="one") for number in range(count)]
         write_results(rows, {"card": "none"}, tmp_path)
@@ -101,7 +98,7 @@ def test_what_is_kept_is_whole_after_each_check(tmp_path: Path) -> None:
         assert (tmp_path / "gpu.md").read_text().count("a/b c") == count
 
 
-def test_a_number_that_is_none_passes_no_bound() -> None:
+def test_nan_passes_no_bound() -> None:
     assert judged("x", float("nan"), most=1).outcome == judged("x", float("nan"), least=1).outcome == "fail"
     assert judged("x", 1, most=1).outcome == judged("x", 1, least=1).outcome == "pass"
     assert judged("x", 1).outcome == "info" and set(results.MARKS) == {"pass", "fail", "skip", "info"}
@@ -110,12 +107,12 @@ def test_a_number_that_is_none_passes_no_bound() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--parts=rihgt", "--device=cpu"], "error: --parts: 'rihgt' is none; expected some of right, main job"),
+        (["--parts=rihgt", "--device=cpu"], "error: --parts: 'rihgt' is no part; expected some of right, main job"),
         (["--device=cpu", "--output=."], "exists already and is not an empty folder"),
         (["--devcie=cpu"], "error: unknown option 'devcie'; did you mean 'device'?"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_refused_in_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code: object = main(options)
     except SystemExit as stopped:
