@@ -12,18 +12,19 @@ from train.gpu.__main__ import main
 from train.gpu.checks import CHECKS, SMALL, Check, Setting
 from train.gpu.results import Row, judged, write_results
 
-pytestmark = pytest.mark.xdist_group("gpu")  # the checks read each other's results
-
 SAME = ("steps of 2 objects", "steps of 4 objects", "steps of 8 objects", "24 GB", "80 GB", "main job on the CPU")
 """Checks that differ from one that is tried in a number alone, or have nothing to do where there is one device."""
 ON_A_GPU_ALONE = {name for name in CHECKS if "alone" in name and name != "ours alone"}
 ON_A_GPU_ALONE |= {"fp16", "fp16's gradient scaler", "out of memory"}
 """What has nothing to measure on a CPU; it says so, and never passes."""
+DONE: set[str] = set()
+"""Checks that this process has done: the tests may be shared out between several."""
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory, smallest_model: Path) -> Iterator[Setting]:
-    """One for all checks, which read each other's results; their runs are of the smallest model."""
+    """One for all checks of a process, which read each other's results; their runs are of the smallest model."""
+    DONE.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SMALL, "model", str(smallest_model))
         yield Setting("tiny", "cpu", tmp_path_factory.mktemp("gpu"))
@@ -32,7 +33,10 @@ def setting(tmp_path_factory: pytest.TempPathFactory, smallest_model: Path) -> I
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CHECKS if name not in SAME])
 def test_every_check_comes_to_its_end_on_a_cpu(setting: Setting, name: str) -> None:
+    for needed in {CHECKS[name].needs} - {""} - DONE:
+        CHECKS[needed].run(setting)
     rows = CHECKS[name].run(setting)
+    DONE.update({name, CHECKS[name].needs})
     assert rows and all(row.outcome != "fail" for row in rows), rows
     assert all(row.outcome == "skip" for row in rows) == (name in ON_A_GPU_ALONE)
 
