@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.data.samples import FolderSource, beside_list
+from softprompt.data.lists import beside_list
+from softprompt.data.samples import FolderSource
 from softprompt.errors import InputError, base_of
 
 COLUMNS = ("input", "winner", "loser", "gap")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from softprompt.data import samples as data
+from softprompt.data.batch import rotate_views, view_order
 from softprompt.data.pictures import composite
 from softprompt.data.samples import Subset, open_source, what_moved, write_source
 from softprompt.errors import InputError
@@ -124,11 +124,11 @@ def test_facelift_s_own_sample_is_read_and_made_smaller(facelift):
 
 @pytest.mark.parametrize("reference", range(6))
 def test_rotating_puts_the_reference_first_and_keeps_the_ring(reference):
-    order = data.view_order(reference, 6)
+    order = view_order(reference, 6)
     assert order.dtype == torch.int64
     assert order.tolist() == [*range(reference, 6), *range(reference)]
     x = torch.arange(12).reshape(6, 2)
-    assert torch.equal(data.rotate_views(x, reference), torch.roll(x, -reference, dims=0))
+    assert torch.equal(rotate_views(x, reference), torch.roll(x, -reference, dims=0))
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
