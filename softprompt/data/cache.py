@@ -13,10 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softprompt.data.batch import EncodedViews
-from softprompt.data.fingerprints import Fingerprints
 from softprompt.data.pictures import backgrounds, composite, pick_background
 from softprompt.data.samples import Source, Subset
-from softprompt.data.shards import SHARD_BYTES, ShardStore, key_of
+from softprompt.data.storage import SHARD_BYTES, Fingerprints, ShardStore, key_of
 from softprompt.errors import InputError
 from softprompt.model.conditioning import encode_views
 from softprompt.model.pipeline import Pipeline
