@@ -26,7 +26,7 @@ def read_list(path: Path) -> list[tuple[int, str]]:
 
 
 def samples_in_list(path: Path, lines: Sequence[tuple[int, str]]) -> list[str]:
-    """Where the samples of a list should be; only the first is looked for."""
+    """Paths of the samples of a list; only the first is searched for."""
     first = next((line for _, line in lines if not os.path.isabs(line)), None)
     in_working_directory = first is not None and not os.path.isdir(path.parent / first) and os.path.isdir(first)
     base = os.getcwd() if in_working_directory else os.path.abspath(path.parent)
@@ -80,7 +80,7 @@ def beside_list(path: Path, folders: Sequence[str]) -> tuple[dict[str, str], str
 
 
 def _names_below_root(folder: str) -> tuple[str, ...]:
-    """Of an absolute path, of POSIX or of Windows; none of a relative one."""
+    """Parts of an absolute POSIX or Windows path below its root; empty for a relative path."""
     kind = PureWindowsPath if re.match(r"[A-Za-z]:[\\/]|\\\\", folder) else PurePosixPath
     return kind(folder).parts[1:] if kind(folder).is_absolute() else ()
 
