@@ -28,5 +28,5 @@ def no_folder(path: str | Path) -> str:
 
 
 def base_of(path: str | Path) -> str:
-    """What follows "no such file" in an error: of a relative path, the folder it was looked for in; else nothing."""
+    """Addition to "no such file" in an error: the folder a relative path was searched in; empty for others."""
     return "" if Path(path).is_absolute() else f" in the working directory {Path.cwd()}"

@@ -47,7 +47,7 @@ class Objects(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """What one object's turn in training is, all of it drawn from that object's own generator, on the CPU."""
+    """Everything random about one object in a training batch, drawn from that object's own generator, on the CPU."""
 
     timestep: int
     """Shared by the object's views (FaceLift)."""
@@ -99,7 +99,7 @@ def seeded(*key: int | str) -> torch.Generator:
 
 
 def spread_timesteps(count: int, num_timesteps: int) -> list[int]:
-    """The middles of `count` equal parts of the schedule: where held-out objects are looked at."""
+    """The middles of `count` equal parts of the schedule: where held-out objects are evaluated."""
     return [int((k + 0.5) / count * num_timesteps) for k in range(count)]
 
 

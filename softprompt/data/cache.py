@@ -13,16 +13,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softprompt.data.batch import EncodedViews
-from softprompt.data.fingerprints import Fingerprints
 from softprompt.data.pictures import backgrounds, composite, pick_background
 from softprompt.data.samples import Source, Subset
-from softprompt.data.shards import SHARD_BYTES, ShardStore, key_of
+from softprompt.data.storage import SHARD_BYTES, Fingerprints, ShardStore, key_of
 from softprompt.errors import InputError
 from softprompt.model.conditioning import encode_views
 from softprompt.model.pipeline import Pipeline
 
 PREPROCESSING = 2
-"""Of `load_picture`, `composite` and `encode_views`: to be raised when a change of theirs makes what is kept another thing."""
+"""Version of `load_picture`, `composite` and `encode_views`: raise it when a change alters encoded pictures."""
 _READERS = max(2, min(16, os.cpu_count() or 2))
 _ENCODERS = ("vae", "image_encoder", "feature_extractor")
 _ATTEMPTS = 3
@@ -48,7 +47,7 @@ class PictureCache:
         self._stores: dict[tuple[float, ...], ShardStore] = {}
 
     def store(self, colour: Tensor) -> ShardStore:
-        """Of pictures on a background, [3] in [0, 1]; by the contents of their files."""
+        """Store of pictures on a background, [3] in [0, 1]; the keys are the contents of their files."""
         key = tuple(colour.tolist())
         if key not in self._stores:
             name = "-".join(f"{channel:g}" for channel in key)
@@ -95,12 +94,12 @@ class EncodedObjects:
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the samples."""
+        """Names of the samples."""
         return self.source.names
 
     def fill(self, *, progress: bool, share: tuple[int, int] = (0, 1), bad: dict[int, str] | None = None) -> int:
         """Read every sample that is new now, so that a broken picture stops the run before it starts; encode it where that can
-        be kept. What a cache holds already is not looked at before it is used.
+        be kept. Pictures already in the cache are not read before they are used.
 
         progress: show a bar. share: (i, n): encode objects i, i + n, ...; other processes do the rest, and
         `PictureCache.refresh` then brings it together. bad: samples of the share that cannot be used are put in here, index
@@ -295,7 +294,7 @@ def _forgiving(source: Source, read: Callable[[int], T], bad: dict[int, str] | N
 
 
 def _contents(cache: PictureCache, source: Source, index: int) -> list[bytes]:
-    """Of a sample's picture files. Raises: InputError when they cannot be read."""
+    """Contents of a sample's picture files. Raises: InputError when they cannot be read."""
     try:
         return cache.fingerprints.of(source.locations[index], source.files(index))
     except OSError as error:

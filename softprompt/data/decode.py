@@ -7,12 +7,12 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-"""Of the pictures that are read, in lower case; a file's own may be in upper case."""
+"""Endings of the picture files that are read, in lower case; a file's own may be in upper case."""
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF")
 """Pillow's names of them."""
 WANTED = "a PNG, JPEG, WebP or TIFF"
 MOST_PIXELS = 8192**2
-"""Of a picture as its file has it: a file of a few bytes can claim any number, and decoding takes 16 bytes for each."""
+"""Limit of a picture's pixels in its file: a file of a few bytes can claim any number, and decoding takes 16 bytes for each."""
 
 
 def decode(path: str | Path) -> Image.Image:

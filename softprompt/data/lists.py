@@ -1,4 +1,4 @@
-"""List files of samples: one sample folder in each line, perhaps of another machine."""
+"""List files of samples: one sample folder a line."""
 
 import os
 import re
@@ -7,6 +7,40 @@ from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from softprompt.errors import InputError
+
+
+def read_list(path: Path) -> list[tuple[int, str]]:
+    """The entries of a list file with their line numbers."""
+    wanted = "expected a UTF-8 text with one sample folder a line"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a list ({error}); {wanted}; likely another kind of file") from error
+    if "\0" in text:
+        raise InputError(f"{path}: holds NUL characters; {wanted}; likely another kind of file")
+    stripped = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1)]
+    lines = [(number, line) for number, line in stripped if line and not line.startswith("#")]
+    if not lines:
+        raise InputError(f"{path}: lists no sample; {wanted}; likely it was written before the data was there")
+    return lines
+
+
+def samples_in_list(path: Path, lines: Sequence[tuple[int, str]]) -> list[str]:
+    """Paths of the samples of a list; only the first is searched for."""
+    first = next((line for _, line in lines if not os.path.isabs(line)), None)
+    in_working_directory = first is not None and not os.path.isdir(path.parent / first) and os.path.isdir(first)
+    base = os.getcwd() if in_working_directory else os.path.abspath(path.parent)
+    # Not resolved: two links to one folder are two samples, as their owner wanted.
+    locations = [os.path.normpath(os.path.join(base, line)) for _, line in lines]
+    line_of: dict[str, int] = {}
+    for (number, line), location in zip(lines, locations, strict=True):
+        first_number = line_of.setdefault(location, number)
+        if first_number != number:
+            raise InputError(
+                f"{path}: line {number} names {line!r} again, after line {first_number}; expected every sample once; likely "
+                "two lists were joined"
+            )
+    return locations
 
 
 def beside_list(path: Path, folders: Sequence[str]) -> tuple[dict[str, str], str]:
@@ -46,7 +80,7 @@ def beside_list(path: Path, folders: Sequence[str]) -> tuple[dict[str, str], str
 
 
 def _names_below_root(folder: str) -> tuple[str, ...]:
-    """Of an absolute path, of POSIX or of Windows; none of a relative one."""
+    """Parts of an absolute POSIX or Windows path below its root; empty for a relative path."""
     kind = PureWindowsPath if re.match(r"[A-Za-z]:[\\/]|\\\\", folder) else PurePosixPath
     return kind(folder).parts[1:] if kind(folder).is_absolute() else ()
 
@@ -56,37 +90,3 @@ def _ends_below(root: Path, names: tuple[str, ...], is_folder: Callable[[str], b
     ends = [names[-size:] for size in range(1, len(names) + 1)]
     # Nearly all fail at the first name, which most of the list's folders share: asked once.
     return [os.path.join(root, *end) for end in ends if is_folder(os.path.join(root, end[0])) and root.joinpath(*end).is_dir()]
-
-
-def read_list(path: Path) -> list[tuple[int, str]]:
-    """The entries of a list file with their line numbers."""
-    wanted = "expected a UTF-8 text with one sample folder a line"
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a list ({error}); {wanted}; likely another kind of file") from error
-    if "\0" in text:
-        raise InputError(f"{path}: holds NUL characters; {wanted}; likely another kind of file")
-    stripped = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1)]
-    lines = [(number, line) for number, line in stripped if line and not line.startswith("#")]
-    if not lines:
-        raise InputError(f"{path}: lists no sample; {wanted}; likely it was written before the data was there")
-    return lines
-
-
-def locations_of(path: Path, lines: Sequence[tuple[int, str]]) -> list[str]:
-    """Where the samples of a list should be; only the first is looked for."""
-    first = next((line for _, line in lines if not os.path.isabs(line)), None)
-    in_working_directory = first is not None and not os.path.isdir(path.parent / first) and os.path.isdir(first)
-    base = os.getcwd() if in_working_directory else os.path.abspath(path.parent)
-    # Not resolved: two links to one folder are two samples, as their owner wanted.
-    locations = [os.path.normpath(os.path.join(base, line)) for _, line in lines]
-    line_of: dict[str, int] = {}
-    for (number, line), location in zip(lines, locations, strict=True):
-        first_number = line_of.setdefault(location, number)
-        if first_number != number:
-            raise InputError(
-                f"{path}: line {number} names {line!r} again, after line {first_number}; expected every sample once; likely "
-                "two lists were joined"
-            )
-    return locations

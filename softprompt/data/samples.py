@@ -1,4 +1,4 @@
-"""Samples of one object seen from several views: folders of pictures in and out, the order of views.
+"""Samples of one object seen from several views: folders of pictures in and out.
 
 A sample is a folder with one picture per view, `cam_000.png` the input view: directly inside (FaceLift's layout) or in its
 folder `images` (the mouse layout). PNG, JPEG, WebP and TIFF are read, one format a sample; PNG is written. Decoding,
@@ -20,14 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from softprompt.data.decode import SUFFIXES, WANTED
-from softprompt.data.lists import beside_list, locations_of, read_list
+from softprompt.data.lists import beside_list, read_list, samples_in_list
 from softprompt.data.pictures import load_picture
 from softprompt.errors import InputError, base_of
 from softprompt.files import new_folder
 
 LIST_NAME = "samples.txt"
 _OTHER_SUFFIXES = (".bmp", ".gif", ".heic", ".avif", ".jp2", ".jxl", ".exr", ".tga")
-"""Of pictures that are not read, but named in errors."""
+"""Endings of pictures that are not read, but named in errors."""
 
 
 class MixedError(InputError):
@@ -151,12 +151,12 @@ class Subset:
 
     @property
     def names(self) -> list[str]:
-        """Of the chosen samples."""
+        """Names of the chosen samples."""
         return [self.source.names[i] for i in self.indices]
 
     @property
     def locations(self) -> list[str]:
-        """Of the chosen samples; empty where they are in no files."""
+        """Folders of the chosen samples; empty where they are in no files."""
         return [self.source.locations[i] for i in self.indices] if self.source.locations else []
 
     def __len__(self) -> int:
@@ -190,12 +190,6 @@ def views_in(names: Collection[str]) -> dict[int, set[str]]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------ order of views
-
-
-# ------------------------------------------------------------------------------------------------- folders of samples
-
-
 def open_source(path: str | Path, *, size: int, num_views: int = 6, check: bool = True) -> FolderSource:
     """Open samples; no picture is decoded before `load`.
 
@@ -215,7 +209,7 @@ def open_source(path: str | Path, *, size: int, num_views: int = 6, check: bool 
         lines = read_list(path)
         beside, moved = beside_list(path, [line for _, line in lines])
         lines = [(number, beside.get(line, line)) for number, line in lines]
-        locations = locations_of(path, lines)
+        locations = samples_in_list(path, lines)
     else:
         raise InputError(
             f"{path}: not found{base_of(path)}; expected a list of samples or a folder; likely a typing mistake in the path"
@@ -227,7 +221,7 @@ def open_source(path: str | Path, *, size: int, num_views: int = 6, check: bool 
 
 
 def what_moved(*sources: Source) -> list[str]:
-    """What is to be said of lists that name another machine's folders, each once."""
+    """Messages about lists that name another machine's folders, each once."""
     wholes = [source.source if isinstance(source, Subset) else source for source in sources]
     return list(dict.fromkeys(whole.moved for whole in wholes if isinstance(whole, FolderSource) and whole.moved))
 
@@ -252,7 +246,7 @@ def write_source(source: Source, folder: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class _Sample:
-    """What one look into a sample's folder found."""
+    """Contents of a sample's folder."""
 
     folder: Path
     pictures_folder: Path
@@ -289,7 +283,7 @@ _EXPECTED_SAMPLES = (
 
 
 def _samples_in_folder(path: Path) -> list[str]:
-    """The folder itself when it is a sample, its sub-folders otherwise, none of which is looked into."""
+    """The folder itself when it is a sample, its sub-folders otherwise, which are not listed."""
     try:
         # `_look` may have gone into `images`; the sub-folders wanted are those of the path.
         folders = [path] if _look(path).has_views else [path / name for name in _look_into(path, path).subfolders]
@@ -314,7 +308,7 @@ def _no_samples(path: Path, subfolders: int) -> InputError:
 
 
 def _why_not_views(pictures: Collection[str]) -> str:
-    """What is likely the matter with pictures that are taken for no view."""
+    """Likely cause why pictures are not taken for views."""
     if all(name.lower().endswith(_OTHER_SUFFIXES) for name in pictures):
         return "of a format that is not read"
     return "numbered or named otherwise"
@@ -363,7 +357,7 @@ def _refuse_mixed(sample: _Sample, num_views: int) -> None:
 
 
 def _ending(name: str) -> str:
-    """Of a file's name, in one spelling for each format."""
+    """Ending of a file name, in one spelling for each format."""
     return {".jpeg": ".jpg", ".tiff": ".tif"}.get(ending := os.path.splitext(name)[1].lower(), ending)
 
 

@@ -17,10 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from softprompt.data.fingerprints import Fingerprints
 from softprompt.data.pictures import load_picture
 from softprompt.data.samples import open_source, picture_name
-from softprompt.data.shards import ShardStore, key_of
+from softprompt.data.storage import Fingerprints, ShardStore, key_of
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.adapted import AdaptedModel, add_lora

@@ -21,10 +21,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from softprompt.data.fingerprints import Fingerprints
 from softprompt.data.pictures import load_picture
 from softprompt.data.samples import open_source, picture_name, write_source
-from softprompt.data.shards import ShardStore, key_of
+from softprompt.data.storage import Fingerprints, ShardStore, key_of
 from softprompt.errors import InputError
 from softprompt.files import read_json, remove_folder, remove_partial
 from softprompt.micro import MICRO_MODEL

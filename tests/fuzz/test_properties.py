@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softprompt.data.samples import _unique_names
-from softprompt.data.shards import ShardStore, key_of
+from softprompt.data.storage import ShardStore, key_of
 from softprompt.errors import InputError
 from softprompt.prompt.curriculum import learning_rate_factor, position_at
 from softprompt.prompt.embeddings import load_prompt, save_prompt

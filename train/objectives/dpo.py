@@ -10,7 +10,7 @@ import torch
 
 from softprompt.data.cache import EncodedObjects, PictureCache
 from softprompt.data.samples import what_moved
-from softprompt.data.shards import key_of
+from softprompt.data.storage import key_of
 from softprompt.errors import InputError, RunError
 from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.preference import open_pairs, ranked_pairs, stage_at, stages_by_rank, stages_by_reward

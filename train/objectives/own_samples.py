@@ -1,7 +1,7 @@
 """Sets of views that the model made itself, kept in the run's folder: of the model as it was at one step.
 
 Each set is drawn alone, from noise of its own: what is made again after a kill is the same, and so is what another number of
-processes makes. A set is kept under all that decides it (softprompt.data.shards), so none of another model can be taken for it.
+processes makes. A set is kept under all that decides it (softprompt.data.storage): none of another model is taken for it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softprompt.data.batch import EncodedViews, Objects, rotate_views, seed_of, seeded, view_order
-from softprompt.data.shards import ShardStore, key_of
+from softprompt.data.storage import ShardStore, key_of
 from softprompt.errors import InputError, RunError
 from softprompt.model.adapted import AdaptedModel, predict
 from softprompt.model.sampling import decode_latents, sample_latents

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from softprompt.data.batch import Objects
-from softprompt.data.shards import key_of
+from softprompt.data.storage import key_of
 from softprompt.model.adapted import AdaptedModel
 from softprompt.model.pipeline import Pipeline
 from softprompt.prompt.pacing import CurriculumState

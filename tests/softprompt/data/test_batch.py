@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt.data.batch import Draw, EncodedViews, draw, seeded
+from softprompt.data.batch import Draw, EncodedViews, draw, rotate_views, seeded, view_order
 from softprompt.model.conditioning import class_labels, make_batch
 from softprompt.model.pipeline import Pipeline
 
@@ -118,3 +118,12 @@ def test_a_dropped_condition_is_zero_and_everything_else_is_as_it_was(
     for name in ("latents", "noise", "timesteps", "order"):
         assert torch.equal(getattr(found, name), getattr(full, name)), name
     assert torch.equal(found.labels[1], full.labels[1]) and torch.equal(found.given[1], full.given[1])
+
+
+@pytest.mark.parametrize("reference", range(6))
+def test_rotating_puts_the_reference_first_and_keeps_the_ring(reference):
+    order = view_order(reference, 6)
+    assert order.dtype == torch.int64
+    assert order.tolist() == [*range(reference, 6), *range(reference)]
+    x = torch.arange(12).reshape(6, 2)
+    assert torch.equal(rotate_views(x, reference), torch.roll(x, -reference, dims=0))

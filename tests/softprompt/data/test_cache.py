@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from softprompt.data import cache, fingerprints, shards
+from softprompt.data import cache, storage
 from softprompt.data.batch import EncodedViews
 from softprompt.data.cache import EncodedObjects, PictureCache
 from softprompt.data.pictures import BACKGROUNDS, composite
@@ -188,7 +188,7 @@ def test_a_second_run_encodes_and_reads_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(cache, "encode_views", None)
         patch.setattr(FolderSource, "load", None)
-        patch.setattr(fingerprints, "_content", None)
+        patch.setattr(storage, "_content", None)
         again = open_objects(background)
         assert again.fill(progress=False) == 0
         found = [again.get(index, generator(seed)) for index in range(2) for seed in range(4)]
@@ -315,7 +315,7 @@ def test_a_disk_that_gives_back_something_else_is_said(open_objects: Open, monke
     objects = open_objects()
     objects.fill(progress=False)
     never_twice = itertools.count()
-    monkeypatch.setattr(shards, "_checksum", lambda row: next(never_twice))
+    monkeypatch.setattr(storage, "_checksum", lambda row: next(never_twice))
     with pytest.raises(InputError, match=r"read back damaged 3 times; likely the disk is failing"):
         objects.get(0, generator())
 

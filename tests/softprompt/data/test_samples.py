@@ -1,4 +1,4 @@
-"""Samples in and out: layouts, lists, the order of views, and every error a user's data can cause."""
+"""Samples in and out: layouts, lists, and every error a user's data can cause."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from softprompt.data.batch import rotate_views, view_order
 from softprompt.data.pictures import composite
 from softprompt.data.samples import Subset, open_source, what_moved, write_source
 from softprompt.errors import InputError
@@ -117,18 +116,6 @@ def test_facelift_s_own_sample_is_read_and_made_smaller(facelift):
     white = torch.ones(3)
     averaged = torch.nn.functional.avg_pool2d(composite(full, white), 8)
     assert (composite(small, white) - averaged).abs().mean() < 0.01
-
-
-# ------------------------------------------------------------------------------------------------------ order of views
-
-
-@pytest.mark.parametrize("reference", range(6))
-def test_rotating_puts_the_reference_first_and_keeps_the_ring(reference):
-    order = view_order(reference, 6)
-    assert order.dtype == torch.int64
-    assert order.tolist() == [*range(reference, 6), *range(reference)]
-    x = torch.arange(12).reshape(6, 2)
-    assert torch.equal(rotate_views(x, reference), torch.roll(x, -reference, dims=0))
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

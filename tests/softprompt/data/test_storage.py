@@ -1,4 +1,4 @@
-"""Rows come back as they were written; what is damaged, half-written or missing is only made again."""
+"""Rows come back as written; damaged, half-written or missing ones are made again. A file is read when new or changed, only."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from softprompt.data import shards
-from softprompt.data.shards import KEY, ShardStore, key_of
+from softprompt.data import storage
+from softprompt.data.storage import KEY, Fingerprints, ShardStore, key_of
 from softprompt.errors import InputError
 
 
@@ -100,7 +100,7 @@ def test_a_row_damaged_since_it_was_opened_takes_its_shard_with_it(tmp_path):
 
 
 def test_many_shards_are_read_with_few_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_OPEN_SHARDS", 3)
+    monkeypatch.setattr(storage, "_OPEN_SHARDS", 3)
     store = ShardStore(tmp_path)
     for number in range(10):
         store.write(keys(number), rows(number))
@@ -116,7 +116,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "save_file", full)
+    monkeypatch.setattr(storage, "save_file", full)
     with pytest.raises(InputError, match=r"cannot be written \(.*No space left on device\).*disk is full or read-only"):
         store.write(keys(2), rows(2))
     assert len(list(tmp_path.iterdir())) == 1 and store.read(keys(1)) is not None and store.read(keys(2)) is None
@@ -134,7 +134,7 @@ def test_half_written_files_are_left_alone_while_they_may_be_written_and_removed
 WRITER = """
 import sys, torch
 from pathlib import Path
-from softprompt.data.shards import ShardStore, key_of
+from softprompt.data.storage import ShardStore, key_of
 store = ShardStore(Path(sys.argv[1]))
 for n in range(10**6):
     print(n, flush=True)
@@ -154,3 +154,111 @@ def test_a_process_killed_while_it_writes_loses_that_shard_alone(tmp_path: Path)
         for number in range(begun):  # all before the one it had begun
             found = store.read([key_of(number, i) for i in range(50)])
             assert found is not None and bool((found["mean"] == number).all()), number
+
+
+LONG_AGO = time.time() - 100
+
+
+def write(path: Path, text: str, *, changed: float = LONG_AGO) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    os.utime(path, (changed, changed))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    return [write(tmp_path / "data" / name, name) for name in ("a", "b")]
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fills with the names of the files that are read."""
+    seen: list[str] = []
+    content = storage._content
+
+    def counted(file: Path) -> bytes:
+        seen.append(Path(file).name)
+        return content(file)
+
+    monkeypatch.setattr(storage, "_content", counted)
+    return seen
+
+
+def test_contents_are_those_of_the_bytes(tmp_path: Path, files: list[Path]) -> None:
+    prints = Fingerprints(tmp_path / "kept", 2)
+    first, second = prints.of("x", files)
+    assert len(first) == len(second) == 16 and first != second
+    write(files[1], "a", changed=LONG_AGO + 1)
+    assert prints.of("x", files) == [first, first]
+
+
+def test_unchanged_files_are_read_once_also_by_the_next_run(tmp_path: Path, files: list[Path], read: list[str]) -> None:
+    prints = Fingerprints(tmp_path / "kept", 2)
+    expected = prints.of("x", files)
+    assert prints.of("x", files) == expected and read == ["a", "b"]
+    prints.save()
+    again = Fingerprints(tmp_path / "kept", 2)
+    assert again.of("x", files) == expected and read == ["a", "b"]
+    assert Fingerprints(tmp_path / "other", 2).of("x", files) == expected and read == ["a", "b", "a", "b"]
+
+
+def test_a_change_is_seen_by_size_or_time(tmp_path: Path, files: list[Path]) -> None:
+    prints = Fingerprints(tmp_path / "kept", 2)
+    first = prints.of("x", files)
+    write(files[0], "c", changed=LONG_AGO + 5)  # as long as before
+    second = prints.of("x", files)
+    assert second[0] != first[0] and second[1] == first[1]
+    write(files[0], "longer", changed=LONG_AGO + 5)  # at the same time
+    assert prints.of("x", files)[0] != second[0]
+
+
+def test_a_file_changed_just_now_is_not_trusted_to_stay(tmp_path: Path, files: list[Path], read: list[str]) -> None:
+    now = time.time()
+    write(files[0], "new", changed=now)
+    prints = Fingerprints(tmp_path / "kept", 2)
+    first = prints.of("x", files)
+    write(files[0], "odd", changed=now)  # same size, same tick of the clock
+    assert prints.of("x", files) != first
+
+
+def test_what_is_known_is_told_without_a_look_at_the_files(tmp_path: Path, files: list[Path]) -> None:
+    prints = Fingerprints(tmp_path / "kept", 2)
+    expected = prints.of("x", files)
+    prints.save()
+    for file in files:
+        file.unlink()
+    for reader in (prints, Fingerprints(tmp_path / "kept", 2)):
+        found, contents = reader.known(["y", "x"])
+        assert found.tolist() == [False, True]
+        assert [bytes(c).ljust(16, b"\0") for c in contents[1]] == expected
+    assert Fingerprints(tmp_path / "kept", 2).known([])[0].shape == (0,)
+
+
+def test_two_processes_keep_what_the_other_has_kept(tmp_path: Path, files: list[Path]) -> None:
+    one, two = Fingerprints(tmp_path / "kept", 2), Fingerprints(tmp_path / "kept", 2)
+    one.of("x", files)
+    two.of("y", files[::-1])
+    one.save()
+    two.save()
+    assert Fingerprints(tmp_path / "kept", 2).known(["x", "y", "z"])[0].tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no safetensors at all", None])
+def test_a_damaged_table_is_no_more_than_a_slower_start(tmp_path: Path, files: list[Path], damage: bytes | None) -> None:
+    kept = tmp_path / "kept"
+    prints = Fingerprints(kept, 2)
+    expected = prints.of("x", files)
+    prints.save()
+    kept.write_bytes(kept.read_bytes()[:-7] if damage is None else damage)
+    fresh = Fingerprints(kept, 2)
+    assert not fresh.known(["x"])[0].any() and fresh.of("x", files) == expected
+    fresh.save()
+    assert Fingerprints(kept, 2).known(["x"])[0].all()
+    assert not Fingerprints(kept, 3).known(["x"])[0].any(), "a table of other groups is none"
+
+
+def test_a_missing_file_is_the_caller_s_to_tell(tmp_path: Path, files: list[Path]) -> None:
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError):
+        Fingerprints(tmp_path / "kept", 2).of("x", files)
