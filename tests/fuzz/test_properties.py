@@ -40,13 +40,16 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 )
 
 
+def is_null(value: Any) -> bool:
+    """Whether a text is one of YAML's words for null, or a comment alone."""
+    return isinstance(value, str) and (value.strip() in ("null", "Null", "NULL", "~") or value.lstrip().startswith("#"))
+
+
 def values(kind: Any) -> st.SearchStrategy[Any]:
     """Of an option of this type; many are valid, not all."""
     if get_origin(kind) in (Union, UnionType):
-        # YAML's words for null are null to the options' reader: no file of such a name can be given.
-        return st.one_of(
-            [values(part).filter(lambda value: value not in ("null", "Null", "NULL", "~")) for part in get_args(kind)]
-        )
+        # What is null in YAML is null to the options' reader: no file of such a name can be given.
+        return st.one_of([values(part).filter(lambda value: not is_null(value)) for part in get_args(kind)])
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
     if get_origin(kind) is list:
