@@ -4,12 +4,13 @@ The main process writes; the others wait for it.
 """
 
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,8 +41,11 @@ from train.step import KL_TIMESTEP_GROUPS, StepResult
 # --------------------------------------------------------------------------------------------------------------------- log
 
 
-def log(run: Run, since: float) -> dict[str, float]:
-    """Log means over the steps since the last point, over all processes, and the prompt as it is now."""
+def log(run: Run, *, steps: int, seconds: float) -> dict[str, float]:
+    """Log means over the steps since the last point, over all processes, and the prompt as it is now.
+
+    steps, seconds: of this process since then; a resumed run has done fewer of the steps itself.
+    """
     trainer = run.job.trainer
     window = [result for result in run.window if result.not_finite is None]
     series = {"gradient/skipped_share": sum(r.skipped for r in run.window) / len(run.window)}
@@ -60,7 +64,7 @@ def log(run: Run, since: float) -> dict[str, float]:
             series[f"gradient/clipped_share_{name}"] = sum(n > trainer.max_grad_norm for n in norms) / len(norms)
     series["curriculum/position"] = run.position
     series["curriculum/lowest_timestep"] = trainer.curriculum.lowest_timestep(run.curricula)
-    series["speed/steps_per_second"] = len(run.window) / max(1e-9, time.monotonic() - since)
+    series["speed/steps_per_second"] = steps / max(1e-9, seconds)
     with averaged(run.job.adapted, run.ema), torch.no_grad():
         series |= prompt_series(run.job.adapted.prompt, run.position)
     run.logger.scalars(run.step, series)
@@ -205,41 +209,52 @@ def checkpoint(run: Run) -> None:
     run.job.accelerator.wait_for_everyone()
 
 
+@contextmanager
+def _on_main(job: Job) -> Iterator[bool]:
+    """Whether this process is the main one; after the block, also where it fails, the processes wait for each other."""
+    try:
+        yield job.accelerator.is_main_process
+    finally:
+        job.accelerator.wait_for_everyone()
+
+
 def export(run: Run, folder: Path) -> None:
     """Export prompt and LoRA as they are now, verified. Raises: RunError where they do not read back."""
     job, config = run.job, run.job.config
-    try:
-        if job.accelerator.is_main_process:
-            metadata = write.describe(config, position=run.position, step=run.step, last=run.last)
-            with averaged(job.adapted, run.ema), torch.no_grad():
-                run.exported = write.export(
-                    job.pipeline,
-                    job.adapted.prompt(run.position),
-                    folder,
-                    picture=_export_picture(job),
-                    metadata=metadata,
-                    tolerance=config.export.tolerance,
-                )
-    finally:
-        job.accelerator.wait_for_everyone()  # also where it fails: the others wait, and the run may go on
+    with _on_main(job) as is_main:
+        if not is_main:
+            return
+        metadata = write.describe(config, position=run.position, step=run.step, last=run.last)
+        with averaged(job.adapted, run.ema), torch.no_grad():
+            run.exported = write.export(
+                job.pipeline,
+                job.adapted.prompt(run.position),
+                folder,
+                picture=_export_picture(job),
+                metadata=metadata,
+                tolerance=config.export.tolerance,
+            )
 
 
 def export_best(run: Run) -> bool:
-    """Export the best so far. Returns: whether that succeeded; step 0, the pretrained model, needs no export."""
+    """Export the best so far; step 0, the pretrained model, needs no export. Returns: whether it succeeded, on any process."""
     if run.step == 0:
         return True
+    succeeded = True
     try:
         export(run, run.folder / "export" / "best")
-    except RunError as error:  # the run goes on: a later export may succeed, and the checkpoint of this step is sound
+    except (RunError, OSError) as error:  # a later export may succeed, and the checkpoint of this step is sound
         tqdm.write(f"WARNING: {error}", file=sys.stderr)
-        return False
-    return True
+        succeeded = False
+    return bool(broadcast_object_list([succeeded])[0])
 
 
 def export_pipeline(run: Run, folder: Path) -> None:
     """Add FaceLift's pipeline folder with the LoRA merged to an export. Raises: RunError."""
     job = run.job
-    if job.accelerator.is_main_process:
+    with _on_main(job) as is_main:
+        if not is_main:
+            return
         try:
             run.merged = write.export_pipeline(
                 job.pipeline, folder, picture=_export_picture(job), tolerance=job.config.export.tolerance
@@ -249,7 +264,6 @@ def export_pipeline(run: Run, folder: Path) -> None:
                 f"prompt and LoRA are exported and verified in {folder}, the merged pipeline folder is not: {error}. To leave "
                 f"it out: --resume {run.folder} --export.pipeline false"
             ) from error
-    job.accelerator.wait_for_everyone()
 
 
 def log_summary(run: Run, options: Mapping[str, object]) -> None:

@@ -71,7 +71,7 @@ def train(job: Job, folder: Path, *, state: Mapping[str, Any] | None, stop: Stop
 def _train(run: Run, stop: StopSignal, bar: tqdm) -> None:
     """The steps, and what is due after each."""
     job, monitor = run.job, run.job.config.monitor
-    since = time.monotonic()
+    since, timed = time.monotonic(), 0
     while run.step < job.config.train.steps and not stop.agreed(job.accelerator):
         try:
             result = training_step(job.trainer, run.step, run.curricula)
@@ -90,14 +90,17 @@ def _train(run: Run, stop: StopSignal, bar: tqdm) -> None:
         if run.ema is not None and not result.skipped:
             run.ema.step(job.adapted.all_trainable().values())
         run.step += 1
+        timed += 1
         run.window.append(_taken(run, result))
         bar.update()
 
         if run.is_due(monitor.log_every):
-            bar.set_postfix_str(_postfix(callbacks.log(run, since)))
-            run.window, since = [], time.monotonic()
+            bar.set_postfix_str(_postfix(callbacks.log(run, steps=timed, seconds=time.monotonic() - since)))
+            run.window, since, timed = [], time.monotonic(), 0
         if stop.save_agreed(job.accelerator) or run.is_due(monitor.checkpoint_every):
+            began = time.monotonic()
             callbacks.checkpoint(run)
+            since += time.monotonic() - began
         if stop.agreed(job.accelerator) and run.step < job.config.train.steps:
             break  # nobody who stops a run wants to wait for an evaluation
         began = time.monotonic()

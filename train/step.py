@@ -4,6 +4,7 @@ for each batch of the step:
     E = path(s) + carry(s) (P - W_0)                                     the prompt at its position
     v = model(z_t, t, picture, E)                                        forward
     L = denoising(v) + KL(v || pretrained) + sum of objectives           loss, see `batch_loss`
+        (+ separation hinge of the prompts, once a step)
     backward
 clip the gradients of prompt and LoRA, each by its own norm
 update, unless a number is not finite; then regularise the prompt
@@ -11,7 +12,7 @@ update, unless a number is not finite; then regularise the prompt
 
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -157,7 +158,7 @@ def _forward_and_backward(trainer: Trainer, step: int, state: CurriculumState, p
         sharing = [] if one.original else trainer.objectives.trained(step, own_passes=False)
         with ExitStack() as around:
             # Processes synchronise their gradients once a step, at its last batch.
-            around.enter_context(torch.enable_grad() if last else accelerator.no_sync(trainer.model))
+            around.enter_context(nullcontext() if last else accelerator.no_sync(trainer.model))
             for term in sharing:
                 around.enter_context(term.around(batch))
             loss = batch_loss(trainer, batch, one, sharing, state, totals)
@@ -181,7 +182,7 @@ def batch_loss(
     loss, parts = batch.batch.latents.new_zeros(()), trainer.batches.accumulation
     domain, domains = "original" if wanted.original else "new", trainer.kl_domains(batch.step)
     with_kl = domain in domains
-    if not (wanted.original or with_kl or sharing or trainer.needs_denoising):
+    if not (with_kl or sharing or trainer.needs_denoising):
         return loss
 
     denoising, kl = denoising_and_kl(trainer, batch, with_kl=with_kl)

@@ -99,7 +99,7 @@ class Evaluator:
         return accelerator.reduce(total, reduction="sum").cpu() / len(items)
 
     def validation(self, position: float, *, with_original: bool) -> dict[str, float]:
-        """Series of a validation: the loss on held-out objects, in all and by view; if asked for, also on the original domain."""
+        """Series of a validation: the loss on held-out objects, in all and by view, and if asked for on the original domain."""
         losses = self.losses(position, self.held_out, reference=self.reference)
         series = {"loss/validation": float(losses.mean())}
         if with_original and self.original is not None:
