@@ -136,13 +136,13 @@ def as_json(report: Report) -> dict[str, Any]:
         "objects": {"train": sum(s.is_train for s in report.samples), "val": sum(not s.is_train for s in report.samples)},
         "findings": [
             {
-                "kind": finding.kind,
-                "is_error": finding.is_error,
-                "samples": [report.samples[s].name for s in finding.samples],
-                "views": [report.views[v].name for v in finding.views],
-                "detail": finding.detail,
+                "kind": f.kind,
+                "is_error": f.is_error,
+                "samples": [report.samples[s].name for s in f.samples],
+                "views": [report.views[v].name for v in f.views],
+                "detail": f.detail,
             }
-            for finding in report.findings
+            for f in report.findings
         ],
         "views": [
             {
