@@ -1,1 +1,1 @@
-"""`python -m train.doctor`: what is wrong with a data set, before training finds out."""
+"""Find what is wrong with a data set before training: `python -m train.doctor`."""

@@ -1,7 +1,7 @@
 """Find what is wrong with a data set before training: `python -m train.doctor`.
 
-Looks at every picture and says what training would stumble over, and what it would silently learn: as a table, and as a page
-with the pictures. Nothing in the data set is changed.
+Inspects every picture, and reports what training would refuse and what it would silently learn: as a table, and as a page with
+the pictures. Nothing in the data set is changed.
 """
 
 import shlex
@@ -18,23 +18,23 @@ from train.cli import FAILED, Parser, run_command
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The data set, as the main command takes it."""
+    """The data set, with the option names of the main command."""
 
     train: str
     """List file, or folder of samples."""
     val: str | None = None
-    """The same for validation."""
+    """List file, or folder of samples, for validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is looked at."""
+    """Options of the command."""
 
     data: Data
     views: int = 6
     """Pictures of an object, cam_000.png and on."""
     size: int = 512
-    """Side in pixels at which training takes the pictures: that of the model."""
+    """Side in pixels at which training reads the pictures: that of the model."""
     output: str = "doctor"
     """Folder of the report, doctor.html and doctor.json; new, empty, or that of an earlier report, which is replaced."""
 
@@ -73,7 +73,7 @@ def read_options(argv: Sequence[str]) -> Options:
 
 
 def refuse_other_folder(folder: Path) -> None:
-    """Raises: InputError where the report's folder holds something that is no earlier report."""
+    """Raises: InputError if the report's folder holds anything but an earlier report."""
     from train.doctor.report import MADE_BY
 
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -84,26 +84,18 @@ def refuse_other_folder(folder: Path) -> None:
 
 
 def examine(options: Options, folder: Path, command: str) -> int:
-    """Look at the data set, print what was found and write the report. Returns: the exit code.
+    """Inspect the data set, print the findings and write the report. Returns: the exit code.
 
-    Raises: InputError where there is nothing to look at, or the report cannot be written.
+    Raises: InputError if there are no samples, or the report cannot be written.
     """
-    from train.doctor.collect import collect
-    from train.doctor.findings import find, not_looked_at, usual
+    from train.doctor.checks import find, medians, not_inspected
     from train.doctor.report import Report, print_report, write_report
+    from train.doctor.samples import collect
 
-    data = options.data
-    samples, files = collect(data.train, data.val, num_views=options.views, size=options.size)
-    report = Report(
-        train=data.train,
-        val=data.val,
-        samples=samples,
-        files=files,
-        findings=find(samples, options.views, options.size),
-        views=usual(samples, options.views),
-        unseen=not_looked_at(samples),
-        command=command,
-    )
+    data, views = options.data, options.views
+    samples = collect(data.train, data.val, num_views=views, size=options.size)
+    findings = find(samples, views, options.size)
+    report = Report(data.train, data.val, samples, findings, medians(samples, views), not_inspected(samples), command)
     try:
         write_report(report, folder)
     except OSError as error:

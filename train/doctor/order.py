@@ -1,77 +1,33 @@
-"""Whether the views are in the right order: each sample's against the rest of the data set, and all samples' against what
-opposite views have in common. Pure functions of what train.doctor.look measured.
+"""Order of the views: each object's against the rest of the data set, and that of all objects by their mirror images.
+
+Functions of small pictures, [B, V, H, W, 4] in [0, 1]: premultiplied colour and alpha of B objects, complete and with a known
+foreground.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softprompt.prompt.templates import VIEWS
-from train.doctor.kinds import Finding, Sample
 
 Array = NDArray[np.floating]
 
-ENOUGH_SAMPLES = 5
-"""From which on there is a usual."""
 COLOUR_WEIGHT = 0.3
-"""Of a standard deviation of colour against opaque and transparent, where views are compared."""
+"""Weight of a standard deviation of colour; that between opaque and transparent is 1."""
 BETTER_ORDER = 0.25
-"""Share by which another order must bring a sample nearer to the usual views. Measured on the embedded world, 60 objects of a
+"""Share by which another order must bring an object nearer to the median views. Measured on the embedded world, 60 objects of a
 kind: at most 0.21 where the order is right. An exchange of two views brings more in 99 % of mice and 98 % of cats, and in 69 %
 of heads, whose front and back have one outline; a reversed or turned ring in 98 % or more of all."""
 BETTER_MIRROR = 0.1
 """Overlap of silhouettes by which another pair of views must be better mirror images than opposite ones."""
 
 
-def comparable(samples: Sequence[Sample]) -> list[int]:
-    """Samples with all views there, foregrounds known, no two the same."""
-    return [
-        s
-        for s, sample in enumerate(samples)
-        if sample.pictures
-        and all(sample.foreground(v) is not None for v in range(len(sample.pictures)))
-        and len({p.content for p in sample.pictures if p is not None}) == len(sample.pictures)
-    ]
-
-
-def _small_pictures(samples: Sequence[Sample], which: Sequence[int]) -> Array:
-    """[B, V, 16, 16, 4] in [0, 1], colour premultiplied."""
-    return np.stack([[p.small for p in samples[s].pictures if p is not None] for s in which]) / np.float32(255)
-
-
-def noticed_exchanges(samples: Sequence[Sample]) -> float:
-    """How much `orders` can see in this data set, whose views may look alike, or different in each object.
-
-    Returns: of all exchanges of two views in one object, the share that would be noticed, in [0, 1]; NaN where there are too
-    few objects or views.
-    """
-    which = comparable(samples)
-    if len(which) < ENOUGH_SAMPLES or len(samples[which[0]].pictures) < 2:
-        return float("nan")
-    return float(np.mean(exchange_gains(view_distances(_small_pictures(samples, which))) > BETTER_ORDER))
-
-
-def orders(samples: Sequence[Sample], names: Sequence[str]) -> list[Finding]:
-    """Samples whose views in another order would look clearly more like the rest."""
-    which = comparable(samples)
-    if len(which) < ENOUGH_SAMPLES or len(names) < 2:
-        return []
-    distance = view_distances(_small_pictures(samples, which))
-    found = []
-    for s, one in zip(which, distance, strict=True):
-        order, gain = better_order(one)
-        if gain > BETTER_ORDER:
-            moved = tuple(v for v, looks_like in enumerate(order) if v != looks_like)
-            found.append(Finding("order", (s,), moved, f"{_order_in_words(order, names)}: {gain:.0%} nearer to the rest"))
-    return found
-
-
 def view_distances(small: Array) -> Array:
-    """How unlike each object's views are to the usual views.
+    """Distance of each object's views to the median views.
 
-    small: [B, V, H, W, 4] in [0, 1], premultiplied colour and alpha. What is compared of a view is its silhouette and, less,
-    its colours, in standard deviations from the object's own mean: a dark mouse is compared with light ones.
+    Compares silhouettes and, with less weight, colours in standard deviations from the object's mean, so that a dark mouse can
+    be compared with light ones.
     Returns: [B, V, V], squared distance of view i to the median of all objects' views j.
     Source: ours.
     """
@@ -79,7 +35,7 @@ def view_distances(small: Array) -> Array:
     area = alpha.sum((1, 2, 3), keepdims=True)
     deviation = colour - colour.sum((1, 2, 3), keepdims=True) / area * alpha
     spread = np.sqrt(np.square(deviation).sum((1, 2, 3, 4), keepdims=True) / (3 * area))
-    # An object of one colour has no pattern: noise is not made one.
+    # An object of one colour has no pattern: its noise must not become one.
     pattern = deviation / np.maximum(spread, 0.02) * (COLOUR_WEIGHT / np.sqrt(3))
     views = np.concatenate([alpha, pattern], axis=-1).reshape(*small.shape[:2], -1)  # B V D
     usual_views = np.median(views, axis=0)
@@ -87,22 +43,22 @@ def view_distances(small: Array) -> Array:
 
 
 def better_order(distance: Array) -> tuple[list[int], float]:
-    """Which usual view each view is, where each is to be one.
+    """The assignment of one object's views to the median views with the least total distance.
 
-    distance: [V, V] of view i to usual view j. Returns: j by i, and the share of the total distance that this order saves
-    against the order as it is, in [0, 1].
+    distance: [V, V], of view i to median view j. Returns: j for each i; and the share of the total distance that this order
+    saves compared with the present one, in [0, 1].
     """
     from scipy.optimize import linear_sum_assignment
 
     _, order = linear_sum_assignment(distance)
-    as_it_is, best = float(np.trace(distance)), float(distance[np.arange(len(distance)), order].sum())
-    return [int(j) for j in order], 1 - best / as_it_is if as_it_is > 0 else 0.0
+    present, best = float(np.trace(distance)), float(distance[np.arange(len(distance)), order].sum())
+    return [int(j) for j in order], 1 - best / present if present > 0 else 0.0
 
 
 def exchange_gains(distance: Array) -> Array:
-    """What undoing an exchange of two views would save, were each pair of views exchanged in turn.
+    """Share, as in `better_order`, that undoing an exchange of two views would save, for each pair of views.
 
-    distance: [B, V, V] as `view_distances`. Returns: [B, V (V - 1) / 2], as the share in `better_order`.
+    distance: [B, V, V] as from `view_distances`, with all views in the right order. Returns: [B, V (V - 1) / 2].
     """
     i, j = np.triu_indices(distance.shape[-1], k=1)
     own = np.trace(distance, axis1=1, axis2=2)[:, None]
@@ -110,7 +66,8 @@ def exchange_gains(distance: Array) -> Array:
     return 1 - own / np.maximum(exchanged, 1e-9)
 
 
-def _order_in_words(order: Sequence[int], names: Sequence[str]) -> str:
+def order_in_words(order: Sequence[int], names: Sequence[str]) -> str:
+    """Says of [1, 0, 2, ...] that the first two views look exchanged."""
     count = len(order)
     moved = [v for v, looks_like in enumerate(order) if v != looks_like]
     if len(moved) == 2:
@@ -123,26 +80,26 @@ def _order_in_words(order: Sequence[int], names: Sequence[str]) -> str:
     return looks
 
 
-def order_of_all(samples: Sequence[Sample], names: Sequence[str]) -> Iterator[Finding]:
-    """Whether view 2 (right) is the mirror image of view 4 (left), as parallel rays from opposite sides make it, more than of
-    any other. From above, front and back are not so alike; views 1 and 5 are so only for an object with two equal sides."""
-    which = comparable(samples)
-    if list(names) != list(VIEWS) or len(which) < ENOUGH_SAMPLES:
-        return
-    mirrored = np.median(mirror_overlap(_small_pictures(samples, which)[..., 3]), axis=0)
+def unexpected_mirror(small: Array) -> tuple[tuple[int, int], str] | None:
+    """A view of FaceLift's six that mirrors another one than its opposite, and the detail in words; None if there is none.
+
+    Right and left are mirror images, as parallel rays from opposite sides make them. From above, front and back are less so;
+    views 1 and 5 are only for an object with two equal sides.
+    """
+    mirrored = np.median(mirror_overlap(small[..., 3]), axis=0)
     right, left = VIEWS.index("right"), VIEWS.index("left")
     for one, other in ((right, left), (left, right)):
-        best = max((v for v in range(len(names)) if v != one), key=lambda v: mirrored[one, v])
+        best = max((v for v in range(len(VIEWS)) if v != one), key=lambda v: mirrored[one, v])
         if mirrored[one, best] > mirrored[one, other] + BETTER_MIRROR:
-            said = f"the mirror image of {names[one]} is {names[best]} (overlap {mirrored[one, best]:.2f})"
-            yield Finding("order_of_all", (), (one, best), f"{said}, not {names[other]} ({mirrored[one, other]:.2f})")
-            return
+            said = f"the mirror image of {VIEWS[one]} is {VIEWS[best]} (overlap {mirrored[one, best]:.2f})"
+            return (one, best), f"{said}, not {VIEWS[other]} ({mirrored[one, other]:.2f})"
+    return None
 
 
 def mirror_overlap(alpha: Array) -> Array:
-    """How far each view's silhouette is the mirror image of each other's.
+    """Overlap of each view's silhouette with the mirror image of every other one.
 
-    alpha: [B, V, H, W] in [0, 1]. Returns: [B, V, V], intersection over union with the other flipped left to right; 1: equal.
+    alpha: [B, V, H, W] in [0, 1]. Returns: [B, V, V], intersection over union in [0, 1].
     """
     flipped = alpha[..., ::-1]
     overlap = [[_overlap(alpha[:, i], flipped[:, j]) for j in range(alpha.shape[1])] for i in range(alpha.shape[1])]

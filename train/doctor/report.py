@@ -1,4 +1,4 @@
-"""Data set report: in the terminal, as one HTML page that needs nothing else, and as JSON."""
+"""The data set's report: in the terminal, as one HTML page that needs no other file, and as JSON."""
 
 import base64
 import io
@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,104 +16,98 @@ from PIL import Image
 
 from softprompt.data.decode import decode
 from softprompt.files import new_file, write_json
-from train.doctor.findings import ViewNumbers
-from train.doctor.kinds import KINDS, Finding, Sample, view_names
-from train.doctor.look import Files
+from train.doctor.checks import ERRORS, KINDS, WARNINGS, Finding, ViewNumbers
+from train.doctor.samples import Sample
 from train.report.template import render
 
 MADE_BY = "softprompt train.doctor"
 """Marks the JSON file, and with it a folder, as ours."""
 MOST_STRIPS = 60
-"""Samples shown with their pictures; the page has about 20 kB for each."""
+"""Samples shown with their pictures; each takes about 20 kB of the page."""
 MOST_NAMES = 6
-"""Samples named in the terminal for each kind."""
+"""Samples named in the terminal for each kind of finding."""
 TILE = 96
 """Side of a thumbnail in pixels."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All there is to say of a data set."""
+    """A data set's samples, findings and medians."""
 
     train: str
     val: str | None
     samples: Sequence[Sample]
-    files: Sequence[Files]
     findings: Sequence[Finding]
     views: Sequence[ViewNumbers]
-    unseen: Sequence[str]
-    """What was not looked at, and why."""
+    not_inspected: Sequence[str]
+    """What could not be checked, and why."""
     command: str
-    """That makes it again."""
+    """The command that makes it again."""
 
-    @property
-    def would_run(self) -> bool:
-        """Whether training would take the data set: there are warnings at most."""
-        return not any(KINDS[finding.kind].is_error for finding in self.findings)
-
-    @property
-    def headline(self) -> str:
-        """In a sentence."""
-        by_kind = self.by_kind()
-        errors = sum(KINDS[kind].is_error for kind in by_kind)
-        counted = [f"{n} kind{'s' * (n != 1)} of {what}" for n, what in ((errors, "error"), (len(by_kind) - errors, "warning"))]
-        if errors:
-            return f"Training would not run: {' and '.join(said for said in counted if said[0] != '0')}."
-        return f"Training would run; {counted[1] if by_kind else 'nothing was found'}."
-
-    @property
-    def inspected(self) -> str:
-        """What, and how much of it."""
-        on = sum(sample.is_train for sample in self.samples)
-        pictures = [p for sample in self.samples for p in sample.pictures if p is not None]
-        sizes = sorted({(p.width, p.height) for p in pictures})
-        written = f" of {sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else f" of {len(sizes)} sizes" if sizes else ""
-        held = f", {len(self.samples) - on} to validate on ({self.val})" if self.val is not None else ""
-        return f"{on} object{'s' * (on != 1)} to train on ({self.train}){held}: {len(pictures)} pictures{written}"
-
+    @cached_property
     def by_kind(self) -> dict[str, list[Finding]]:
-        """In the order of KINDS; only those that there are."""
+        """The findings of each kind, in the order of KINDS."""
         found: dict[str, list[Finding]] = defaultdict(list)
         for finding in self.findings:
             found[finding.kind].append(finding)
         return dict(found)
 
+    @property
+    def would_run(self) -> bool:
+        """Whether training would accept the data set: there are no errors."""
+        return not any(finding.is_error for finding in self.findings)
+
+    @property
+    def headline(self) -> str:
+        """The result in one sentence."""
+        counts = {"error": len(self.by_kind.keys() & ERRORS), "warning": len(self.by_kind.keys() & WARNINGS)}
+        said = " and ".join(f"{n} kind{'s' * (n != 1)} of {what}" for what, n in counts.items() if n)
+        return f"Training would {'run; ' + (said or 'nothing was found') if self.would_run else 'not run: ' + said}."
+
+    @property
+    def inspected(self) -> str:
+        """The numbers of objects and pictures."""
+        on = sum(sample.is_train for sample in self.samples)
+        pictures = [p for sample in self.samples for p in sample.pictures if p is not None]
+        sizes = sorted({(p.width, p.height) for p in pictures})
+        written = f" of {sizes[0][0]}x{sizes[0][1]}" if len(sizes) == 1 else f" of {len(sizes)} sizes" if sizes else ""
+        val = f", {len(self.samples) - on} validation objects ({self.val})" if self.val is not None else ""
+        return f"{on} training object{'s' * (on != 1)} ({self.train}){val}: {len(pictures)} pictures{written}"
+
     def names(self, finding: Finding) -> str:
-        """Of its samples; "all" for the data set as a whole."""
-        names = [self.samples[s].name for s in finding.samples]
-        more = f" = {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-        return " = ".join(names[:MOST_NAMES]) + more if names else "all"
+        """The names of a finding's samples; "all" for the data set as a whole."""
+        return _some([self.samples[s].name for s in finding.samples], " = ") or "all"
+
+    def count(self, kind: str) -> str:
+        """The number of objects with findings of a kind; "all" for the data set as a whole."""
+        return str(len({s for finding in self.by_kind[kind] for s in finding.samples}) or "all")
+
+
+def _some(names: Sequence[str], joint: str, last_joint: str | None = None) -> str:
+    more = len(names) - MOST_NAMES
+    return joint.join(names[:MOST_NAMES]) + (f"{last_joint or joint}{more} more" if more > 0 else "")
 
 
 def print_report(report: Report) -> None:
-    """A table of findings and one of the views, as wide as the terminal, 80 to 120 columns."""
+    """Print a table of findings and one of the views, as wide as the terminal, 80 to 120 columns."""
     width = min(120, max(80, shutil.get_terminal_size().columns))
     print(f"inspected  {report.inspected}")
-    titles = {True: "ERRORS: training would not run", False: "WARNINGS: training would run"}
-    for is_error, title in titles.items():
-        rows = {kind: found for kind, found in report.by_kind().items() if KINDS[kind].is_error == is_error}
-        if not rows:
-            continue
-        print(f"\n{title:<33} objects")
+    for title, kinds in (("ERRORS: training would not run", ERRORS), ("WARNINGS: training would run", WARNINGS)):
+        rows = {kind: found for kind, found in report.by_kind.items() if kind in kinds}
+        if rows:
+            print(f"\n{title:<33} objects")
         for kind, found in rows.items():
-            names = [report.names(finding) for finding in found]
-            more = f", and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-            said = f"{KINDS[kind].title:<32} {_count(found):>6}  {', '.join(names[:MOST_NAMES])}{more}"
+            names = _some([report.names(finding) for finding in found], ", ", ", and ")
+            said = f"{kinds[kind].title:<32} {report.count(kind):>6}  {names}"
             print(textwrap.fill(said, width, initial_indent="  ", subsequent_indent=" " * 43))
-            meant = f"{KINDS[kind].meaning} {KINDS[kind].advice}"
-            print(textwrap.fill(meant, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+            print(textwrap.fill(kinds[kind].advice, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
     print(f"\n{'view':<14} {'pictures':>8} {'foreground':>11} {'centre: right':>14} {'down':>7}   (medians)")
     for view in report.views:
-        x, y = view.centre
-        medians = [f"{view.share:.1%}", f"{x:+.3f}", f"{y:+.3f}"] if view.pictures else ["-", "-", "-"]
-        print(f"{view.name:<14} {view.pictures:>8} {medians[0]:>11} {medians[1]:>14} {medians[2]:>7}")
-    for sentence in report.unseen:
+        share, x, y = (f"{view.share:.1%}", *(f"{at:+.3f}" for at in view.centre)) if view.pictures else "---"
+        print(f"{view.name:<14} {view.pictures:>8} {share:>11} {x:>14} {y:>7}")
+    for sentence in report.not_inspected:
         print(textwrap.fill(f"not inspected: {sentence}", width, subsequent_indent=" " * 6))
     print(f"\n{report.headline}")
-
-
-def _count(found: Sequence[Finding]) -> str:
-    return str(len({s for finding in found for s in finding.samples}) or "all")
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -121,7 +116,8 @@ def write_report(report: Report, folder: Path) -> None:
     context = {
         "date": f"{datetime.now().astimezone():%-d %B %Y, %H:%M %Z}",
         "report": report,
-        "kinds": [(KINDS[kind], _count(found), found) for kind, found in report.by_kind().items()],
+        "kinds": KINDS,
+        "errors": ERRORS,
         "strips": strips,
         "hidden": hidden,
         "view_names": [view.name.replace("_", " ") for view in report.views],
@@ -132,7 +128,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The findings, and the medians of the views; what is not known is null."""
+    """The findings, and the medians of the views; null where there is none."""
     return {
         "made_by": MADE_BY,
         "command": report.command,
@@ -140,13 +136,13 @@ def as_json(report: Report) -> dict[str, Any]:
         "objects": {"train": sum(s.is_train for s in report.samples), "val": sum(not s.is_train for s in report.samples)},
         "findings": [
             {
-                "kind": finding.kind,
-                "is_error": KINDS[finding.kind].is_error,
-                "samples": [report.samples[s].name for s in finding.samples],
-                "views": [report.views[v].name for v in finding.views],
-                "detail": finding.detail,
+                "kind": f.kind,
+                "is_error": f.is_error,
+                "samples": [report.samples[s].name for s in f.samples],
+                "views": [report.views[v].name for v in f.views],
+                "detail": f.detail,
             }
-            for finding in report.findings
+            for f in report.findings
         ],
         "views": [
             {
@@ -157,56 +153,46 @@ def as_json(report: Report) -> dict[str, Any]:
             }
             for view in report.views
         ],
-        "not_looked_at": list(report.unseen),
+        "not_inspected": list(report.not_inspected),
     }
 
 
 def _strips(report: Report) -> tuple[list[dict[str, Any]], int]:
-    """Samples with findings and their thumbnails, and how many more there are. The first of each kind come first into the
-    choice, so that no kind is crowded out by another; they are shown by kind."""
+    """Samples with findings and their thumbnails, and how many more there are.
+
+    The first samples of each kind are chosen first, so that no kind is crowded out; they are shown by kind.
+    """
     of_sample: dict[int, list[Finding]] = defaultdict(list)
     rank: dict[int, int] = {}
-    for found in report.by_kind().values():
+    for found in report.by_kind.values():
         for place, finding in enumerate(found):
             for s in finding.samples:
                 of_sample[s].append(finding)
                 rank[s] = min(rank.get(s, place), place)
     chosen = set(sorted(of_sample, key=lambda s: rank[s])[:MOST_STRIPS])
-    shown = [s for s in of_sample if s in chosen]
-    names = view_names(len(report.views))
     strips = []
-    for s in shown:
-        warned, refused = (
-            {v for finding in of_sample[s] if KINDS[finding.kind].is_error == is_error for v in finding.views}
-            for is_error in (False, True)
-        )
+    for s, findings in of_sample.items():
+        if s not in chosen:
+            continue
+        sample = report.samples[s]
+        marks = {v: "warned" for finding in findings for v in finding.views}
+        marks |= {v: "refused" for finding in findings if finding.is_error for v in finding.views}
         tiles = [
-            {
-                "uri": _thumbnail(file),
-                "alt": f"{report.samples[s].name}, {name}",
-                "mark": "refused" if v in refused else "warned" if v in warned else "",
-            }
-            for v, (name, file) in enumerate(zip(names, report.files[s], strict=True))
+            {"uri": _thumbnail(file), "alt": f"{sample.name}, {view.name}", "mark": marks.get(v, "")}
+            for v, (view, file) in enumerate(zip(report.views, sample.files, strict=True))
         ]
-        lines = [
-            {
-                "title": KINDS[finding.kind].title,
-                "is_error": KINDS[finding.kind].is_error,
-                "detail": f"{report.names(finding)}; {finding.detail}" if len(finding.samples) > 1 else finding.detail,
-            }
-            for finding in of_sample[s]
-        ]
-        strips.append({"name": report.samples[s].name, "tiles": tiles, "lines": lines})
+        lines = [(f, f"{report.names(f)}; {f.detail}" if len(f.samples) > 1 else f.detail) for f in findings]
+        strips.append({"name": sample.name, "tiles": tiles, "lines": lines})
     return strips, len(of_sample) - len(strips)
 
 
 def _thumbnail(file: Path | None) -> str:
-    """A picture as data URI, transparency kept; empty where there is none, or it cannot be decoded."""
-    if file is None:
-        return ""
+    """A picture as data URI, with its transparency; empty if there is none or it cannot be decoded."""
     try:
-        picture = decode(file)
+        picture = None if file is None else decode(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        picture = None
+    if picture is None:
         return ""
     picture.thumbnail((TILE, TILE), Image.Resampling.BOX)
     data = io.BytesIO()

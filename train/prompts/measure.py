@@ -1,4 +1,4 @@
-"""A view prompt => what there is to say of it in numbers: norms, cosines, the tokens that carry the view, how far it moved."""
+"""Measurements of a view prompt: norms, cosines, the tokens that carry the view, and the change from another prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,56 +10,56 @@ from torch import Tensor
 from softprompt.prompt.similarity import closest_pair, largest, prompt_cosines, telling_tokens
 
 ANOTHER_ENCODER = 0.5
-"""Distance between two prompts' start tokens, of their norm, from which on they are likely of two text encoders."""
+"""Distance between two prompts' start tokens, relative to their norm, from which they likely come from two text encoders."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Of one prompt."""
+    """Measurements of one prompt."""
 
     norms: Tensor
     """[V, T]."""
     cosines: Tensor
-    """[V, V], of whole views, each flattened."""
+    """[V, V], between whole views, all tokens as one vector."""
     closest: tuple[str, str, float]
-    """The two views most alike, and their cosine."""
+    """The two most similar views, and their cosine."""
     telling: Tensor
-    """[T]: distance to the view each view is most like, of its norm; mean over views."""
+    """[T]: distance to the most similar view, relative to the norm; mean over views."""
     spread: Tensor
-    """[T]: root mean square distance to the mean over views, of the root mean square norm."""
+    """[T]: root mean square distance to the mean over views, relative to the root mean square norm."""
     rounding: tuple[float, float]
-    """What float16 changes in a number: at most, on average."""
+    """Change of a number by rounding to float16: largest and mean."""
 
     @property
     def carriers(self) -> list[int]:
-        """Tokens that tell a view from the one it is most like."""
+        """Tokens that carry the view: those that differ most from the most similar view."""
         return largest(self.telling)
 
     @property
     def spread_over(self) -> list[int]:
-        """Tokens that differ over all views: more of them, where longer names move the words after them to later places."""
+        """Tokens that differ most over all views; more of them if longer view names shift the words after them."""
         return largest(self.spread)
 
     @property
     def shared(self) -> int:
-        """How many tokens at the start are the same in every view."""
+        """Number of tokens at the start that are the same in every view."""
         return int((self.spread > 0).int().argmax()) if bool((self.spread > 0).any()) else len(self.spread)
 
 
 @dataclass(frozen=True)
 class Drift:
-    """From a reference to a prompt of the same shape."""
+    """Change from a reference to a prompt of the same shape."""
 
     change: Tensor
-    """[V, T]: length of each token's change, of the reference's norm there."""
+    """[V, T]: length of each token's change, relative to the reference's norm."""
     by_view: Tensor
-    """[V]: the same of whole views."""
+    """[V]: length of each view's change, relative to the reference's norm."""
     cosines: Tensor
     """[V]: between a view and the reference's."""
     in_words: float | None
-    """Share of the squared change that is in the reference's words, start and end token with them; None: not known, or none."""
+    """Share of the squared change in the reference's words, with start and end token; None: not known, or no change."""
     rounded_away: float | None
-    """What float16 changes, of the change: root mean squares; None where nothing has changed."""
+    """Error of rounding to float16 relative to the change, root mean squares; None without a change."""
 
     @property
     def by_token(self) -> Tensor:
@@ -70,27 +70,24 @@ class Drift:
 def measure(prompt: Tensor, names: Sequence[str]) -> Measures:
     """prompt: [V, T, D], V at least 2. names: one a view."""
     prompt = prompt.float()
-    norms = prompt.norm(dim=-1)
-    cosines = prompt_cosines(prompt)
     rounding = (prompt.half().float() - prompt).abs()
     return Measures(
-        norms=norms,
-        cosines=cosines,
+        norms=prompt.norm(dim=-1),
+        cosines=prompt_cosines(prompt),
         closest=closest_pair(prompt, names),
         telling=telling_tokens(prompt),
-        spread=spread_over_views(prompt),
+        spread=_spread_over_views(prompt),
         rounding=(float(rounding.max()), float(rounding.mean())),
     )
 
 
-def spread_over_views(prompt: Tensor) -> Tensor:
-    """Root mean square distance of each token to its mean over views. prompt: [V, T, D]. Returns: [T], of the tokens' norm."""
-    distance = (prompt - prompt[:1] - (prompt - prompt[:1]).mean(dim=0)).norm(dim=-1)  # zero exactly where all are equal
+def _spread_over_views(prompt: Tensor) -> Tensor:
+    distance = (prompt - prompt[:1] - (prompt - prompt[:1]).mean(dim=0)).norm(dim=-1)  # exactly zero if all are equal
     return (distance.square().mean(dim=0) / _divisor(prompt.norm(dim=-1).square().mean(dim=0))).sqrt()
 
 
 def drift(prompt: Tensor, reference: Tensor, words: Sequence[int] | None) -> Drift:
-    """prompt, reference: [V, T, D]. words: how many tokens of each view of the reference are not padding; None: not known."""
+    """prompt, reference: [V, T, D]. words: number of tokens of each reference view that are not padding; None: not known."""
     change = (prompt - reference).double()
     squares = change.square().sum(dim=-1)  # V T
     total = float(squares.sum())
@@ -108,7 +105,7 @@ def drift(prompt: Tensor, reference: Tensor, words: Sequence[int] | None) -> Dri
 
 
 def nearest_phrases(prompt: Tensor, phrases: Tensor) -> Tensor:
-    """How near each view is to each of some texts, once what those have in common, the padding above all, is taken off.
+    """Similarity of each view to each of some texts, after subtracting their mean (above all the padding).
 
     prompt: [V, T, D]. phrases: [N, T, D], N at least 2. Returns: cosines [V, N].
     Source: ours.
@@ -119,10 +116,11 @@ def nearest_phrases(prompt: Tensor, phrases: Tensor) -> Tensor:
 
 
 def start_distance(prompt: Tensor, reference: Tensor) -> float:
-    """How far a prompt's first token is from that of another, of its norm, mean over views.
+    """Distance between the start tokens of two prompts, relative to the reference's norm, mean over views.
 
-    A CLIP text encoder looks back only, so that its first token is the same whatever the text: encoders are told apart by it.
-    Training moves it, as any other. prompt: [V, T, D]. reference: [V or 1, T, D].
+    A CLIP text encoder is causal, so its start token is the same for every text and identifies the encoder. Training changes it
+    like any other token.
+    prompt: [V, T, D]. reference: [V or 1, T, D].
     Source: ours.
     """
     first, other = prompt[:, 0].double(), reference[:, 0].double()

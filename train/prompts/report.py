@@ -1,4 +1,4 @@
-"""Prompts side by side: in the terminal, and as one HTML page that needs nothing else."""
+"""Prompts side by side: in the terminal, and as one HTML page that needs no other file."""
 
 import shutil
 import textwrap
@@ -33,94 +33,91 @@ MADE_BY = "softprompt train.prompts"
 
 @dataclass(frozen=True)
 class Shown:
-    """A prompt, what was measured of it, and against which other."""
+    """A prompt and its measurements."""
 
     source: Source
     measures: Measures
     drift: Drift | None
     compared: str
-    """With what, or why not, in words; empty for the first."""
-    words: tuple[int, ...] | None
-    """Tokens of each view that are not padding, as far as is known."""
-    reads: tuple[str, ...] = ()
-    """What each view reads nearest to, of the phrases that were given."""
+    """The prompt that it is compared with, or why it is not; empty for the first."""
+    words: Sequence[int] | None
+    """Number of tokens of each view that are not padding; None: not known."""
+    reads: Sequence[str] = ()
+    """Sentences: the phrase that each view is nearest to."""
 
 
 @dataclass(frozen=True)
 class Phrases:
-    """Texts that prompts are set beside."""
+    """Texts that views are compared with."""
 
-    texts: tuple[str, ...]
+    texts: Sequence[str]
     encoded: Tensor
     """[N, T, D]."""
 
-    def nearest_to(self, source: Source) -> tuple[str, ...]:
-        """A sentence a view."""
+    def nearest_to(self, source: Source) -> list[str]:
+        """A sentence for each view, or one that says why they are not comparable."""
         if source.prompt.shape[1:] != self.encoded.shape[1:]:
             width, ours = self.encoded.shape[-1], source.prompt.shape[-1]
-            return (f"not comparable: the phrases' text encoder gives tokens of {width} numbers, these have {ours}",)
+            return [f"not comparable: the phrases' text encoder gives tokens of {width} numbers, these have {ours}"]
         if source.steps == 0 and start_distance(source.prompt, self.encoded[:1]) > ANOTHER_ENCODER:
-            return ("not comparable: the prompt was likely made with another text encoder than the phrases; give its --model",)
-        found = nearest_phrases(source.prompt, self.encoded).topk(2, dim=1)
-        return tuple(
+            return ["not comparable: the prompt was likely made with another text encoder than the phrases; give its --model"]
+        cosines, which = nearest_phrases(source.prompt, self.encoded).topk(2, dim=1)
+        return [
             f"{view} reads nearest to {self.texts[first]!r} ({best:.2f}), then {self.texts[second]!r} ({next_:.2f})"
-            for view, (first, second), (best, next_) in zip(
-                source.views, found.indices.tolist(), found.values.tolist(), strict=True
-            )
-        )
+            for view, (first, second), (best, next_) in zip(source.views, which.tolist(), cosines.tolist(), strict=True)
+        ]
 
 
-def look_at(sources: Sequence[Source], phrases: Phrases | None = None) -> list[Shown]:
-    """Measure each prompt, its distance to the first where their shapes agree, and what its views read nearest to."""
+def inspect(sources: Sequence[Source], phrases: Phrases | None = None) -> list[Shown]:
+    """Measure each prompt, its change from the first if they have one shape, and the phrases nearest to its views."""
     shown: list[Shown] = []
     first = sources[0]
-    reference_words = words_of(first)
+    reference_words = _words(first)
     for source in sources:
-        measures, words = measure(source.prompt, source.views), words_of(source)
-        reads = () if phrases is None else phrases.nearest_to(source)
-        if source is first:
-            shown.append(Shown(source, measures, None, "", words, reads))
-        elif source.prompt.shape != first.prompt.shape:
-            shown.append(Shown(source, measures, None, f"not comparable with {first.name}: another shape", words, reads))
-        else:
-            far = start_distance(source.prompt, first.prompt) > ANOTHER_ENCODER
-            apart = far and source.steps == first.steps == 0  # training moves the start token too
-            compared = f"from {first.name}" + (", likely made with another text encoder" if apart else "")
+        change, compared = None, ""
+        if source is not first and source.prompt.shape != first.prompt.shape:
+            compared = f"not comparable with {first.name}: another shape"
+        elif source is not first:
+            change = drift(source.prompt, first.prompt, reference_words)
+            compared = f"from {first.name}" + (
+                ", likely made with another text encoder" if other_encoder(source, first) else ""
+            )
             compared += f", learned in {source.steps} steps" if source.steps else ""
-            shown.append(Shown(source, measures, drift(source.prompt, first.prompt, reference_words), compared, words, reads))
+        reads = phrases.nearest_to(source) if phrases else ()
+        shown.append(Shown(source, measure(source.prompt, source.views), change, compared, _words(source), reads))
     return shown
 
 
-def words_of(source: Source) -> tuple[int, ...] | None:
-    """How many tokens of each view are words: as its text has, or else by the looks of the padding; None: not known."""
-    if source.words is not None:
-        return source.words
-    found = words_before_padding(source.prompt)
-    return None if found is None else tuple(found)
+def other_encoder(source: Source, first: Source) -> bool:
+    """Whether two prompts likely come from two text encoders, by their start tokens; of trained ones nothing is known."""
+    return start_distance(source.prompt, first.prompt) > ANOTHER_ENCODER and source.steps == first.steps == 0
+
+
+def _words(source: Source) -> Sequence[int] | None:
+    return words_before_padding(source.prompt) if source.words is None else source.words
 
 
 def rows(one: Shown) -> list[tuple[str, str]]:
-    """What there is to say of a prompt, a line each, with its heading."""
+    """A prompt's description: heading and text of each line."""
     m, source = one.measures, one.source
     least, most = (f"{float(norm):.1f}" for norm in m.norms.aminmax())
-    said = [
-        ("shape", source.shape),
-        ("norms", f"a token's is {least} to {most}, mean {float(m.norms.mean()):.1f}"),
-        ("view", view_line(m)),
-        ("closest", "{} and {}, cosine {:.3f}".format(*m.closest)),
-        ("float16", rounding_line(one)),
-    ]
+    said = [("shape", source.shape)]
     if source.toy:
-        said.insert(1, ("encoder", f"{TOY}: of use with the embedded model alone"))
+        said.append(("encoder", f"{TOY}: of use only with the embedded model"))
+    said += [("norms", f"a token's is {least} to {most}, mean {float(m.norms.mean()):.1f}"), ("view", _view_line(m))]
     if one.words is not None:
-        how = "by its texts" if source.words is not None else "by their likeness"
+        how = "by its texts" if source.words is not None else "by their similarity"
         counts = " or ".join(dict.fromkeys(str(count) for count in one.words))
-        said.insert(-2, ("padding", f"from token {counts} on ({how})"))
-    return said + [("reads" if i == 0 else "", sentence) for i, sentence in enumerate(one.reads)] + drift_rows(one)
+        said.append(("padding", f"from token {counts} on ({how})"))
+    said += [("closest", "{} and {}, cosine {:.3f}".format(*m.closest)), ("float16", _rounding_line(one))]
+    return said + _with_heading("reads", one.reads) + _with_heading("change", _drift_lines(one))
 
 
-def view_line(m: Measures) -> str:
-    """Which tokens carry the view."""
+def _with_heading(heading: str, lines: Sequence[str]) -> list[tuple[str, str]]:
+    return [(heading if i == 0 else "", line) for i, line in enumerate(lines)]
+
+
+def _view_line(m: Measures) -> str:
     carriers, spread = in_ranges(m.carriers), in_ranges(m.spread_over)
     said = f"token{'s' * (len(m.carriers) != 1)} {carriers} carr{'y' if len(m.carriers) != 1 else 'ies'} it"
     if m.shared:
@@ -130,8 +127,7 @@ def view_line(m: Measures) -> str:
     return said
 
 
-def rounding_line(one: Shown) -> str:
-    """What float16 changes."""
+def _rounding_line(one: Shown) -> str:
     most, mean = one.measures.rounding
     if most == 0:
         return "rounding to it changes nothing" + (": it is stored so" if one.source.dtype == "float16" else "")
@@ -140,27 +136,26 @@ def rounding_line(one: Shown) -> str:
     return f"rounding to it changes a number by {most:.1e} at most, {mean:.1e} on average{share}"
 
 
-def drift_rows(one: Shown) -> list[tuple[str, str]]:
-    """How far it is from the first."""
-    if one.drift is None:
-        return [("change", one.compared)] if one.compared else []
+def _drift_lines(one: Shown) -> list[str]:
     d = one.drift
-    views = ", ".join(f"{name} {change:.1%}" for name, change in zip(one.source.views, d.by_view.tolist(), strict=True))
-    furthest = sorted(d.by_token.topk(3).indices.tolist())
-    said = [("change", f"{one.compared}, of its norm: {views}")]
+    if d is None:
+        return [one.compared] if one.compared else []
     if d.rounded_away is None:
-        return [("change", f"{one.compared}: none")]
-    said.append(("", "cosine with it: " + ", ".join(f"{cosine:.3f}" for cosine in d.cosines.tolist())))
-    said.append(("", f"most in token {', '.join(map(str, furthest))} ({float(d.by_token.max()):.1%} of the token's norm)"))
-    where = "not known where its padding begins"
-    if d.in_words is not None:
-        where = f"{d.in_words:.1%} of it (squared) in word tokens, {1 - d.in_words:.1%} in padding"
-    said.append(("", where))
-    return said
+        return [f"{one.compared}: none"]
+    views = ", ".join(f"{name} {change:.1%}" for name, change in zip(one.source.views, d.by_view.tolist(), strict=True))
+    furthest = ", ".join(map(str, sorted(d.by_token.topk(3).indices.tolist())))
+    return [
+        f"{one.compared}, relative to its norm: {views}",
+        "cosine with it: " + ", ".join(f"{cosine:.3f}" for cosine in d.cosines.tolist()),
+        f"most in token {furthest} ({float(d.by_token.max()):.1%} of the token's norm)",
+        "share in padding not known: no padding was found"
+        if d.in_words is None
+        else f"{d.in_words:.1%} of it (squared) in word tokens, {1 - d.in_words:.1%} in padding",
+    ]
 
 
 def print_report(shown: Sequence[Shown]) -> None:
-    """A paragraph and a matrix of cosines for each prompt."""
+    """Print a paragraph and a matrix of cosines for each prompt."""
     columns = min(120, max(80, shutil.get_terminal_size().columns))
     for one in shown:
         print(one.source.name)
@@ -175,7 +170,7 @@ def print_report(shown: Sequence[Shown]) -> None:
 
 
 def refuse_other_page(path: Path) -> None:
-    """Raises: InputError where something lies that is no earlier page."""
+    """Raises: InputError if there is a file that is no earlier page."""
     if path.is_dir():
         raise InputError(f"--output {path}: is a folder; expected the name of a page, e.g. prompts.html")
     if path.is_file() and MADE_BY not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
@@ -183,11 +178,11 @@ def refuse_other_page(path: Path) -> None:
 
 
 def write_page(shown: Sequence[Shown], path: Path, command: str) -> None:
-    """Write the page, whole or not at all. Raises: InputError when it cannot be written."""
+    """Write the page, whole or not at all. Raises: InputError if it cannot be written."""
     context = {
         "made_by": MADE_BY,
         "date": f"{datetime.now().astimezone():%-d %B %Y, %H:%M %Z}",
-        "prompts": [as_context(one) for one in shown],
+        "prompts": [_as_context(one) for one in shown],
         "command": command,
     }
     try:
@@ -197,29 +192,21 @@ def write_page(shown: Sequence[Shown], path: Path, command: str) -> None:
         raise InputError(f"--output {path}: cannot be written ({error}); likely read-only, or its disk is full") from error
 
 
-def as_context(one: Shown) -> dict[str, Any]:
-    """A prompt as its part of the page shows it."""
-    m, views = one.measures, [view.replace("_", " ") for view in one.source.views]
-    carriers = set(m.carriers)
+def _as_context(one: Shown) -> dict[str, Any]:
+    m, d, views = one.measures, one.drift, [view.replace("_", " ") for view in one.source.views]
+    charts = [
+        ("Difference from the most similar view, by token", m.telling),
+        ("Spread over all views, by token", m.spread),
+        *([("Change from the first prompt, by token", d.by_token)] if d else []),
+    ]
+    norms = (m.norms.amin(1), m.norms.mean(1), m.norms.amax(1))
     return {
         "name": one.source.name,
         "rows": rows(one),
         "texts": list(zip(views, one.source.texts, strict=True)) if one.source.texts else [],
         "views": views,
         "matrix": matrix_cells(m.cosines, float(m.cosines.min())),
-        "norms": [
-            {"view": view, "min": float(n.min()), "mean": float(n.mean()), "max": float(n.max())}
-            for view, n in zip(views, m.norms, strict=True)
-        ],
-        "charts": [
-            chart("Difference to the view that a view is most like, by token", m.telling, carriers),
-            chart("Spread over all views, by token", m.spread, carriers),
-            *([chart("Change from the first prompt, by token", one.drift.by_token, carriers)] if one.drift else []),
-        ],
-        "change": []
-        if one.drift is None
-        else [
-            {"view": view, "change": change, "cosine": cosine}
-            for view, change, cosine in zip(views, one.drift.by_view.tolist(), one.drift.cosines.tolist(), strict=True)
-        ],
+        "norms": list(zip(views, *(norm.tolist() for norm in norms), strict=True)),
+        "charts": [chart(title, values, set(m.carriers)) for title, values in charts],
+        "change": list(zip(views, d.by_view.tolist(), d.cosines.tolist(), strict=True)) if d else [],
     }

@@ -1,5 +1,6 @@
-"""Prompt files and templates => prompts, with what is known of where they come from."""
+"""Prompt files, templates and texts => prompts, with what is known about their origin."""
 
+import difflib
 import filecmp
 import json
 import warnings
@@ -15,51 +16,50 @@ from softprompt.errors import InputError, base_of
 from softprompt.files import read_json
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.loading import load_text_encoder
-from softprompt.prompt.embeddings import check_prompt, refuse_foreign, save_prompt
+from softprompt.prompt.embeddings import check_prompt, refuse_foreign
 from softprompt.prompt.encoding import encode_texts
 from softprompt.prompt.prompt_files import read_prompt_file
-from softprompt.prompt.similarity import closest_pair
-from softprompt.prompt.templates import PROMPT_SUFFIXES, TEMPLATES, VIEWS, Template, view_names
-from train.cli import suggestion
+from softprompt.prompt.templates import FOREIGN_SUFFIXES, PROMPT_SUFFIXES, TEMPLATES, VIEWS, Template, view_names
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
-SUFFIXES = PROMPT_SUFFIXES
 TOY = "the embedded toy's text encoder"
+FOLDER_FILES = {"clr_embeds": "of color pictures", "normal_embeds": "of normal maps"}
+"""Prompt files in folders of other projects. FaceLift reads only the first; Era3D and Wonder3D both."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A prompt and what is known of it."""
+    """A prompt and what is known about it."""
 
     name: str
-    """As it was given."""
+    """As given on the command line."""
     prompt: Tensor
     """[V, T, D], float32."""
     dtype: str
-    """As it is stored, or float32 for what was just encoded."""
+    """As stored in the file; float32 for an encoded text."""
     views: tuple[str, ...]
     words: tuple[int, ...] | None = None
-    """Tokens of each view's text, start and end token with them; the rest is padding. None: the text is not known."""
+    """Number of tokens of each view's text, with start and end token; the rest is padding. None: not known."""
     texts: tuple[str, ...] = ()
-    """One a view, where they are known."""
+    """One a view; empty if not known."""
     toy: bool | None = None
     """Whether the embedded model's text encoder made it; None: not known."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Of the JSON beside the file."""
+    """From the JSON beside the file."""
     found: str = ""
-    """What it lay in, of a file that another program wrote."""
+    """The form in which a file of another program holds it."""
 
     @property
     def steps(self) -> int:
-        """That it was trained for, as the JSON beside it says; 0: none, or not known."""
+        """Training steps according to the JSON beside the file; 0: none, or not known."""
         steps = self.metadata.get("steps")
         return steps if isinstance(steps, int) else 0
 
     @property
     def shape(self) -> str:
-        """In words."""
+        """Shape and dtype in words."""
         views, tokens, width = self.prompt.shape
         return f"{views} views x {tokens} tokens x {width}, {self.dtype}"
 
@@ -74,7 +74,7 @@ class Encoder:
 
     @property
     def name(self) -> str:
-        """As it is given on the command line."""
+        """As given on the command line."""
         return "micro" if self.folder == MICRO_MODEL else str(self.folder)
 
     @property
@@ -82,30 +82,33 @@ class Encoder:
         """Whether it is the embedded model's."""
         return has_toy_encoder(self.folder)
 
-    def encode(self, name: str, texts: Sequence[str], views: Sequence[str], *, is_cut: list[str] | None = None) -> Source:
-        """Texts, one a view, to a prompt. is_cut: is given a sentence for each text that is longer than a prompt.
-
-        Raises: InputError when two views come out the same.
-        """
-        with warnings.catch_warnings(record=True) as warned:
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Texts to embeddings [N, T, D]. Prints a warning for each text that is longer than a prompt."""
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            prompt = encode_texts(texts, self.tokenizer, self.model)
-        if is_cut is not None:
-            is_cut += [str(w.message) for w in warned if "is cut to" in str(w.message)]
+            embeddings = encode_texts(texts, self.tokenizer, self.model)
+        for warning in caught:
+            if "is cut to" in str(warning.message):
+                print(f"warning    {warning.message}")
+        return embeddings
+
+    def encode(self, name: str, texts: Sequence[str], views: Sequence[str]) -> Source:
+        """Texts, one a view, to a prompt. Raises: InputError if two views get the same prompt."""
+        prompt = self.embed(texts)
         check_prompt(prompt, num_views=len(texts), origin=f"{name!r} encoded by {self.name}")
         counts = tuple(min(len(ids), prompt.shape[1]) for ids in self.tokenizer(list(texts)).input_ids)
         return Source(name, prompt, "float32", tuple(views), counts, tuple(texts), self.is_toy)
 
 
 def open_encoder(model: str) -> Encoder:
-    """The encoder of a pipeline folder, or of the embedded model. Raises: InputError naming what is missing."""
+    """Load the text encoder of a pipeline folder, or of `micro`. Raises: InputError naming what is missing."""
     logging.disable_progress_bar()
     folder = model_folder(model)
     return Encoder(folder, *load_text_encoder(folder))
 
 
 def model_folder(model: str) -> Path:
-    """`micro` is the embedded model. Raises: InputError when there is no such folder."""
+    """The pipeline folder; that of the embedded model for `micro`. Raises: InputError if there is none."""
     folder = MICRO_MODEL if model == "micro" else Path(model)
     if not folder.is_dir():
         raise InputError(
@@ -121,9 +124,9 @@ def has_toy_encoder(folder: Path) -> bool:
 
 
 def model_takes(folder: Path) -> tuple[int, int]:
-    """(V, D): how many views, and how wide a prompt, the UNet of a pipeline folder takes; no weight is read.
+    """(V, D): number of views and width of the prompts that a pipeline's UNet takes, from its configuration.
 
-    Raises: InputError when its configuration is missing or does not say.
+    Raises: InputError if the configuration is missing or lacks them.
     """
     file = folder / "unet" / "config.json"
     config = read_json(file, what="the UNet's configuration")
@@ -134,50 +137,79 @@ def model_takes(folder: Path) -> tuple[int, int]:
     return taken["num_views"], taken["cross_attention_dim"]
 
 
-def fill_in(text: str, *, subject: str, angles: str | Sequence[str], views: Sequence[str] = VIEWS) -> list[str]:
+def fill_in(
+    text: str, *, subject: str, angles: str | Sequence[str], views: Sequence[str] = VIEWS, problem: str = ""
+) -> list[str]:
     """The texts of a template's name, or of a text with {view}, one a view.
 
-    angles: for {angle}, one for all views or one each. Raises: InputError for what is neither.
+    angles: for {angle}, one for all views or one each. problem: how an error begins, if not with --text.
+    Raises: InputError for what is neither.
     """
     if text not in TEMPLATES and "{" not in text:
-        raise InputError(
-            f"--text {text!r}: is no template ({', '.join(TEMPLATES)}) and no text with {{view}}"
-            f"{suggestion(text, list(TEMPLATES)).removesuffix('; --help lists the options')}"
-        )
+        near = difflib.get_close_matches(text, TEMPLATES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        problem = problem or f"--text {text!r}: is"
+        raise InputError(f"{problem} no template ({', '.join(TEMPLATES)}) and no text with {{view}}{hint}")
     template = TEMPLATES.get(text, Template(text))
     each = [angles] * len(views) if isinstance(angles, str) else angles
     return [template.texts(subject=subject, angle=angle, views=(view,))[0] for view, angle in zip(views, each, strict=True)]
 
 
 def read_phrases(given: Sequence[str], *, subject: str, angle: str) -> list[str]:
-    """Templates, texts with {view}, plain texts, and files (.txt) of one such a line, as texts; each once.
+    """Templates, texts with or without {view}, and .txt files with one of these a line, as different texts.
 
     Raises: InputError for a file that cannot be read, a text that cannot be filled in, or fewer than two texts.
     """
     lines: list[str] = []
     for one in given:
-        if not one.endswith(".txt"):
-            lines.append(one)
-            continue
         try:
-            lines += [line.strip() for line in Path(one).read_text(encoding="utf-8").splitlines() if line.strip()]
+            inside = Path(one).read_text(encoding="utf-8").splitlines() if one.endswith(".txt") else None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--phrases {one}: cannot be read ({error}); expected a text file, one phrase a line") from error
-    texts = [
-        text
-        for line in lines
-        for text in (fill_in(line, subject=subject, angles=angle) if line in TEMPLATES or "{" in line else [line])
-    ]
-    found = list(dict.fromkeys(texts))
+        lines += [one] if inside is None else filter(None, map(str.strip, inside))
+    found: dict[str, None] = {}
+    for line in lines:
+        is_filled_in = line in TEMPLATES or "{" in line
+        found |= dict.fromkeys(fill_in(line, subject=subject, angles=angle) if is_filled_in else [line])
     if len(found) < 2:
-        raise InputError(f"--phrases: are {len(found)}; expected two or more, to tell which of them a view is nearest to")
+        raise InputError(f"--phrases: are {len(found)}; expected two or more, to find which of them a view is nearest to")
+    return list(found)
+
+
+def open_all(names: Sequence[str], *, model: str, subject: str, angle: str) -> list[Source]:
+    """Files, those in folders, templates and texts, in this order. Raises: InputError for a name that is none of them."""
+    sources, encoder = [], None
+    for name in names:
+        is_file = name not in TEMPLATES and Path(name).is_file()
+        if is_file or Path(name).suffix in (*PROMPT_SUFFIXES, *FOREIGN_SUFFIXES):
+            sources.append(open_file(name))
+        elif Path(name).is_dir():
+            sources += [open_file(file) for file in files_in(Path(name)).values()]
+        else:
+            problem = f"{name}: is no prompt file (.pt, .safetensors),"
+            texts = fill_in(name, subject=subject, angles=angle, problem=problem)
+            encoder = encoder or open_encoder(model)
+            sources.append(encoder.encode(name, texts, VIEWS))
+    return sources
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """The prompt files of a folder, by name without suffix; float32 where both formats exist. Raises: InputError if none."""
+    there = [(name, folder / f"{name}{suffix}") for name in FOLDER_FILES for suffix in PROMPT_SUFFIXES]
+    found = {name: file for name, file in there if file.is_file()}  # .safetensors comes last, and stays
+    if not found:
+        inside = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
+        raise InputError(
+            f"{folder}: holds no clr_embeds.pt or .safetensors (but {inside}); expected a folder such as FaceLift's "
+            f"fixed_prompt_embeds_6view, or a prompt file"
+        )
     return found
 
 
 def open_file(path: str | Path, *, any_kind: bool = False) -> Source:
-    """A prompt file of any number of views and any width, and what the JSON beside it says.
+    """A prompt file with any number of views and any width, and what the JSON beside it says.
 
-    any_kind: also as other programs write it.
+    any_kind: accept the formats of other programs.
     Raises: InputError, as `load_prompt`, and for fewer than two views.
     """
     path = Path(path)
@@ -190,73 +222,27 @@ def open_file(path: str | Path, *, any_kind: bool = False) -> Source:
     if not any_kind:
         refuse_foreign(path, content, num_views=views)
     beside = described(path, prompt)
-    named, texts = (_listed(beside, name, str, views) for name in ("views", "texts"))
-    counted = _listed(beside, "text_tokens", int, views)
+    named, texts, counts = (
+        tuple(value) if isinstance(value, list) and len(value) == views and all(isinstance(v, kind) for v in value) else ()
+        for value, kind in ((beside.get("views"), str), (beside.get("texts"), str), (beside.get("text_tokens"), int))
+    )
     return Source(
-        str(path),
-        prompt,
-        str(stored.dtype).removeprefix("torch."),
-        tuple(named or view_names(views)),
-        tuple(counted) if counted else None,
-        tuple(texts),
-        beside["toy_encoder"] if isinstance(beside.get("toy_encoder"), bool) else None,
-        beside,
-        "" if content.is_bare else content.found,
+        name=str(path),
+        prompt=prompt,
+        dtype=str(stored.dtype).removeprefix("torch."),
+        views=named or view_names(views),
+        words=counts or None,
+        texts=texts,
+        toy=beside["toy_encoder"] if isinstance(beside.get("toy_encoder"), bool) else None,
+        metadata=beside,
+        found="" if content.is_bare else content.found,
     )
 
 
 def described(path: Path, prompt: Tensor) -> dict[str, Any]:
-    """The JSON beside a prompt file, as `save_prompt` writes it; empty where there is none, or it is of something else."""
-    file = path.with_suffix(".json")
-    if not file.is_file():
-        return {}
+    """The JSON beside a prompt file, as `save_prompt` writes it; empty if there is none, or it describes another prompt."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) and content.get("shape") == list(prompt.shape) else {}
-
-
-def _listed(content: Mapping[str, Any], name: str, kind: type, length: int) -> list[Any]:
-    """What a JSON lists under a name, one of a kind for each view; empty where it is anything else."""
-    value = content.get(name)
-    return value if isinstance(value, list) and len(value) == length and all(isinstance(v, kind) for v in value) else []
-
-
-KINDS = {".pt": "float16, what FaceLift loads", ".safetensors": "float32"}
-
-
-def refuse_output(path: Path, *, overwrite: bool, beside: Path | None = None) -> None:
-    """Before any work is done. beside: a prompt file whose JSON may be replaced, since it describes the same prompt.
-
-    Raises: InputError where a prompt cannot be written under that name, or something lies there.
-    """
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: a prompt is saved as .pt (FaceLift's float16) or .safetensors (float32)")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; expected the name of a file")
-    sidecar = path.with_suffix(".json")
-    shared = beside is not None and beside.with_suffix(".json").resolve() == sidecar.resolve()
-    taken = [file for file in (path, sidecar) if file.exists() and not (shared and file is sidecar)]
-    if taken and not overwrite:
-        raise InputError(f"{taken[0]}: exists already; choose another --output, or replace it with --overwrite")
-
-
-def write(prompt: Tensor, path: Path, views: tuple[str, ...], metadata: Mapping[str, Any]) -> str:
-    """Write a prompt and the JSON beside it. Returns: what was written, in a sentence.
-
-    prompt: [V, T, D]. Raises: InputError when it cannot be written.
-    """
-    a, b, cosine = closest_pair(prompt, views)
-    named = {"views": list(views), "closest_views": [a, b, round(cosine, 6)]}
-    try:
-        sidecar = save_prompt(prompt, path, metadata={**metadata, **named})
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error}); likely read-only, or its disk is full") from error
-    return f"{path} ({KINDS[path.suffix]}) and {sidecar.name}; closest {a} and {b}, cosine {cosine:.3f}"
-
-
-def kept_metadata(path: Path, prompt: Tensor) -> dict[str, Any]:
-    """What the JSON beside a prompt file says that still holds of a copy in the other format."""
-    measured = ("file", "shape", "dtype", "token_norms", "view_cosines", "mean_view_cosine", "rounding_error")
-    return {key: value for key, value in described(path, prompt).items() if key not in measured}

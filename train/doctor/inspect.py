@@ -1,6 +1,6 @@
-"""What one picture holds, measured once from its pixels: numbers small enough to keep for all pictures of a data set.
+"""Measurements of pictures: one small record for each, so that those of a whole data set fit into memory.
 
-Nothing large is imported here: every process that measures does so anew.
+Nothing large is imported, since every process that measures imports this anew.
 """
 
 import math
@@ -23,49 +23,52 @@ from tqdm import tqdm
 from softprompt.data.decode import FORMATS, decode
 
 SMALL = 16
-"""Side of the picture that is kept of each: enough to tell views apart, 1 KB."""
+"""Side of the thumbnail that is compared between objects: enough to distinguish views, 1 KB."""
 OPAQUE = 128
-"""Alpha from which on a pixel is foreground, of 255."""
+"""Alpha, of 255, from which a pixel is foreground."""
 SAME_COLOUR = 16
-"""Largest difference of a channel, of 255, to a background's colour that is still the background: noise, JPEG."""
+"""Largest difference of a channel, of 255, from the background's colour that is still background: noise, JPEG."""
 EVEN_SHARE = 0.8
-"""Of the border's pixels, that must have the background's colour: an object may reach over the rest."""
+"""Share of the border's pixels that must have the background's colour: the object may cover the rest."""
 FEW_PICTURES = 200
-"""Up to so many are measured faster than processes are started."""
+"""Up to this number, measuring takes less time than starting processes."""
 
 Files = Sequence[Path | None]
-"""Of one sample, by view; None where there is none."""
+"""A sample's pictures, by view; None where there is no file."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Measurements of one picture. Shares and places are those in the square that training fits it into."""
+    """Measurements of one picture. Shares and positions refer to the square that training fits it into."""
 
     width: int
-    """In pixels, as all sides here."""
+    """In pixels."""
     height: int
     is_intact: bool
-    """All checksums in its file are right. Decoding does not look at them."""
+    """All checksums in the file are right; decoding does not check them."""
     content: bytes
-    """Digest of the visible pixels: equal for equal pictures, however they were compressed."""
+    """Digest of the visible pixels: equal for equal pictures, however they are compressed."""
     has_alpha: bool
-    """False without an alpha channel, and where it is opaque throughout."""
+    """False without an alpha channel, or with one that is opaque throughout."""
     is_plain: bool
-    """Nothing to see: no visible pixel, or the background's colour alone."""
-    even_border: bool
-    """Its border is transparent or of one colour, so that the object can be told from the background."""
+    """No visible pixel, or nothing but the background's colour."""
     share: float
-    """Of the foreground in the picture, in [0, 1]; NaN where it cannot be told from the background."""
+    """Share of the foreground in the picture, in [0, 1]; NaN without alpha on an uneven background."""
     centre: tuple[float, float]
-    """Centre of mass of the foreground, right and down from the middle, in sides: [-0.5, 0.5]; NaN without a foreground."""
+    """Foreground's centre of mass, right and down from the middle, in sides: [-0.5, 0.5]; NaN without foreground."""
     at_border: float
     """Length of the picture's border that is foreground, in sides: 0 to 4."""
     small: NDArray[np.uint8]
-    """[SMALL, SMALL, 4], colour premultiplied by alpha, and alpha (opaque where the foreground cannot be told)."""
+    """[SMALL, SMALL, 4], premultiplied colour and alpha (opaque where the foreground is not known)."""
+
+    @property
+    def has_foreground(self) -> bool:
+        """Whether object and background can be separated: by alpha, or by a border of one colour."""
+        return not math.isnan(self.share)
 
 
-def look_at(file: str | Path) -> Picture | None:
-    """Measure one picture. Returns: None where it cannot be decoded."""
+def inspect_picture(file: str | Path) -> Picture | None:
+    """Measure one picture. Returns: None if it cannot be decoded."""
     try:
         picture = decode(file)
     except (OSError, SyntaxError, ValueError):
@@ -75,10 +78,10 @@ def look_at(file: str | Path) -> Picture | None:
     content = blake2b(np.where(alpha > 0, rgba.view(np.uint32)[..., 0], 0).tobytes(), digest_size=16)
     content.update(bytes(str(picture.size), "ascii"))
     has_alpha = bool(alpha.min() < 255)
-    foreground = alpha >= OPAQUE if has_alpha else _against_plain(rgba[..., :3])
+    foreground = alpha >= OPAQUE if has_alpha else _differs_from_border(rgba[..., :3])
     if foreground is not None and not has_alpha:
         picture.putalpha(Image.fromarray(foreground.astype(np.uint8) * 255))
-    share, centre, at_border = (math.nan, (math.nan, math.nan), 0.0) if foreground is None else _place(foreground)
+    share, centre, at_border = (math.nan, (math.nan, math.nan), 0.0) if foreground is None else _position(foreground)
     return Picture(
         width=picture.width,
         height=picture.height,
@@ -86,7 +89,6 @@ def look_at(file: str | Path) -> Picture | None:
         content=content.digest(),
         has_alpha=has_alpha,
         is_plain=not alpha.any() if has_alpha else foreground is not None and not foreground.any(),
-        even_border=foreground is not None,
         share=share,
         centre=centre,
         at_border=at_border,
@@ -103,8 +105,8 @@ def _is_intact(file: str | Path) -> bool:
     return True
 
 
-def _against_plain(rgb: NDArray[np.uint8]) -> NDArray[np.bool_] | None:
-    """What differs from the border's colour, [H, W]; None where the border has no one colour."""
+def _differs_from_border(rgb: NDArray[np.uint8]) -> NDArray[np.bool_] | None:
+    """Pixels that differ from the border's colour, [H, W]; None if the border has no single colour."""
     background = np.median(_border(rgb), axis=0)  # 3
 
     def differs(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -120,8 +122,8 @@ def _border(pixels: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
 
 
-def _place(foreground: NDArray[np.bool_]) -> tuple[float, tuple[float, float], float]:
-    """(share, centre, at_border) as `Picture` has them."""
+def _position(foreground: NDArray[np.bool_]) -> tuple[float, tuple[float, float], float]:
+    """(share, centre, at_border) as in `Picture`."""
     height, width = foreground.shape
     side = max(height, width)
     rows, columns = foreground.sum(1), foreground.sum(0)
@@ -144,30 +146,23 @@ def _small(picture: Image.Image) -> NDArray[np.uint8]:
     return square
 
 
-def look_at_sample(files: Files) -> list[Picture | None]:
+def inspect_sample(files: Files) -> list[Picture | None]:
     """Measure a sample's pictures, by view; None for those that are missing or cannot be decoded."""
-    return [None if file is None else look_at(file) for file in files]
+    return [None if file is None else inspect_picture(file) for file in files]
 
 
-def look_at_all(samples: Sequence[Files]) -> list[list[Picture | None]]:
-    """Measure all samples, on all cores where that is worth it; a bar appears after two seconds.
-
-    Returns: as `look_at_sample`, in the given order.
-    """
-    watched = partial(tqdm, total=len(samples), desc="inspecting", unit="object", delay=2, dynamic_ncols=True)
+def inspect_all(samples: Sequence[Files]) -> list[list[Picture | None]]:
+    """`inspect_sample` for all samples, in order, on all cores if there are many; a progress bar appears after two seconds."""
+    progress = partial(tqdm, total=len(samples), desc="inspecting", unit="object", delay=2, dynamic_ncols=True)
     cores = len(os.sched_getaffinity(0))
     if cores == 1 or sum(map(len, samples)) <= FEW_PICTURES:
-        return list(watched(map(look_at_sample, samples)))
-    # Pillow holds Python's lock while it decodes: threads would wait for each other. Spawned, since a fork would copy the
-    # locks of libraries that have threads.
-    with ProcessPoolExecutor(cores, mp_context=get_context("spawn"), initializer=_leave_ctrl_c) as pool:
+        return list(progress(map(inspect_sample, samples)))
+    # Processes, since Pillow holds Python's lock while it decodes; spawned, since a fork would copy locks that threads hold.
+    # Ctrl-C is for this process alone.
+    ignore_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(cores, mp_context=get_context("spawn"), initializer=ignore_ctrl_c) as pool:
         try:
-            return list(watched(pool.map(look_at_sample, samples, chunksize=4)))
+            return list(progress(pool.map(inspect_sample, samples, chunksize=4)))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _leave_ctrl_c() -> None:
-    """To the process that started this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

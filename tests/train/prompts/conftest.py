@@ -1,0 +1,67 @@
+"""The command, and prompts to give it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from softprompt.prompt.templates import VIEWS
+from train.prompts.__main__ import main
+from train.prompts.sources import Encoder, Source, fill_in, open_encoder
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run("show", file, ...)`: what it prints, in one line; its exit code must be 0."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*argv: object) -> str:
+        assert main([str(argument) for argument in argv]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`refused("show", file, ...)`: its error, which must be one line; its exit code must be 2."""
+
+    def call(*argv: object) -> str:
+        try:
+            code = main([str(argument) for argument in argv])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        error = capsys.readouterr().err
+        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error, error
+        return error
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def encoder() -> Encoder:
+    """The embedded model's."""
+    return open_encoder("micro")
+
+
+@pytest.fixture(scope="session")
+def facelift_texts(encoder: Encoder) -> Source:
+    """FaceLift's six texts by the embedded model's encoder."""
+    return encoder.encode("facelift", fill_in("facelift", subject="", angles=""), VIEWS)
+
+
+def random_prompt(views: int = 6, width: int = 8, seed: int = 0) -> torch.Tensor:
+    return torch.randn(views, 77, width, generator=torch.Generator().manual_seed(seed))
+
+
+def saved(path: Path, prompt: torch.Tensor) -> Path:
+    """As FaceLift has it: a bare tensor, and nothing beside it."""
+    if path.suffix == ".pt":
+        torch.save(prompt.half(), path)
+    else:
+        save_file({"prompt": prompt}, path)
+    return path
