@@ -88,7 +88,7 @@ def results(source: Source) -> list[tuple[str, float, float, int]]:
     """(what, at step 0, now, step of that) of each outcome that was measured at both ends, up to the step that is exported."""
     points = [] if source.run is None else [p for p in read_series(source.run) if is_evaluation(p) and p["step"] <= source.step]
     found = []
-    for name, words in {**OUTCOMES, "loss/original": "loss on the pretrained model's own domain"}.items():
+    for name, words in {**OUTCOMES, "loss/original": "loss on the original domain"}.items():
         measured = [p for p in points if p.get(name) is not None]
         if len(measured) > 1 and measured[0]["step"] == 0:
             # An adapted model that a run began with is not the pretrained one.

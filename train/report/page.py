@@ -90,7 +90,7 @@ def headline(story: Story) -> str:
     said += "."
     if _finite(first.get("loss/original_pretrained"), last.get("loss/original")):
         times = last["loss/original"] / first["loss/original_pretrained"]
-        said += f" On the pretrained model's own domain the loss is now {times:.2g} times what it was."
+        said += f" On the original domain the loss is now {times:.2g} times what it was."
     return said
 
 
@@ -139,7 +139,7 @@ def _worst(story: Story) -> str:
     worst = next((row["view"] for row in view_rows(story) if row["worst"]), None)
     if worst is None:
         return "The views were not measured."
-    return f"The worst view is {worst} (by PSNR; the view that was given is left out, since it only has to be copied)."
+    return f"The worst view is {worst} (by PSNR; the input view is left out, since it is only copied)."
 
 
 def _ablation(story: Story) -> dict[str, Any] | None:
