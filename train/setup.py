@@ -21,8 +21,7 @@ from train.export.read import start_from
 from train.objectives.custom import Custom
 from train.objectives.dpo import make_dpo
 from train.objectives.draft import Draft
-from train.objectives.functions import load_function
-from train.objectives.rewards import load_reward
+from train.objectives.functions import load_function, load_reward
 from train.objectives.separate import make_separate
 from train.objectives.spin import Spin
 from train.objectives.studio import make_studio

@@ -129,8 +129,6 @@ class ShardStore:
             with new_file(path) as partial:
                 as_bytes = torch.from_numpy(names.view(np.uint8).reshape(-1, KEY_BYTES))
                 save_file({**tensors, "keys": as_bytes, "crc": checks}, partial)
-                with partial.open("rb") as file:
-                    os.fsync(file.fileno())
         except (OSError, SafetensorError) as error:
             size = sum(t.nbytes for t in tensors.values())
             raise InputError(

@@ -15,10 +15,10 @@ from softprompt.errors import InputError, RunError
 from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.preference import open_pairs, ranked_pairs, stage_at, stages_by_rank, stages_by_reward
 from softprompt.objectives.rewards import Reward
+from train.objectives.functions import load_reward
 from train.objectives.own_samples import OwnSamples, Snapshot, rate
 from train.objectives.pairs import ListedPair, Told, doubtful, gaps_of, read_pairs
 from train.objectives.preferences import Contest, HeldOut, Predict, PreferenceTerm, sampled
-from train.objectives.rewards import load_reward
 from train.objectives.terms import Context, StepBatch
 from train.options.config import Config
 from train.options.preferences import OWN, DpoConfig

@@ -1,4 +1,4 @@
-"""`module:function` => the function, and its call."""
+"""Functions and rewards that options name: a built-in reward, or `module:function`."""
 
 import importlib
 import inspect
@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
 
-from softprompt.errors import InputError
+from softprompt.errors import InputError, no_folder
+from softprompt.model.loading import load_frozen
+from softprompt.model.pipeline import Pipeline
+from softprompt.objectives.rewards import REWARDS, Reward, clip_similarity
 
 
 def load_function(spec: str, option: str) -> Callable[..., Any]:
@@ -58,3 +63,34 @@ def call(function: Callable[..., Any], *given: Any, spec: str, option: str) -> A
         where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{option}: {spec} failed{where} ({problem[:300]})") from error
+
+
+def load_reward(name: str, encoder: str | None, pipeline: Pipeline, group: str) -> Reward:
+    """The reward that the options GROUP.reward and GROUP.encoder name. Raises: InputError where it cannot be loaded; the reward
+    itself, where it cannot judge."""
+    option = f"{group}.reward"
+    if ":" in name:
+        function = load_function(name, option)
+        return lambda *given: call(function, *given, spec=name, option=option)
+    known = REWARDS[name] if encoder is None or name != "clip" else _clip(Path(encoder), pipeline, f"{group}.encoder")
+
+    def reward(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
+        try:
+            return known(views, truth, masks)
+        except ValueError as error:
+            raise InputError(f"{option}: {name}: {error}") from error
+
+    return reward
+
+
+def _clip(folder: Path, pipeline: Pipeline, option: str) -> Reward:
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{option}: {folder} holds no config.json; expected the folder of a CLIP vision model with its projection, e.g. "
+            f"PIPECKPTS/image_encoder{no_folder(folder)}"
+        )
+    try:
+        encoder = load_frozen(CLIPVisionModelWithProjection, folder, left_over=True).to(pipeline.device)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error
+    return clip_similarity(encoder, int(encoder.config.image_size))

@@ -20,9 +20,9 @@ from softprompt.objectives import draft as formulas
 from train.batches import Wanted
 from train.loop import train
 from train.objectives import draft as draft_module
-from train.objectives import rewards as rewards_module
+from train.objectives import functions as functions_module
 from train.objectives.draft import Draft, Guard
-from train.objectives.rewards import load_reward
+from train.objectives.functions import load_reward
 from train.objectives.terms import StepBatch
 from train.options.config import Config
 from train.options.objectives import DraftConfig
@@ -283,7 +283,7 @@ def test_an_encoder_in_half_precision_judges_in_full(tmp_path: Path) -> None:
     pipeline = SimpleNamespace(device=torch.device("cpu"))
     full, ours = (load_reward("clip", str(f), pipeline, "draft")(*pictures, None) for f in (folder, tmp_path))
     torch.testing.assert_close(ours, full, rtol=1e-3, atol=0)
-    loaded = rewards_module.load_frozen(CLIPVisionModelWithProjection, tmp_path)
+    loaded = functions_module.load_frozen(CLIPVisionModelWithProjection, tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
