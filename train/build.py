@@ -129,7 +129,7 @@ def build_trainer(
             drop_rate=config.loss.condition_drop_rate,
             own_view=config.loss.own_view,
             references=references,
-            reference=config.data.first_reference,
+            reference_view=config.data.first_reference,
             held_out_timesteps=timesteps,
         ),
         model=model,

@@ -47,7 +47,7 @@ class Evaluator:
     held_out: Objects
     original: Objects | None
     """Held-out objects of the original domain."""
-    reference: int
+    reference_view: int
     """The view that is the input picture."""
     timesteps: Sequence[int]
     """Timesteps of the validation loss."""
@@ -100,7 +100,7 @@ class Evaluator:
 
     def validation(self, position: float, *, with_original: bool) -> dict[str, float]:
         """Series of a validation: the loss on held-out objects, in all and by view, and if asked for on the original domain."""
-        losses = self.losses(position, self.held_out, reference=self.reference)
+        losses = self.losses(position, self.held_out, reference=self.reference_view)
         series = {"loss/validation": float(losses.mean())}
         if with_original and self.original is not None:
             series["loss/original"] = self.original_loss(position)
@@ -152,7 +152,7 @@ class Evaluator:
 
         prompt: E [V, T, D]. pretrained: views by the pretrained model from an earlier preview; they never change.
         """
-        count, reference, device = min(self.preview_objects, len(self.held_out)), self.reference, self.pipeline.device
+        count, reference, device = min(self.preview_objects, len(self.held_out)), self.reference_view, self.pipeline.device
         views = [rotate_views(self.held_out.pictures(i, seeded("preview", i)), reference) for i in range(count)]
         truth = torch.stack(views).to(device)
         order = view_order(reference, self.pipeline.num_views)
@@ -191,7 +191,7 @@ class Evaluator:
         prompt: E [V, T, D]. shown: its previews.
         Returns: row => [B, V, 3, S, S]; see train.evaluation.ablation. The rows of each alone need a LoRA.
         """
-        order = view_order(self.reference, self.pipeline.num_views).to(prompt.device)
+        order = view_order(self.reference_view, self.pipeline.num_views).to(prompt.device)
         own, start = prompt[order], self.adapted.prompt.start[order]
         has_lora = "lora" in self.adapted.trainable()
         rows = {"pretrained": shown.pretrained}

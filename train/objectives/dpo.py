@@ -227,7 +227,7 @@ class ListedDpo(Dpo):
             if samples.cache is not None:
                 samples.cache.refresh()
         if self._other_samples is not None:
-            given = context.reference
+            given = context.reference_view
             contests = [self._contest_of(self._other_samples, pair, given) for pair in self._others]
             self.held_out = [HeldOut(contest, ((0, 1),)) for contest in contests]
         counts = f"dpo        {len(self._pairs)} pairs to train on, {len(self.held_out)} to measure on"

@@ -38,7 +38,7 @@ def held_out_batches(context: Context, position: float) -> Iterator[StepBatch]:
                     generator,
                     encoded=encoded[-1],
                     num_timesteps=length,
-                    references=[context.reference],
+                    references=[context.reference_view],
                     timestep=timestep,
                 )
             )

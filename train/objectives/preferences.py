@@ -212,7 +212,7 @@ class PreferenceTerm(Term):
             self.started_from,
             self.sampling,
             sets=sets,
-            references=[context.reference],
+            references=[context.reference_view],
             reward=reward,
         )
         if not others.fill(stopped=lambda: False, what=f"{self.name}: samples of held-out objects"):

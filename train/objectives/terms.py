@@ -56,7 +56,7 @@ class Context:
     """Whether the view that shows the input picture counts in the loss."""
     references: Sequence[int]
     """Views that may be the input picture in training."""
-    reference: int
+    reference_view: int
     """The one that is in validation and previews."""
     held_out_timesteps: Sequence[int]
     """Timesteps at which held-out objects are evaluated."""
