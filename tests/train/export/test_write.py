@@ -347,7 +347,7 @@ def test_a_pipeline_that_reads_back_otherwise_is_kept_aside_and_prompt_and_lora_
         (first_step / name / "old").touch()
     said = (
         r"export: pipeckpts read back differs .* more than export\.tolerance 0\.0001\. It is kept as "
-        r"\S*/export/pipeckpts\.unverified to be looked at"
+        r"\S*/export/pipeckpts\.unverified for inspection"
     )
     with monkeypatch.context() as patch:
         patch.setattr(write_module, "save_pipeline", broken)
@@ -357,7 +357,7 @@ def test_a_pipeline_that_reads_back_otherwise_is_kept_aside_and_prompt_and_lora_
     aside = {name: content for name, content in after.items() if name.startswith("pipeckpts.unverified/")}
     assert {n: c for n, c in after.items() if n not in aside} == before
     expected = {f"pipeckpts.unverified/{f.relative_to(MICRO_MODEL)}" for f in MICRO_MODEL.rglob("*") if f.is_file()}
-    assert aside.keys() == expected, "it is complete, to be looked at"
+    assert aside.keys() == expected, "it is complete, for inspection"
     assert not any("pipeckpts" in line for line in how_to_use(first_step)), "nobody is told to use it"
     assert model.export_pipeline(first_step) <= 1e-4, "it can be tried again"
     assert {n: c for n, c in contents(first_step).items() if n not in aside} == contents(done.folder)
