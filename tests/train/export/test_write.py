@@ -311,7 +311,7 @@ def test_an_export_that_reads_back_otherwise_is_none_and_the_earlier_one_stays(
     monkeypatch.setattr(*spoilt[broken])
     said = (
         r"export: clr_embeds\.pt and lora read back differs .* more than export\.tolerance 0\.0001\. It is kept as "
-        r"\S*/export\.unverified to be"
+        r"\S*/export\.unverified for inspection"
     )
     (tmp_path / "export.unverified" / "lora").mkdir(parents=True)  # what an earlier failure left is no hindrance
     with pytest.raises(RunError, match=said):
