@@ -96,6 +96,7 @@ def test_compiled_blocks_give_the_same_losses_and_are_compiled_once_each(
 ) -> None:
     # aot_eager: the same graphs and guards, without a minute of compiling them and without the need for a compiler.
     monkeypatch.setattr(setup, "compile_blocks", partial(model.compile_blocks, backend="aot_eager"))
+    torch._dynamo.reset()  # of graphs that another test has left in this process
     torch._dynamo.utils.counters.clear()
     options = PLAIN | {"model": smallest_model}
     job, plain = (prepare(small_config(mice, **options | {"train.compile": on})) for on in ("true", "false"))
