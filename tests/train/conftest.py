@@ -56,13 +56,13 @@ class StopAfter(StopSignal):
 
     def __init__(self, step: int) -> None:
         super().__init__()
-        self.looks_left = 2 * step  # before each step and after it
+        self.looks_left = step + 1  # before the first step and after each
 
-    def agreed(self, accelerator: object) -> bool:
+    def agree(self, accelerator: object) -> tuple[bool, bool]:
         self.looks_left -= 1
         if self.looks_left == 0:
             self.number = signal.SIGINT
-        return self.number is not None
+        return self.number is not None, False
 
 
 @pytest.fixture

@@ -59,10 +59,8 @@ def open_run(run: Path, which: str, *, model: str | None, unet: str | None = Non
             f"{pipeline.folder}: takes prompts of {pipeline.num_views} views, {pipeline.prompt_width} wide; the run's have "
             f"{views} and are {width} wide. Likely another model than the run's: give that with --model"
         )
-    adapted, curriculum = (
-        build_adapted(pipeline, waypoints, config.prompt, config.lora).eval(),
-        make_curriculum(config, pipeline.scheduler.alphas_cumprod),
-    )
+    adapted = build_adapted(pipeline, waypoints, config.prompt, config.lora).eval()
+    curriculum = make_curriculum(config, pipeline.scheduler.alphas_cumprod)
     if config.init_from is not None and not config.prompt.learn:  # the prompt it began with never changed, and is not saved
         start_from(Path(config.init_from), adapted, curriculum.position(curriculum.start(), 0))
     ema = None if state["ema"] is None else EMAModel(adapted.all_trainable().values())
