@@ -189,4 +189,93 @@ def mouse(dice: Dice) -> Shape:
     return Shape(parts, fur)
 
 
-SHAPES: dict[str, Callable[[Dice], Shape]] = {"heads": head, "cats": cat, "mice": mouse}
+def bird(dice: Dice) -> Shape:
+    """A bird that stands, its wings folded."""
+    coat = dice.pick([(0.25, 0.40, 0.70), (0.75, 0.25, 0.20), (0.35, 0.30, 0.26), (0.85, 0.70, 0.20), (0.25, 0.50, 0.35)], 0.06)
+    belly = dice.pick(
+        [(0.93, 0.90, 0.84), (0.90, 0.62, 0.35), (coat[0] * 0.7 + 0.25, coat[1] * 0.7 + 0.25, coat[2] * 0.7 + 0.25)], 0.02
+    )
+    horn = dice.pick([(0.90, 0.62, 0.15), (0.25, 0.22, 0.20), (0.80, 0.42, 0.22)], 0.03)
+    wing = (coat[0] * 0.65, coat[1] * 0.65, coat[2] * 0.65)
+    fat, beak, tail = dice(0.50, 0.62), dice(0.14, 0.24), dice(0.40, 0.60)
+    parts = [
+        Part((0, 0.05, 0), (fat, 0.78, fat * 0.95), coat, below=belly, tilt=0.45, furry=True),
+        Part((0, -0.62, 0.62), (0.38, 0.40, 0.38), coat, below=belly, furry=True),
+        Part((0, -1.0 - beak / 2, 0.56), (0.10, beak, 0.08), horn, tilt=-0.15),
+        Part((0, 0.80, -0.34), (0.22, tail, 0.08), wing, tilt=0.45),
+    ]
+    for side in (-1, 1):
+        parts += [
+            Part((side * fat * 0.86, 0.15, 0.02), (0.13, 0.62, 0.34), wing, tilt=0.5, yaw=side * -0.12),
+            Part((side * 0.26, -0.86, 0.72), (0.07, 0.08, 0.08), DARK),
+            Part((side * 0.22, 0.08, -0.78), (0.06, 0.06, 0.36), horn),
+            Part((side * 0.22, -0.06, -1.12), (0.13, 0.24, 0.05), horn),
+        ]
+    return Shape(parts, Fur(mottle=dice(0.05, 0.2), phases=(dice(0, 6.28), dice(0, 6.28), dice(0, 6.28))))
+
+
+def rabbit(dice: Dice) -> Shape:
+    """A rabbit that sits, ears up."""
+    coat = dice.pick([(0.70, 0.60, 0.48), (0.55, 0.52, 0.50), (0.92, 0.90, 0.87), (0.42, 0.32, 0.24), (0.25, 0.24, 0.25)], 0.05)
+    pale = (coat[0] * 0.5 + 0.46, coat[1] * 0.5 + 0.45, coat[2] * 0.5 + 0.43)
+    inner = dice.pick([(0.90, 0.66, 0.64), (0.80, 0.60, 0.56)], 0.03)
+    fat, ear, lean = dice(0.56, 0.68), dice(0.52, 0.70), dice(0.05, 0.35)
+    face_y, face_z = -0.78, 0.50
+    parts = [
+        Part((0, 0.22, 0), (fat, 0.72, fat), coat, below=pale, tilt=0.2, furry=True),
+        Part((0, -0.40, 0.05), (fat * 0.74, 0.42, fat * 0.85), coat, below=pale, tilt=0.5, furry=True),
+        Part((0, face_y, face_z), (0.38, 0.42, 0.38), coat, furry=True),
+        Part((0, face_y - 0.33, face_z - 0.12), (0.22, 0.16, 0.16), pale),
+        Part((0, face_y - 0.48, face_z - 0.05), (0.06, 0.05, 0.05), inner),
+        Part((0, 0.95, 0.05), (0.22, 0.20, 0.22), (0.96, 0.95, 0.93)),
+    ]
+    for side in (-1, 1):
+        parts += [
+            Part((side * 0.18, face_y + 0.14, face_z + 0.28 + ear), (0.12, 0.08, ear), coat, roll=side * lean),
+            Part((side * 0.18, face_y + 0.08, face_z + 0.28 + ear), (0.07, 0.05, ear * 0.8), inner, roll=side * lean),
+            Part((side * 0.30, face_y - 0.16, face_z + 0.10), (0.07, 0.10, 0.10), DARK),
+            Part((side * fat * 0.82, 0.42, -0.26), (0.24, 0.44, 0.38), coat, furry=True),
+            Part((side * fat * 0.72, 0.10, -0.62), (0.16, 0.44, 0.11), pale),
+            Part((side * 0.26, -0.58, -0.46), (0.13, 0.18, 0.30), coat),
+        ]
+    return Shape(parts, Fur(mottle=dice(0.05, 0.22), phases=(dice(0, 6.28), dice(0, 6.28), dice(0, 6.28))))
+
+
+def fox(dice: Dice) -> Shape:
+    """A fox that stands, its brush behind it."""
+    coat = dice.pick([(0.82, 0.42, 0.16), (0.72, 0.34, 0.14), (0.60, 0.58, 0.57), (0.90, 0.56, 0.24)], 0.05)
+    white = dice.pick([(0.96, 0.94, 0.90), (0.90, 0.86, 0.80)], 0.02)
+    sock = (0.14, 0.11, 0.10)
+    slim, leg, sway, brush = dice(0.34, 0.42), dice(0.40, 0.50), dice(-0.5, 0.5), dice(0.20, 0.27)
+    face_y, face_z = -1.05, 0.52
+    parts = [
+        Part((0, 0, 0), (slim, 0.86, slim * 1.05), coat, below=white, furry=True),
+        Part((0, -0.66, 0.18), (slim * 0.85, 0.42, slim), coat, below=white, tilt=0.6, furry=True),
+        Part((0, face_y, face_z), (0.40, 0.36, 0.34), coat, below=white, furry=True),
+        Part((0, face_y - 0.42, face_z - 0.12), (0.15, 0.36, 0.13), coat, below=white, tilt=-0.15),
+        Part((0, face_y - 0.76, face_z - 0.14), (0.07, 0.06, 0.06), DARK),
+    ]
+    for side in (-1, 1):
+        parts += [
+            Part((side * 0.27, face_y + 0.08, face_z + 0.38), (0.15, 0.08, 0.28), coat, roll=side * 0.3),
+            Part((side * 0.27, face_y + 0.03, face_z + 0.36), (0.09, 0.06, 0.19), sock, roll=side * 0.3),
+            Part((side * 0.20, face_y - 0.29, face_z + 0.07), (0.07, 0.07, 0.07), DARK),
+            Part((side * slim * 0.6, -0.52, -0.30 - leg / 2), (0.11, 0.13, leg), sock),
+            Part((side * slim * 0.65, 0.58, -0.28 - leg / 2), (0.13, 0.18, leg), coat, below=sock),
+        ]
+    for i in range(5):  # the brush: back, down and to one side, its end white
+        t = i / 4
+        centre = (sway * t * t, 0.86 + 0.85 * t, 0.05 - 0.30 * t)
+        thick = brush * (0.6 + 1.1 * t - 0.9 * t * t)
+        parts.append(Part(centre, (thick, 0.26, thick), white if i == 4 else coat, yaw=-sway * t, tilt=-0.3, furry=i < 4))
+    return Shape(parts, Fur(mottle=dice(0.05, 0.15), phases=(dice(0, 6.28), dice(0, 6.28), dice(0, 6.28))))
+
+
+SHAPES: dict[str, Callable[[Dice], Shape]] = {
+    "heads": head,
+    "cats": cat,
+    "mice": mouse,
+    "birds": bird,
+    "rabbits": rabbit,
+    "foxes": fox,
+}

@@ -36,13 +36,30 @@ class Domain:
     """Lit by a sun and the sky, as footage is; otherwise flat, as an asset is rendered."""
 
 
+LEVEL, ABOVE = (0.0, 0.0), (20.0, 25.0)
+"""Elevations."""
+
+
+def _domains() -> dict[str, Domain]:
+    """Every body as a rendering and as a photograph, level and from above."""
+    found = {}
+    for shape in SHAPES:
+        for photographic in (False, True):
+            for elevation in (LEVEL, ABOVE):
+                style, height = "photo" if photographic else "render", "above" if elevation == ABOVE else "level"
+                found[f"{shape}_{style}_{height}"] = Domain(shape, elevation, photographic=photographic)
+    return found
+
+
 DOMAINS = {
-    "heads": Domain("heads", (0, 0), photographic=False),
-    "heads_above": Domain("heads", (20, 25), photographic=False),
-    "cats": Domain("cats", (0, 0), photographic=True),
-    "cats_above": Domain("cats", (20, 25), photographic=True),
-    "mice": Domain("mice", (20, 25), photographic=True),
+    "heads": Domain("heads", LEVEL, photographic=False),
+    "heads_above": Domain("heads", ABOVE, photographic=False),
+    "cats": Domain("cats", LEVEL, photographic=True),
+    "cats_above": Domain("cats", ABOVE, photographic=True),
+    "mice": Domain("mice", ABOVE, photographic=True),
+    **_domains(),
 }
+"""`heads` is FaceLift's domain, `mice` the one that runs adapt to; the others are what pretraining sees."""
 
 
 class MicroWorld:

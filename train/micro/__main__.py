@@ -1,9 +1,9 @@
 """Build the embedded micro pipeline from nothing: `python -m train.micro`.
 
-Four phases: a VAE; a prior over heads and cats, level and from above, each under its own text, with the text and image
-encoders trained along; then heads alone under FaceLift's text, which makes the model a small FaceLift; last, more
-steps for the VAE's decoder. Stopped at any time and run again, it continues from its state file. Under 40 minutes on two
-cores.
+Five phases: a VAE, and more steps for its decoder; text and image encoder (CLIP); a prior over single pictures of six kinds of
+bodies, as renderings and photographs, level and from above, given nothing but a text (Stable Diffusion); then six views of
+heads under one text, given a picture (FaceLift). Stopped at any time and run again, it continues from its state file. Under
+two hours on two cores.
 """
 
 import sys
@@ -49,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build(settings: Settings) -> None:
     """Run the remaining phases, then write the folder and report on it."""
-    from train.micro.phases import render, train_decoder, train_heads, train_prior, train_vae
-    from train.micro.pretrain import PRIOR_TEXTS, encode_domain
+    from train.micro.checks import table_of_words
+    from train.micro.phases import render, train_clip, train_decoder, train_heads, train_prior, train_vae
+    from train.micro.pretrain import VAE_DOMAINS, encode_domain
     from train.micro.trainer import Trainer, new_parts, save_parts
+    from train.micro.words import FACELIFT_DOMAIN, prior_domains
 
     folder = settings.output
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not settings.overwrite:
@@ -59,22 +61,25 @@ def build(settings: Settings) -> None:
     began = time.monotonic()
     parts = new_parts(settings.seed)
     trainer = Trainer(settings, parts)
-    pictures = render(settings.objects)
+    seen_by_vae = cache(lambda: render([*VAE_DOMAINS, "mice"], settings.objects))
+    seen_by_prior = cache(lambda: render(prior_domains(settings.left_out), settings.prior_objects))
 
-    @cache
-    def encoded() -> dict[str, Any]:  # needs the trained VAE
-        return {domain: encode_domain(parts.pipeline, pictures[domain]) for domain in PRIOR_TEXTS}
+    def encoded(pictures: dict[str, Any]) -> dict[str, Any]:
+        return {domain: encode_domain(parts.pipeline, rgba) for domain, rgba in pictures.items()}
 
     phases: dict[str, Callable[[], None]] = {
-        "vae": lambda: train_vae(trainer, pictures),
-        "prior": lambda: train_prior(trainer, encoded()),
-        "heads": lambda: train_heads(trainer, encoded()["heads"]),
-        "decoder": lambda: train_decoder(trainer, pictures),
+        "vae": lambda: train_vae(trainer, seen_by_vae()),
+        "decoder": lambda: train_decoder(trainer, seen_by_vae()),
+        "clip": lambda: train_clip(trainer, seen_by_prior()),
+        "prior": lambda: train_prior(trainer, encoded(seen_by_prior())),
+        "heads": lambda: train_heads(trainer, encoded(render([FACELIFT_DOMAIN], settings.objects))[FACELIFT_DOMAIN]),
     }
     for phase, train in phases.items():
         if not trainer.done(phase):
             train()
             trainer.finish(phase)
+            if phase in ("prior", "heads"):
+                print(table_of_words(parts, phase, settings.evaluated), flush=True)
     save_parts(parts, folder)
     settings.state_file.unlink(missing_ok=True)
     print(f"made {folder} in {(time.monotonic() - began) / 60:.1f} min", flush=True)

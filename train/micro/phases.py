@@ -1,20 +1,19 @@
-"""The phases of `python -m train.micro`, in order: VAE, prior, heads, decoder."""
+"""The phases of `python -m train.micro`, in order: VAE, its decoder, CLIP, prior (Stable Diffusion's), heads (FaceLift's)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKL
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from softprompt.data.batch import seeded
+from softprompt.data.batch import EncodedViews, seeded
 from softprompt.micro.world import MicroWorld
 from softprompt.prompt.encoding import encode_texts
 from train.micro.pretrain import (
-    PRIOR_TEXTS,
-    EncodedDomain,
-    TrainedPrompts,
+    EMPTY_RATE,
+    contrastive_loss,
     decoder_loss,
     denoising_step,
     draws_of,
@@ -24,17 +23,24 @@ from train.micro.pretrain import (
     load_all,
     on_background,
     reconstruction_psnr,
+    single,
+    single_pictures,
+    text_alone,
     vae_loss,
 )
-from train.micro.settings import TEXT_EVERY
 from train.micro.trainer import Trainer
+from train.micro.words import Caption, all_texts, facelift_texts, pick_texts
+
+PRETRAINING_MICE = 50_000
+"""Seed of the first mouse of pretraining."""
+CLIP_BATCH = 64
+"""Pairs of picture and text a step, all of different domains or views."""
 
 
-def render(objects: int) -> dict[str, Tensor]:
-    """Training objects of each domain: uint8 [K, V, 4, S, S]."""
-    pictures = {domain: load_all(MicroWorld(domain, 0, objects)) for domain in PRIOR_TEXTS}
-    # The VAE sees mice as well, as Stable Diffusion's has seen everything; other ones than any run will be given.
-    return pictures | {"mice": load_all(MicroWorld("mice", 50_000, max(1, objects // 2)))}
+def render(domains: Sequence[str], objects: int) -> dict[str, Tensor]:
+    """Training objects of each domain: uint8 [K, V, 4, S, S]; mice are other ones than any run's."""
+    first = {domain: PRETRAINING_MICE if domain == "mice" else 0 for domain in domains}
+    return {domain: load_all(MicroWorld(domain, first[domain], objects)) for domain in domains}
 
 
 def train_vae(trainer: Trainer, pictures: Mapping[str, Tensor]) -> None:
@@ -77,46 +83,73 @@ def _print_psnr(phase: str, vae: AutoencoderKL) -> None:
         print(f"{phase:7} held-out {domain}: PSNR {reconstruction_psnr(vae, seen):.1f} dB", flush=True)
 
 
-def train_prior(trainer: Trainer, encoded: Mapping[str, EncodedDomain]) -> None:
-    """Phase 1: UNet, text encoder and image encoder on every domain under its own text."""
-    parts, seed, batch_size = trainer.parts, trainer.settings.seed, trainer.settings.batch_size
-    pipeline, domains = parts.pipeline, list(encoded.values())
-    prompts = TrainedPrompts(parts.tokenizer, parts.text_encoder, [PRIOR_TEXTS[domain] for domain in encoded], TEXT_EVERY)
+def train_clip(trainer: Trainer, pictures: Mapping[str, Tensor]) -> None:
+    """CLIP: text encoder and image encoder, until the text of a picture is told from those of others."""
+    parts, settings = trainer.parts, trainer.settings
+    pipeline = parts.pipeline
+    kinds = [Caption(domain, view) for domain in pictures for view in range(pipeline.num_views)]
 
     def loss_of(step: int) -> Tensor:
-        chosen = torch.randint(trainer.settings.objects, (batch_size,), generator=seeded(seed, "prior", step)).tolist()
-        kinds = [(i + step) % len(domains) for i in range(batch_size)]  # each meets every part of the schedule
-        features = torch.stack([domains[k].features[i] for k, i in zip(kinds, chosen, strict=True)])
-        embeds = pipeline.image_encoder(features).image_embeds
-        objects = [
-            replace(domains[k].objects[i], embeds=repeat(e.detach(), "e -> v e", v=pipeline.num_views))
-            for k, i, e in zip(kinds, chosen, embeds, strict=True)
-        ]
-        draws = draws_of(objects, seed, "prior", step, "noise")
-        return denoising_step(pipeline, objects, prompts.get()[kinds], draws, embeds)
+        generator = seeded(settings.seed, "clip", step)
+        chosen = [kinds[i] for i in torch.randperm(len(kinds), generator=generator)[:CLIP_BATCH].tolist()]
+        texts = pick_texts(chosen, generator)
+        shown = []
+        for caption in chosen:
+            of = pictures[caption.domain]
+            index = int(torch.randint(len(of), (), generator=generator))
+            shown.append(on_background(of[index, caption.view][None], index)[0])
+        pixels = [(rearrange(p, "c h w -> h w c") * 255).round().byte().numpy() for p in shown]
+        features = pipeline.feature_extractor(images=pixels, return_tensors="pt").pixel_values
+        tokens = parts.tokenizer(texts, padding=True, return_tensors="pt").input_ids  # causal: what follows changes nothing
+        same = torch.tensor([[float(a == b) for b in texts] for a in texts])
+        embedded = parts.text_head(parts.text_encoder(tokens).pooler_output)
+        return contrastive_loss(pipeline.image_encoder(features).image_embeds, embedded, same, parts.text_head.scale.exp())
 
-    groups = [(pipeline.unet, 1.0), (pipeline.image_encoder, 0.5), (parts.text_encoder, 0.3)]
-    trainer.run("prior", groups, loss_of, prompts.after_backward)
+    trainer.run("clip", [(pipeline.image_encoder, 0.5), (parts.text_encoder, 0.3), (parts.text_head, 1.0)], loss_of)
     for parameter in parts.text_encoder.parameters():  # as it will be stored, so that what follows is trained on exactly that
         parameter.data = parameter.data.half().float()
-    fit_normalizer(pipeline, torch.cat([domain.features for domain in domains]))
 
 
-def train_heads(trainer: Trainer, heads: EncodedDomain) -> None:
-    """Phase 2, FaceLift's: the UNet alone, on heads under its one text."""
-    parts, seed, batch_size = trainer.parts, trainer.settings.seed, trainer.settings.batch_size
-    pipeline = parts.pipeline
-    prompt = encode_texts(PRIOR_TEXTS["heads"], parts.tokenizer, parts.text_encoder)
-    prompts = repeat(prompt, "v t d -> b v t d", b=batch_size)
-    with torch.no_grad():  # view 0's embedding by the image encoder as it is now, for every view
-        embeds = pipeline.image_encoder(heads.features).image_embeds
-    objects = [
-        replace(o, embeds=repeat(e, "e -> v e", v=pipeline.num_views)) for o, e in zip(heads.objects, embeds, strict=True)
-    ]
+def train_prior(trainer: Trainer, encoded: Mapping[str, Sequence[EncodedViews]]) -> None:
+    """Stable Diffusion: the UNet on single pictures, unrelated to each other, with nothing given but a text."""
+    parts, settings = trainer.parts, trainer.settings
+    pipeline, domains = parts.pipeline, list(encoded)
+    texts = all_texts(domains)
+    rows = {text: row for row, text in enumerate(texts)}
+    encode = partial(encode_texts, tokenizer=parts.tokenizer, text_encoder=parts.text_encoder)
+    prompts = torch.cat([encode(texts[i : i + 32]).half() for i in range(0, len(texts), 32)])
+    fit_normalizer(pipeline, torch.cat([one.embeds for objects in encoded.values() for one in objects]))
+    count = settings.batch_size * pipeline.num_views
 
     def loss_of(step: int) -> Tensor:
-        chosen = torch.randint(len(objects), (batch_size,), generator=seeded(seed, "heads", step)).tolist()
-        batch = [objects[i] for i in chosen]
-        return denoising_step(pipeline, batch, prompts, draws_of(batch, seed, "heads", step, "noise"))
+        generator = seeded(settings.seed, "prior", step)
+        chosen, pictures = [], []
+        for _ in range(count):
+            domain = domains[int(torch.randint(len(domains), (), generator=generator))]
+            view = int(torch.randint(pipeline.num_views, (), generator=generator))
+            objects = encoded[domain]
+            pictures.append(single(objects[int(torch.randint(len(objects), (), generator=generator))], view))
+            chosen.append(Caption(domain, view))
+        empty = torch.rand(count, generator=generator) < EMPTY_RATE
+        of = [0 if nothing else rows[text] for text, nothing in zip(pick_texts(chosen, generator), empty, strict=True)]
+        draws = text_alone(draws_of(pictures, settings.seed, "prior", step, "noise"))
+        return denoising_step(pipeline, pictures, prompts[of].float()[:, None], draws)
 
-    trainer.run("heads", [(pipeline.unet, 0.8)], loss_of)
+    with single_pictures(pipeline):
+        trainer.run("prior", [(pipeline.unet, 1.0)], loss_of)
+    # The input picture's channels have seen nothing but zeros; they begin at nothing, as in InstructPix2Pix.
+    pipeline.unet.conv_in.weight.data[:, pipeline.unet.config["out_channels"] :] = 0
+
+
+def train_heads(trainer: Trainer, heads: Sequence[EncodedViews]) -> None:
+    """FaceLift: the UNet on level renderings of heads, six views of the picture given, under its one text."""
+    parts, seed, batch_size = trainer.parts, trainer.settings.seed, trainer.settings.batch_size
+    prompt = encode_texts(facelift_texts(), parts.tokenizer, parts.text_encoder)
+    prompts = repeat(prompt, "v t d -> b v t d", b=batch_size)
+
+    def loss_of(step: int) -> Tensor:
+        chosen = torch.randint(len(heads), (batch_size,), generator=seeded(seed, "heads", step)).tolist()
+        batch = [heads[i] for i in chosen]
+        return denoising_step(parts.pipeline, batch, prompts, draws_of(batch, seed, "heads", step, "noise"))
+
+    trainer.run("heads", [(parts.pipeline.unet, 0.8)], loss_of)

@@ -3,34 +3,32 @@
 The order of the phases, optimisers and files are in train/micro.py.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from einops import rearrange, repeat
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from softprompt.data.batch import Draw, EncodedViews, draw, seeded
 from softprompt.data.pictures import BACKGROUNDS, composite, pick_background
 from softprompt.data.samples import Source
 from softprompt.micro.world import MicroWorld
+from softprompt.model.attention import MultiViewAttnProcessor
 from softprompt.model.conditioning import encode_views, make_batch, noisy_and_target
 from softprompt.model.pipeline import Pipeline
-from softprompt.prompt.templates import view_texts
 
 DROP_RATE = 0.05
 """r of `keep_conditions`, FaceLift's."""
 
-PRIOR_TEXTS = {
-    "heads": view_texts("facelift"),
-    "heads_above": view_texts("elevated"),
-    "cats": view_texts("a photograph of a cat, {view} view."),
-    "cats_above": view_texts("realistic", subject="cat"),
-}
-"""Domains of the prior: never mice, which are left for the user's run to learn."""
+EMPTY_RATE = 0.05
+"""Share of the single pictures that are trained under the empty text."""
+
+VAE_DOMAINS = ("heads", "heads_above", "cats", "cats_above")
+"""Domains that the VAE is trained on, beside mice; the other bodies it decodes as well as a VAE decodes what is new to it."""
 
 _KL_WEIGHT = 1e-4
 _FIXED_TIMESTEPS = (100, 350, 600, 850)
@@ -50,24 +48,9 @@ def on_background(rgba: Tensor, index: int) -> Tensor:
     return composite(rgba, torch.tensor(BACKGROUNDS[name]))
 
 
-@dataclass(frozen=True)
-class EncodedDomain:
-    """The objects of a domain after the VAE, K of them."""
-
-    objects: list[EncodedViews]
-    features: Tensor
-    """[K, 3, S, S] view 0 as the image encoder takes it."""
-
-
-def encode_domain(pipeline: Pipeline, rgba: Tensor) -> EncodedDomain:
-    """rgba: uint8 [K, V, 4, S, S]."""
-    objects, features = [], []
-    for index, views in enumerate(rgba):
-        pictures = on_background(views, index)
-        objects.append(encode_views(pipeline, pictures))
-        pixels = (rearrange(pictures[0], "c h w -> h w c") * 255).round().byte().numpy()
-        features.append(pipeline.feature_extractor(images=[pixels], return_tensors="pt").pixel_values)
-    return EncodedDomain(objects, torch.cat(features))
+def encode_domain(pipeline: Pipeline, rgba: Tensor) -> list[EncodedViews]:
+    """Objects after VAE and image encoder. rgba: uint8 [K, V, 4, S, S]."""
+    return [encode_views(pipeline, on_background(views, index)) for index, views in enumerate(rgba)]
 
 
 def vae_loss(vae: AutoencoderKL, rgba: Tensor, generator: torch.Generator) -> Tensor:
@@ -129,33 +112,48 @@ def draws_of(objects: Sequence[EncodedViews], *key: int | str) -> list[Draw]:
     ]
 
 
-def denoising_step(
-    pipeline: Pipeline,
-    objects: Sequence[EncodedViews],
-    prompts: Tensor,
-    draws: Sequence[Draw],
-    embeds: Tensor | None = None,
-) -> Tensor:
-    """FaceLift's training loss: mean squared error of v over the views of some objects.
+def denoising_step(pipeline: Pipeline, objects: Sequence[EncodedViews], prompts: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """FaceLift's training loss: mean squared error of v over the views of some objects. prompts: [B, V, T, D]."""
+    return denoising_errors(pipeline, objects, prompts, draws).mean()
 
-    prompts: [B, V, T, D]. embeds: [B, E] view 0's embeddings with gradient, where the image encoder is trained along;
-    those of `objects` must have the same values.
-    """
+
+def denoising_errors(pipeline: Pipeline, objects: Sequence[EncodedViews], prompts: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Mean squared error of v of each view, [B, V]. prompts: [B, V, T, D]."""
     batch = make_batch(pipeline, objects, draws)
-    labels = batch.labels
-    if embeds is not None:  # `class_labels` has no gradient: pass it straight through
-        kept = torch.tensor([d.keep_label for d in draws])[:, None, None]
-        live = F.pad((embeds - embeds.detach())[:, None] * kept, (0, labels.shape[-1] - embeds.shape[-1]))
-        labels = labels + live
     noisy, target = noisy_and_target(pipeline.scheduler, batch)
     num_views = noisy.shape[1]
     prediction = pipeline.unet(
         rearrange(torch.cat([noisy, batch.given], dim=2), "b v c h w -> (b v) c h w"),
         repeat(batch.timesteps, "b -> (b v)", v=num_views),
         encoder_hidden_states=rearrange(prompts, "b v t d -> (b v) t d"),
-        class_labels=rearrange(labels, "b v e -> (b v) e"),
+        class_labels=rearrange(batch.labels, "b v e -> (b v) e"),
     ).sample
-    return F.mse_loss(prediction, rearrange(target, "b v c h w -> (b v) c h w"))
+    error = (rearrange(prediction, "(b v) c h w -> b v c h w", v=num_views) - target).square()
+    return error.mean(dim=(2, 3, 4))
+
+
+def single(encoded: EncodedViews, view: int) -> EncodedViews:
+    """One view of an object, as a picture of its own."""
+    return EncodedViews(**{field.name: getattr(encoded, field.name)[view : view + 1] for field in fields(encoded)})
+
+
+def text_alone(draws: Sequence[Draw]) -> list[Draw]:
+    """The same draws with neither input picture nor class label."""
+    return [replace(one, keep_label=False, keep_latents=False) for one in draws]
+
+
+@contextmanager
+def single_pictures(pipeline: Pipeline) -> Iterator[None]:
+    """Inside the block a picture's self-attention sees that picture alone, as in Stable Diffusion."""
+    layers = [p for p in pipeline.unet.attn_processors.values() if isinstance(p, MultiViewAttnProcessor)]
+    kinds = [layer.kind for layer in layers]
+    for layer in layers:
+        layer.kind = "single"
+    try:
+        yield
+    finally:
+        for layer, kind in zip(layers, kinds, strict=True):
+            layer.kind = kind
 
 
 @torch.no_grad()
@@ -173,41 +171,22 @@ def fixed_noise_loss(pipeline: Pipeline, source: Source, prompt: Tensor) -> floa
     return float(torch.stack(losses).mean())
 
 
+def contrastive_loss(images: Tensor, texts: Tensor, same: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's loss, over pictures and texts both ways. images, texts: [N, E]. same: [N, N], which texts are equal.
+
+    A text that several pictures have is right for each of them. scale: of the cosines, positive.
+    Source: Radford et al. 2103.00020, figure 3; equal texts as in Khosla et al. 2004.11362.
+    """
+    logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    wanted = same / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted)) / 2
+
+
 @torch.no_grad()
-def fit_normalizer(pipeline: Pipeline, features: Tensor) -> None:
-    """Set the image normaliser to the mean and spread of the embeddings of features [K, 3, S, S]."""
-    embeds = pipeline.image_encoder(features).image_embeds
+def fit_normalizer(pipeline: Pipeline, embeds: Tensor) -> None:
+    """Set the image normaliser to the mean and spread of image embeddings [K, E]."""
     pipeline.image_normalizer.mean.data = embeds.mean(0, keepdim=True)
     pipeline.image_normalizer.std.data = embeds.std(0, keepdim=True)
-
-
-class TrainedPrompts:
-    """The texts' prompts while the text encoder is trained along.
-
-    Encoding costs as much as a step of the UNet, so it is done once in `every` steps; the gradients of these steps add up
-    at the prompts and go through the text encoder together.
-    """
-
-    def __init__(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel, texts: Sequence[Sequence[str]], every: int) -> None:
-        flat = [text for views in texts for text in views]
-        self._tokens = tokenizer(flat, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        self._encoder, self._every, self._num_texts = encoder, every, len(texts)
-        self._encoded: Tensor | None = None
-        self._leaf: Tensor | None = None
-
-    def get(self) -> Tensor:
-        """[K, V, T, D], one per text; a leaf that collects the gradients."""
-        if self._leaf is None:
-            self._encoded = rearrange(self._encoder(self._tokens)[0], "(k v) t d -> k v t d", k=self._num_texts)
-            self._leaf = self._encoded.detach().requires_grad_()
-        return self._leaf
-
-    def after_backward(self, step: int) -> None:
-        """Call after each step's `backward`: every so often gives the text encoder its gradient."""
-        if (step + 1) % self._every == 0:
-            assert self._encoded is not None and self._leaf is not None and self._leaf.grad is not None
-            self._encoded.backward(self._leaf.grad / self._every)
-            self._encoded = self._leaf = None
 
 
 def held_out(domain: str, count: int) -> MicroWorld:

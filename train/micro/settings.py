@@ -7,9 +7,10 @@ from typing import Any
 
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
+from softprompt.micro.world import DOMAINS
 
-TEXT_EVERY = 8
-"""Steps of the prior between those of the text encoder."""
+PHASES = ("vae", "decoder", "clip", "prior", "heads")
+"""In their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +30,35 @@ class Settings:
     seed: int = 0
     """Seed of all weights and noise."""
     objects: int = 500
-    """Training objects of each domain."""
+    """Training objects of each domain of the VAE, and of the heads."""
+    prior_objects: int = 240
+    """Training objects of each domain of CLIP and the prior."""
+    left_out: tuple[str, ...] = ()
+    """Further domains that CLIP and the prior never see, e.g. mice_photo_above: their words are known but never together."""
     batch_size: int = 4
-    """Objects of six pictures a step, a multiple of the prior's four domains."""
+    """Objects of six pictures a step; the prior takes as many single pictures."""
     vae_steps: int = 5500
     """Steps of the VAE, four pictures each."""
-    prior_steps: int = 1800
-    """Steps of the prior over all domains."""
-    heads_steps: int = 2400
-    """Steps on heads alone."""
     decoder_steps: int = 4000
     """Further steps of the VAE's decoder alone, four pictures each."""
+    clip_steps: int = 800
+    """Steps of text and image encoder, 64 pairs each."""
+    prior_steps: int = 4000
+    """Steps of the UNet on single pictures under their texts."""
+    heads_steps: int = 2400
+    """Steps of the UNet on six views of heads."""
     learning_rate: float = 1e-3
     """AdamW's highest; it rises over a twentieth of each phase and falls along a cosine."""
     save_every: int = 200
-    """Steps between saves of the state, a multiple of 8."""
+    """Steps between saves of the state."""
     evaluated: int = 16
     """Held-out objects in the evaluation."""
 
     def __post_init__(self) -> None:
-        checks = {name: (getattr(self, name) >= 1, "1 or more") for name in ("objects", "evaluated")}
-        checks |= {f"{phase}_steps": (self.steps(phase) >= 1, "1 or more") for phase in ("vae", "prior", "heads", "decoder")}
-        checks["batch_size"] = self.batch_size > 0 and self.batch_size % 4 == 0, "a multiple of 4"
-        checks["save_every"] = self.save_every > 0 and self.save_every % TEXT_EVERY == 0, f"a multiple of {TEXT_EVERY}"
+        at_least_1 = ("objects", "prior_objects", "evaluated", "batch_size", "save_every", *(f"{p}_steps" for p in PHASES))
+        checks = {name: (getattr(self, name) >= 1, "1 or more") for name in at_least_1}
+        unknown = sorted(set(self.left_out) - set(DOMAINS))
+        checks["left_out"] = not unknown, f"some of {', '.join(DOMAINS)}"
         checks["learning_rate"] = self.learning_rate > 0, "a positive number"
         for name, (holds, expected) in checks.items():
             if not holds:
@@ -69,4 +76,6 @@ class Settings:
     def fingerprint(self, phases: Sequence[str]) -> dict[str, Any]:
         """Settings that a state file of these phases must agree with."""
         names = ["seed", "objects", "learning_rate", *(f"{phase}_steps" for phase in phases)]
-        return {name: getattr(self, name) for name in [*names, *(["batch_size"] if len(phases) > 1 else [])]}
+        if {"clip", "prior", "heads"} & set(phases):
+            names += ["batch_size", "prior_objects", "left_out"]
+        return {name: getattr(self, name) for name in names}

@@ -24,6 +24,19 @@ from softprompt.model.pipeline import Pipeline
 from train.micro.settings import Settings
 
 
+class TextHead(nn.Module):
+    """From the text encoder to the image embeddings' space, and the scale of the cosines; CLIP's alone, and not kept."""
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, embedding, bias=False)
+        self.scale = nn.Parameter(torch.tensor(10.0).log())
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[N, D] => [N, E]."""
+        return self.projection(pooled)
+
+
 @dataclass
 class MicroParts:
     """A pipeline being trained, with its text encoder."""
@@ -31,11 +44,13 @@ class MicroParts:
     pipeline: Pipeline
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
+    text_head: TextHead
 
     def models(self) -> dict[str, nn.Module]:
         """Everything that has weights, by the name of its folder."""
         names = ("unet", "vae", "image_encoder", "image_normalizer")
-        return {name: getattr(self.pipeline, name) for name in names} | {"text_encoder": self.text_encoder}
+        models = {name: getattr(self.pipeline, name) for name in names}
+        return models | {"text_encoder": self.text_encoder, "text_head": self.text_head}
 
 
 def new_parts(seed: int) -> MicroParts:
@@ -45,11 +60,12 @@ def new_parts(seed: int) -> MicroParts:
         pipeline = random_pipeline("micro", device="cpu")
         options = SIZES["micro"].text | {"projection_dim": SIZES["micro"].vision["projection_dim"]}
         tokenizer, text_encoder = random_text_encoder(Path(scratch), **options)
+        text_head = TextHead(text_encoder.config.hidden_size, options["projection_dim"])
     # The VAE's posterior starts narrow: with a standard deviation of 1 it would first have to learn that.
     mean, log_variance = pipeline.vae.quant_conv.bias.data.chunk(2)
     pipeline.vae.quant_conv.weight.data[len(mean) :] = 0
     log_variance.fill_(-6)
-    return MicroParts(pipeline, text_encoder.requires_grad_(False).eval(), tokenizer)
+    return MicroParts(pipeline, text_encoder.requires_grad_(False).eval(), tokenizer, text_head.requires_grad_(False))
 
 
 def save_parts(parts: MicroParts, folder: Path) -> None:
