@@ -21,8 +21,10 @@ class Template:
     """A text with {view}, and optionally {subject} and {angle}."""
 
     text: str
-    view_spelling: str = "spaces"
-    """How a view of two words is written: `underscores` (front_right) or `spaces` (front right)."""
+    joined: str = " "
+    """What joins the words of a view: front_right, front-right or front right."""
+    prefix: str = ""
+    """What the name of each view begins with."""
 
     def texts(self, *, subject: str, angle: str, views: tuple[str, ...] = VIEWS) -> list[str]:
         """One text per view.
@@ -31,7 +33,7 @@ class Template:
         """
         if "{view}" not in self.text:
             raise InputError(f"template {self.text!r}: has no {{view}}, so all views would get the same prompt")
-        spelled = [v.replace("_", " ") if self.view_spelling == "spaces" else v for v in views]
+        spelled = [self.prefix + view.replace("_", self.joined) for view in views]
         try:
             return [self.text.format(view=view, subject=subject, angle=angle) for view in spelled]
         except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
@@ -42,11 +44,12 @@ class Template:
 
 
 TEMPLATES = {
-    "facelift": Template("a rendering image of 3D models, {view} view, color map.", "underscores"),
-    "elevated": Template("a rendering image of 3D models, {view} view, color map, {angle}.", "underscores"),
-    "realistic": Template("a photograph of a {subject}, {view} view, {angle}."),
-    "hybrid": Template("a multi-view image of a {subject}, {view} view, elevated camera angle."),
-    "simple": Template("a {subject}, {view} view."),
+    "facelift": Template("a rendering image of 3D models, {view} view, color map.", "_"),
+    "elevated": Template("a rendering image of 3D models, {view} view, from above at an angle, color map.", "_"),
+    "current": Template("a rendering image of a 3D model, {view} view, from above at an angle, color map.", "-", "top-"),
+    "realistic": Template("a photograph of a {subject}, {view} view, {angle}.", "-"),
+    "hybrid": Template("a multi-view image of a {subject}, {view} view, elevated camera angle.", "-"),
+    "simple": Template("a {subject}, {view} view, top-down angle.", "-"),
 }
 """Templates by name. `facelift` is FaceLift's own text, of which its clr_embeds.pt was made."""
 

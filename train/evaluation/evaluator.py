@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from softprompt.data.batch import Objects, draw, rotate_views, seeded, view_order
+from softprompt.data.batch import Batch, Objects, draw, rotate_views, seeded, view_order
 from softprompt.metrics import copy_score, psnr_per_view, separation_ratio, ssim_per_view
 from softprompt.model.adapted import AdaptedModel, adapters_off, predict
 from softprompt.model.conditioning import make_batch, noisy_and_target
@@ -35,6 +35,31 @@ def averaged(adapted: AdaptedModel, ema: EMAModel | None) -> Iterator[None]:
         adapted.train()
         if ema is not None:
             ema.restore(parameters)
+
+
+def fixed_batches(
+    pipeline: Pipeline, objects: Objects, items: Sequence[tuple[int, int]], *, reference: int, batch_size: int
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Batches of (object, timestep) whose noise follows from these two alone; no condition is dropped.
+
+    reference: the view that is the input picture. Yields: the batch, and its noisy latents and target, [B, V, C, H, W].
+    """
+    schedule_length = len(pipeline.scheduler.alphas_cumprod)
+    for start in range(0, len(items), batch_size):
+        encoded, draws = [], []
+        for index, timestep in items[start : start + batch_size]:
+            generator = seeded("validation", index, timestep)
+            encoded.append(objects.get(index, generator))
+            draws.append(
+                draw(generator, encoded=encoded[-1], num_timesteps=schedule_length, references=[reference], timestep=timestep)
+            )
+        batch = make_batch(pipeline, encoded, draws)
+        yield batch, *noisy_and_target(pipeline.scheduler, batch)
+
+
+def view_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each view, by slot: [B, V, C, H, W] => [B, V], float64."""
+    return (prediction.float() - target.float()).square().mean(dim=(2, 3, 4)).double()
 
 
 @dataclass(frozen=True)
@@ -72,30 +97,13 @@ class Evaluator:
         Returns: [V], float64, on the CPU.
         """
         accelerator, pipeline = self.accelerator, self.pipeline
-        schedule_length = len(pipeline.scheduler.alphas_cumprod)
         total = torch.zeros(pipeline.num_views, dtype=torch.float64, device=accelerator.device)
         items = [(index, timestep) for index in range(len(objects)) for timestep in self.timesteps]
         mine = items[accelerator.process_index :: accelerator.num_processes]
-        for start in range(0, len(mine), self.batch_size):
-            encoded, draws = [], []
-            for index, timestep in mine[start : start + self.batch_size]:
-                generator = seeded("validation", index, timestep)
-                encoded.append(objects.get(index, generator))
-                draws.append(
-                    draw(
-                        generator,
-                        encoded=encoded[-1],
-                        num_timesteps=schedule_length,
-                        references=[reference],
-                        timestep=timestep,
-                    )
-                )
-            batch = make_batch(pipeline, encoded, draws)
-            noisy, target = noisy_and_target(pipeline.scheduler, batch)
+        for batch, noisy, target in fixed_batches(pipeline, objects, mine, reference=reference, batch_size=self.batch_size):
             with accelerator.autocast():
                 prediction = self.adapted(noisy, batch.given, batch.timesteps, batch.labels, batch.order, position)
-            errors = (prediction.float() - target.float()).square().mean(dim=(2, 3, 4)).double()  # B V, by slot
-            total.index_add_(0, batch.order.flatten(), errors.flatten())
+            total.index_add_(0, batch.order.flatten(), view_errors(prediction, target).flatten())
         return accelerator.reduce(total, reduction="sum").cpu() / len(items)
 
     def validation(self, position: float, *, with_original: bool) -> dict[str, float]:

@@ -32,11 +32,11 @@ class PromptConfig(Checked, group="prompt"):
 
     waypoints: list[str] = field(default_factory=lambda: ["facelift", "realistic"])
     """Prompts W_0 ... W_S on the path, the pretrained one first: each a prompt file (.pt, .safetensors), a template (facelift,
-    elevated, realistic, hybrid, simple), or a text with {view}, {subject}, {angle}."""
+    elevated, current, realistic, hybrid, simple), or a text with {view}, {subject}, {angle}."""
     subject: str = "mouse"
     """Replaces {subject} in templates."""
     angle: str = "from above at an angle"
-    """Replaces {angle} in templates: the camera's elevation in words (`hybrid` has its own)."""
+    """Replaces {angle} in templates: the camera's elevation in words (only `realistic` has it)."""
     matching: Literal["none", "per_view", "shared"] = "none"
     """Reorder each waypoint's tokens to be nearest to those of the waypoint before (the UNet ignores their order): `per_view`,
     one order for each view; `shared`, one order for all views; `none`, no reordering."""

@@ -1,5 +1,6 @@
 """Inspect, check, make, mix and convert prompt files, without training: `python -m train.prompts`.
 
+probe     the untouched model's loss on samples under each text, before any training
 show      describe prompts: norms, similarity of views, the tokens that carry the view, change from the first
 check     check that a prompt file fits a model
 make      texts => a prompt file
@@ -52,8 +53,15 @@ def _show_parser() -> PlainParser:
         "clr_embeds.pt runs/mice-001/export/clr_embeds.safetensors --output learned.html",
         "clr_embeds.pt realistic --model pipeckpts --subject rat",
         "learned.pt --model pipeckpts --phrases facelift realistic 'a photograph of a hat' words.txt",
+        "--model pipeckpts",
     )
-    parser.add_argument("prompts", nargs="+", metavar="FILE_OR_TEMPLATE", help="The others are compared with the first.")
+    parser.add_argument(
+        "prompts",
+        nargs="*",
+        default=list(TEMPLATES),
+        metavar="FILE_OR_TEMPLATE",
+        help="The others are compared with the first. Default: every template, with FaceLift's",
+    )
     parser.add_argument("--output", default="prompts.html", help="The page; an earlier one is replaced. Default: %(default)s")
     parser.add_argument(
         "--phrases",
@@ -81,6 +89,37 @@ def show(given: argparse.Namespace, command: str) -> int:
     write_page(shown, output, command)
     print_report(shown)
     print(f"page       {output}")
+    return 0
+
+
+def _probe_parser() -> PlainParser:
+    parser = _parser(
+        "probe",
+        "The loss of the untouched model on your samples under every template, and under your own prompts.",
+        "--model pipeckpts --data.train MICE",
+        "--model pipeckpts --data.train MICE/train.txt --subject rat --also 'a photo of a lab rat, {view} view.' learned.pt",
+        "--model micro --data.train micro",
+    )
+    _text_options(parser)
+    parser.add_argument(
+        "--data.train", dest="samples", required=True, metavar="SAMPLES", help="List file, or folder of samples."
+    )
+    parser.add_argument("--also", nargs="+", default=[], metavar="FILE_OR_TEXT", help="Prompts beside the templates.")
+    parser.add_argument("--objects", type=int, default=24, help="Samples, spread over the list. Default: %(default)s")
+    parser.add_argument("--timesteps", type=int, default=8, help="Noise levels of each sample. Default: %(default)s")
+    parser.add_argument("--batch_size", type=int, default=4, help="Samples at once. Default: %(default)s")
+    parser.add_argument("--unet", metavar="FOLDER", help="Another UNet than the pipeline's.")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    parser.add_argument("--output", metavar="JSON", help="File for the numbers; an earlier one is replaced.")
+    return parser
+
+
+def probe(given: argparse.Namespace, command: str) -> int:
+    """Measure and print. Raises: InputError for samples, prompts or a device that cannot be used."""
+    from train.prompts.probe import run_probe
+
+    run_probe(given, command)
     return 0
 
 
@@ -308,6 +347,7 @@ def _open_all(given: argparse.Namespace) -> list["Source"]:
 
 Command = tuple[Callable[[], PlainParser], Callable[[argparse.Namespace, str], int]]
 COMMANDS: dict[str, Command] = {
+    "probe": (_probe_parser, probe),
     "show": (_show_parser, show),
     "check": (_check_parser, check),
     "make": (_make_parser, make),

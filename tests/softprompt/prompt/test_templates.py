@@ -5,13 +5,15 @@ import pytest
 from softprompt.errors import InputError
 from softprompt.prompt.templates import TEMPLATES, VIEWS, Template, view_texts
 
-SPELLED = ("front", "front right", "right", "back", "left", "front left")
+SPELLED = ("front", "front-right", "right", "back", "left", "front-left")
+TOP = ("top-front", "top-front-right", "top-right", "top-back", "top-left", "top-front-left")
 EXPECTED = {
     "facelift": [f"a rendering image of 3D models, {v} view, color map." for v in VIEWS],
-    "elevated": [f"a rendering image of 3D models, {v} view, color map, from above at an angle." for v in VIEWS],
+    "elevated": [f"a rendering image of 3D models, {v} view, from above at an angle, color map." for v in VIEWS],
+    "current": [f"a rendering image of a 3D model, {v} view, from above at an angle, color map." for v in TOP],
     "realistic": [f"a photograph of a mouse, {v} view, from above at an angle." for v in SPELLED],
     "hybrid": [f"a multi-view image of a mouse, {v} view, elevated camera angle." for v in SPELLED],
-    "simple": [f"a mouse, {v} view." for v in SPELLED],
+    "simple": [f"a mouse, {v} view, top-down angle." for v in SPELLED],
 }
 
 
@@ -25,19 +27,19 @@ def test_the_texts_of_every_template_are_these_word_for_word() -> None:
 
 def test_subject_and_angle_are_filled_in() -> None:
     texts = view_texts("realistic", subject="white rat", angle="seen from 20 degrees above")
-    assert texts[1] == "a photograph of a white rat, front right view, seen from 20 degrees above."
-    assert view_texts("elevated", angle="high up")[5] == "a rendering image of 3D models, front_left view, color map, high up."
+    assert texts[1] == "a photograph of a white rat, front-right view, seen from 20 degrees above."
 
 
 def test_a_user_s_own_text_is_filled_in_likewise() -> None:
     texts = view_texts("{subject} from the {view}, {angle}", subject="cat", angle="high")
-    assert texts == [f"cat from the {view}, high" for view in SPELLED]
-    assert view_texts("the {view}") == [f"the {view}" for view in SPELLED]
+    spelled = [view.replace("_", " ") for view in VIEWS]
+    assert texts == [f"cat from the {view}, high" for view in spelled]
+    assert view_texts("the {view}") == [f"the {view}" for view in spelled]
 
 
 def test_a_template_spells_its_views_one_way_or_the_other_and_other_views_can_be_named() -> None:
-    for spelling, expected in [("underscores", ["x top_left", "x top"]), ("spaces", ["x top left", "x top"])]:
-        assert Template("x {view}", spelling).texts(subject="", angle="", views=("top_left", "top")) == expected
+    for joined, expected in [("_", ["x top_left", "x top"]), (" ", ["x top left", "x top"]), ("-", ["x top-left", "x top"])]:
+        assert Template("x {view}", joined).texts(subject="", angle="", views=("top_left", "top")) == expected
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,11 @@ def test_make_writes_the_encoded_texts_and_names_the_encoder(tmp_path: Path, run
     output = tmp_path / "rat.safetensors"
     said = run("make", "--text", "realistic", "--subject", "rat", "--output", output)
     assert "the embedded toy's text encoder" in said and "fits only the embedded model" in said
-    assert "no --reference" in said and "a photograph of a rat, front right view, from above at an angle." in said
+    assert "no --reference" in said and "a photograph of a rat, front-right view, from above at an angle." in said
     expected = encoder.encode("", fill_in("realistic", subject="rat", angles="from above at an angle"), VIEWS).prompt
     assert torch.equal(load_prompt(output, width=1024), expected)
     source = open_file(output)
-    assert source.toy is True and source.words == (17, 18, 17, 17, 17, 18)
+    assert source.toy is True and source.words == (17, 19, 17, 17, 17, 19)
     assert source.texts[0].startswith("a photograph of a rat")
 
 
@@ -133,7 +133,7 @@ def test_cameras_are_put_into_words(tmp_path: Path, run: Run) -> None:
     said = run("make", "--text", "realistic", "--cameras", file, "--output", tmp_path / "a.pt")
     for words in (
         "front view, from 20 degrees above.",
-        "front right view, from 20 degrees above, turned 45 degrees to the right.",
+        "front-right view, from 20 degrees above, turned 45 degrees to the right.",
         "back view, from 20 degrees above, turned 180 degrees.",
         "left view, from 20 degrees above, turned 90 degrees to the left.",
     ):

@@ -51,7 +51,7 @@ def test_show_takes_templates_and_folders(facelift: Path, tmp_path: Path, run: R
     shutil.copy(facelift / "clr_embeds.pt", tmp_path)
     said = run("show", "realistic", tmp_path, "--subject", "rat", "--output", tmp_path / "page.html")
     assert "the embedded toy's text encoder" in said and str(tmp_path / "clr_embeds.pt") in said
-    assert "a photograph of a rat, front right view" in (tmp_path / "page.html").read_text()
+    assert "a photograph of a rat, front-right view" in (tmp_path / "page.html").read_text()
 
 
 def test_the_page_opens_on_a_telephone_and_on_a_desk(
@@ -169,4 +169,4 @@ def test_help_imports_nothing_large() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("examples:") == len(COMMANDS) == 5
+    assert done.stdout.count("examples:") == len(COMMANDS) == 6
