@@ -6,12 +6,13 @@ import re
 import resource
 import signal
 import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
 from types import FrameType
 from typing import Any
+
+from tests.pictures import png_chunk
 
 Mutator = Callable[[bytes, Random], bytes]
 SECONDS = 5
@@ -220,6 +221,7 @@ def changed(value: Any, rng: Random) -> Any:
 
 
 JSON: tuple[Mutator, ...] = (*BYTES, *TEXT, deep_nesting, *[change_json] * 12)
+YAML: tuple[Mutator, ...] = (*BYTES, *TEXT, deep_nesting, *[replace_a_word(YAML_WORDS)] * 12, empty)
 
 
 # ------------------------------------------------------------------------------------------------- formats with a header
@@ -275,11 +277,6 @@ def change_png_chunk(content: bytes, rng: Random) -> bytes:
     else:
         chunks[chosen] = (kind, rng.choice(BYTES)(body, rng))
     return content[:8] + b"".join(png_chunk(kind, body) for kind, body in chunks)
-
-
-def png_chunk(kind: bytes, body: bytes) -> bytes:
-    """A chunk as the format has it: length, kind, body, checksum."""
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 PNG: tuple[Mutator, ...] = (*BYTES, *[change_png_chunk] * 12)

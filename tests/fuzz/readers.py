@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -33,7 +34,7 @@ from tests.fuzz.mutations import (
     PNG,
     SAFETENSORS,
     TEXT,
-    YAML_WORDS,
+    YAML,
     Mutator,
     change_json,
     deep_nesting,
@@ -183,9 +184,7 @@ def configurations(folder: Path) -> Reader:
     def read() -> None:
         assert isinstance(parse(["--config", str(file)]).config, Config)
 
-    return Reader(
-        file, sound, (*BYTES, *TEXT, deep_nesting, *[replace_a_word(YAML_WORDS)] * 12, empty), read, (InputError, SystemExit)
-    )
+    return Reader(file, sound, YAML, read, (InputError, SystemExit))
 
 
 def texts_of_configurations(folder: Path) -> Reader:
@@ -196,7 +195,7 @@ def texts_of_configurations(folder: Path) -> Reader:
     def read() -> None:
         repr(read_yaml(file))  # of what is inside itself, or far too much, would not come to an end
 
-    return Reader(file, sound, (*BYTES, *TEXT, deep_nesting, *[replace_a_word(YAML_WORDS)] * 12, empty), read)
+    return Reader(file, sound, YAML, read)
 
 
 def comparisons(folder: Path) -> Reader:
@@ -210,9 +209,7 @@ def comparisons(folder: Path) -> Reader:
         comparison = read_request(["--config", str(file), f"--output={folder / 'out'}"]).comparison
         assert comparison.baseline in comparison.variants
 
-    return Reader(
-        file, sound, (*BYTES, *TEXT, deep_nesting, *[replace_a_word(YAML_WORDS)] * 12, empty), read, (InputError, SystemExit)
-    )
+    return Reader(file, sound, YAML, read, (InputError, SystemExit))
 
 
 PROGRESS = dict.fromkeys(_PROGRESS) | {"step": 2, "last": {"step": 2}, "running_loss": 0.5}
@@ -227,6 +224,17 @@ def make_checkpoint(run: Path) -> Path:
     folder = checkpoint_folder(run, 2)
     write_state(folder, Parts(adapted, optimizer, schedule, ema=None, scaler=None), progress=PROGRESS)
     return folder
+
+
+def put_state(checkpoint: Path, content: bytes, progress: dict[str, Any] = PROGRESS) -> None:
+    """Other content as the state of a checkpoint, with its right checksum."""
+    (checkpoint / STATE).write_bytes(content)
+    _write_manifest(checkpoint, {"bytes": len(content), "blake2b": _digest(content)}, progress)
+
+
+def put_manifest(checkpoint: Path, body: dict[str, Any]) -> None:
+    """Another manifest of a checkpoint, with its right checksum."""
+    (checkpoint / MANIFEST).write_text(json.dumps(body | {"blake2b": _digest(json.dumps(body).encode())}))
 
 
 def checkpoint_reader(run: Path, name: str, mutators: Sequence[Mutator]) -> Reader:
@@ -251,16 +259,12 @@ def states_with_their_checksum(folder: Path) -> Reader:
     """As of one who writes a checkpoint to be resumed by somebody else."""
     target = make_checkpoint(folder)
 
-    def write(content: bytes) -> None:
-        (target / STATE).write_bytes(content)
-        _write_manifest(target, {"bytes": len(content), "blake2b": _digest(content)}, PROGRESS)
-
     def read() -> None:
         assert set(load_checkpoint(folder)) >= {"trainable", "waypoints", "optimizer", "schedule", "ema", "scaler", *PROGRESS}
 
     others = [saved(prompt()), saved([1]), saved({"trainable": 1})]
     mutators = (*BYTES, *[splice(other) for other in others], lambda content, rng: rng.choice(others))
-    return Reader(target / STATE, [(target / STATE).read_bytes()], mutators, read, write=write)
+    return Reader(target / STATE, [(target / STATE).read_bytes()], mutators, read, write=partial(put_state, target))
 
 
 def manifests_with_their_checksum(folder: Path) -> Reader:
@@ -270,8 +274,7 @@ def manifests_with_their_checksum(folder: Path) -> Reader:
     def write(content: bytes) -> None:
         found = json.loads(content)
         found = found if isinstance(found, dict) else {}
-        body = {"state": found.get("state"), "progress": found.get("progress")}
-        (target / MANIFEST).write_text(json.dumps(body | {"blake2b": _digest(json.dumps(body).encode())}))
+        put_manifest(target, {"state": found.get("state"), "progress": found.get("progress")})
 
     def read() -> None:
         assert load_checkpoint(folder).keys() >= PROGRESS.keys()
@@ -358,31 +361,24 @@ def parts_that_encode_text(folder: Path) -> Reader:
     return parts_reader(folder, lambda file: file.suffix != ".safetensors" and file.parent.name in names, load_text_encoder)
 
 
-def weights_of_a_unet(folder: Path) -> Reader:
-    weights = {"a": torch.randn(3, 2), "b.weight": torch.zeros(2, dtype=torch.float16)}
-    file = folder / "diffusion_pytorch_model.safetensors"
-    save_file(weights, file)
-
+def unet_reader(file: Path, sound: Sequence[bytes], mutators: Sequence[Mutator]) -> Reader:
     def read() -> None:
-        assert all(
-            isinstance(name, str) and isinstance(w, Tensor)
-            for name, w in read_weights(folder, "diffusion_pytorch_model").items()
-        )
+        weights = read_weights(file.parent, file.stem)
+        assert all(isinstance(name, str) and isinstance(w, Tensor) for name, w in weights.items())
 
-    return Reader(file, [file.read_bytes()], (*SAFETENSORS, empty), read)
+    return Reader(file, sound, (*mutators, empty), read)
+
+
+UNET_WEIGHTS = {"a": torch.arange(6.0).reshape(3, 2), "b.weight": torch.zeros(2, dtype=torch.float16)}
+
+
+def weights_of_a_unet(folder: Path) -> Reader:
+    return unet_reader(folder / "diffusion_pytorch_model.safetensors", [save(UNET_WEIGHTS)], SAFETENSORS)
 
 
 def pickled_weights_of_a_unet(folder: Path) -> Reader:
-    weights = {"a": torch.randn(3, 2), "b.weight": torch.zeros(2, dtype=torch.float16)}
-    sound = [saved(weights), saved(weights, _use_new_zipfile_serialization=False)]
-
-    def read() -> None:
-        assert all(
-            isinstance(name, str) and isinstance(w, Tensor)
-            for name, w in read_weights(folder, "diffusion_pytorch_model").items()
-        )
-
-    return Reader(folder / "diffusion_pytorch_model.bin", sound, (*BYTES, splice(sound[0]), empty), read)
+    sound = [saved(UNET_WEIGHTS), saved(UNET_WEIGHTS, _use_new_zipfile_serialization=False)]
+    return unet_reader(folder / "diffusion_pytorch_model.bin", sound, (*BYTES, splice(sound[0])))
 
 
 READERS: dict[str, tuple[Callable[[Path], Reader], int]] = {

@@ -29,13 +29,14 @@ from softprompt.files import read_json, remove_folder, remove_partial
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.loading import load_pipeline, load_text_encoder, load_unet
 from softprompt.prompt.embeddings import load_prompt
-from tests.fuzz.mutations import png_chunk, time_limit
-from tests.fuzz.readers import PROGRESS, loras, make_checkpoint, make_samples, prompt, saved
+from tests.fuzz.mutations import time_limit
+from tests.fuzz.readers import PROGRESS, loras, make_checkpoint, make_samples, prompt, put_manifest, put_state, saved
+from tests.pictures import png_chunk
 from train.compare.__main__ import read_request
 from train.export.write import LORA_WEIGHTS
 from train.log.series import FILE, read_series
 from train.options.command_line import parse
-from train.state.checkpoint import MANIFEST, STATE, DamagedError, _digest, _write_manifest, load_checkpoint, read_state, verify
+from train.state.checkpoint import MANIFEST, DamagedError, load_checkpoint, read_state, verify
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -83,8 +84,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path: Path, how: Callable[..., object
     assert "diffusion_pytorch_model.bin: cannot be read" in refusal(lambda: load_unet(tmp_path / "unet"))
 
     folder = make_checkpoint(tmp_path / "run")
-    (folder / STATE).write_bytes(content)
-    _write_manifest(folder, {"bytes": len(content), "blake2b": _digest(content)}, PROGRESS)
+    put_state(folder, content)
     assert verify(folder) == PROGRESS  # it is what was written, by whoever wrote it
     assert "state.pt cannot be read" in refusal(lambda: load_checkpoint(tmp_path / "run"))
     assert not marker.exists()
@@ -368,9 +368,8 @@ def test_a_lora_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     ids=["a list", "parts of one", "a tensor"],
 )
 def test_another_thing_with_the_checksum_of_a_state_is_no_state(tmp_path: Path, state: object, said: str) -> None:
-    folder, content = make_checkpoint(tmp_path), saved(state)
-    (folder / STATE).write_bytes(content)
-    _write_manifest(folder, {"bytes": len(content), "blake2b": _digest(content)}, PROGRESS)
+    folder = make_checkpoint(tmp_path)
+    put_state(folder, saved(state))
     assert said in refusal(lambda: read_state(folder))
 
 
@@ -379,7 +378,7 @@ def test_another_thing_with_the_checksum_of_a_state_is_no_state(tmp_path: Path, 
 )
 def test_a_manifest_of_another_kind_is_damaged_whatever_its_checksum(tmp_path: Path, body: dict[str, Any]) -> None:
     folder = make_checkpoint(tmp_path)
-    (folder / MANIFEST).write_text(json.dumps(body | {"blake2b": _digest(json.dumps(body).encode())}))
+    put_manifest(folder, body)
     assert MANIFEST in refusal(lambda: verify(folder))
 
 

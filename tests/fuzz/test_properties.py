@@ -22,12 +22,12 @@ from softprompt.prompt.curriculum import learning_rate_factor, position_at
 from softprompt.prompt.embeddings import load_prompt, save_prompt
 from softprompt.prompt.soft_prompt import SoftPrompt, point_on_path
 from tests.fuzz.mutations import YAML_WORDS, time_limit
-from tests.fuzz.readers import prompt
+from tests.fuzz.readers import prompt, put_state
 from train.batches import object_at
 from train.cli import option_kinds
 from train.options.command_line import parse
 from train.options.config import Config, to_yaml
-from train.state.checkpoint import STATE, _digest, _write_manifest, verify
+from train.state.checkpoint import verify
 
 settings.register_profile("fuzz", deadline=None, derandomize=True, max_examples=100, phases=[Phase.explicit, Phase.generate])
 settings.load_profile("fuzz")
@@ -252,7 +252,5 @@ json_values = st.recursive(
 @given(st.dictionaries(st.text(), json_values, max_size=4))
 def test_progress_comes_back_from_the_manifest_of_a_checkpoint(progress: dict[str, Any]) -> None:
     with TemporaryDirectory() as folder:
-        state = b"state"
-        (Path(folder) / STATE).write_bytes(state)
-        _write_manifest(Path(folder), {"bytes": len(state), "blake2b": _digest(state)}, progress)
+        put_state(Path(folder), b"state", progress)
         assert verify(Path(folder)) == progress
