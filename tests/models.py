@@ -1,4 +1,4 @@
-"""A model for tests that are not about numbers: as small as one gets, in FaceLift's format, with random weights."""
+"""A model for tests that are not about numbers: as small as possible, in FaceLift's format, with random weights; and mice."""
 
 import shutil
 from dataclasses import replace
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from softprompt.data.samples import write_source
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.models import SIZES, vae_config, write_pipeline
+from softprompt.micro.world import MicroWorld
 
 PICTURE = 16
 """Side of its pictures in pixels."""
@@ -24,4 +26,14 @@ def write_smallest_model(folder: Path) -> Path:
     for part in ("tokenizer", "text_encoder"):  # texts get their meaning from the embedded model
         shutil.rmtree(folder / part)
         shutil.copytree(MICRO_MODEL / part, folder / part)
+    return folder
+
+
+def write_mice(folder: Path, *, train: int, val: int) -> Path:
+    """Embedded mice as PNG samples of 64x64 pixels: so many in `train`, so many others in `val`.
+
+    Returns: the folder.
+    """
+    write_source(MicroWorld("mice", 0, train, size=64), folder / "train")
+    write_source(MicroWorld("mice", 10_000, val, size=64), folder / "val")
     return folder

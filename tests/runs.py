@@ -1,8 +1,11 @@
-"""Short runs in tests, and what is compared of them."""
+"""Short runs and commands in tests, and what is compared of them."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from train.loop import train
@@ -28,6 +31,23 @@ def series(folder: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+def exit_code(main: Callable[[list[str]], int], argv: Sequence[object]) -> object:
+    """Of a command in this process, whether it returns the code or exits with it."""
+    try:
+        return main([str(word) for word in argv])
+    except SystemExit as stopped:
+        return stopped.code
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are equal, the tensors in them bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 def weights(job: Job) -> dict[str, Tensor]:

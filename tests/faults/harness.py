@@ -3,7 +3,6 @@
 Children are forked from a process that has imported everything but computed nothing, so that a round takes seconds.
 """
 
-import json
 import os
 import random
 import signal
@@ -190,13 +189,15 @@ def killed_run(mice: Path, folder: Path, whole: Ended, chance: random.Random, *,
 def differences(folder: Path, whole: Path) -> list[str]:
     """In what a run differs from one that was never killed; empty where in nothing."""
     ours, theirs = folder / "run", whole / "run"
-    found = [f"export/{name}" for name in _exported(theirs) if _exported(ours).get(name) != _exported(theirs)[name]]
-    for name, read in (("metrics.jsonl", _series), ("tensorboard", _tensorboard), ("checkpoint", _checkpoint)):
-        if read(ours) != read(theirs):
+    from tests.runs import same, series
+    from train.state.checkpoint import load_checkpoint
+
+    exports = ours / "export", theirs / "export"
+    found = [f"export/{name}" for name in _files(exports[1]) if not same(*(_content(folder, name) for folder in exports))]
+    for name, read in (("metrics.jsonl", series), ("tensorboard", _tensorboard), ("checkpoint", load_checkpoint)):
+        if not same(read(ours), read(theirs)):
             found.append(name)
-    files = {p.relative_to(ours).as_posix() for p in ours.rglob("*") if p.is_file() and "tfevents" not in p.name}
-    expected = {p.relative_to(theirs).as_posix() for p in theirs.rglob("*") if p.is_file() and "tfevents" not in p.name}
-    return found + sorted(f"file {name}" for name in files ^ expected)
+    return found + sorted(f"file {name}" for name in _files(ours) ^ _files(theirs))
 
 
 def _new(mice: Path, folder: Path) -> list[str]:
@@ -205,21 +206,19 @@ def _new(mice: Path, folder: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in {**OPTIONS, **paths}.items()]
 
 
-def _exported(run: Path) -> dict[str, Any]:
-    files = [p for p in (run / "export").rglob("*") if p.is_file()]
-    return {p.relative_to(run / "export").as_posix(): _content(p) for p in files}
+def _files(folder: Path) -> set[str]:
+    """Paths of all files but TensorBoard's, whose names have the time in them."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and "tfevents" not in p.name}
 
 
-def _content(file: Path) -> Any:
-    """What is in a file; of safetensors the tensors, since the library writes its metadata in any order."""
+def _content(folder: Path, name: str) -> Any:
+    """What is in a file, if it is there; of safetensors the tensors, since the library writes its metadata in any order."""
     from safetensors.torch import load_file
 
-    return _plain(load_file(file)) if file.suffix == ".safetensors" else file.read_bytes()
-
-
-def _series(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+    file = folder / name
+    if not file.exists():
+        return None
+    return load_file(file) if file.suffix == ".safetensors" else file.read_bytes()
 
 
 def _tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -230,20 +229,3 @@ def _tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if "speed/" not in tag]
     return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
-
-
-def _checkpoint(run: Path) -> dict[str, Any]:
-    from train.state.checkpoint import load_checkpoint
-
-    state = load_checkpoint(run)
-    return {name: _plain(value) for name, value in state.items()}
-
-
-def _plain(value: Any) -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

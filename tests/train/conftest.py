@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from softprompt.data.samples import write_source
-from softprompt.micro.world import MicroWorld
 from tests.browser import MISSING, PROGRAM, Browser, Seen, check
-from tests.models import write_smallest_model
+from tests.models import write_mice, write_smallest_model
+from train import callbacks
 from train.options.command_line import parse
 from train.options.config import Config
+from train.setup import prepare
+from train.state.run import Job
 from train.state.stop import StopSignal
 
 SMALL = {
@@ -45,10 +46,7 @@ def fresh_accelerate() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def mice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `train` (4 mice) and `val` (2 others), each a folder of PNG samples of 64x64; nothing may change it."""
-    folder = tmp_path_factory.mktemp("mice")
-    write_source(MicroWorld("mice", 0, 4, size=64), folder / "train")
-    write_source(MicroWorld("mice", 10_000, 2, size=64), folder / "val")
-    return folder
+    return write_mice(tmp_path_factory.mktemp("mice"), train=4, val=2)
 
 
 class StopAfter(StopSignal):
@@ -91,6 +89,27 @@ def small_config(smallest_model: Path) -> Callable[..., Config]:
         return parse([f"--{name}={value}" for name, value in options.items()]).config
 
     return build
+
+
+@pytest.fixture(scope="module")
+def small(small_config: Callable[..., Config], mice: Path) -> Callable[..., Config]:
+    """`small(**{"train.steps": 2})`: the smallest run on the mice; the value `VAL` stands for their folder `val`.
+
+    A module about numbers or pictures has a `small_config` of its own, which takes the embedded model.
+    """
+    return lambda **options: small_config(mice, **{k: mice / "val" if v == "VAL" else v for k, v in options.items()})
+
+
+@pytest.fixture(scope="module")
+def make_job(small: Callable[..., Config]) -> Callable[..., Job]:
+    """`make_job(**{"train.steps": 2})`: the smallest run, prepared."""
+    return lambda **options: prepare(small(**options))
+
+
+@pytest.fixture
+def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without an export, which takes half of a short run's time."""
+    monkeypatch.setattr(callbacks, "export", lambda run, folder: None)
 
 
 @pytest.fixture(scope="session")

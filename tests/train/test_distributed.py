@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softprompt.data.samples import write_source
-from softprompt.micro.world import MicroWorld
-from tests.models import write_smallest_model
+from tests.models import write_mice, write_smallest_model
 from train.log.series import read_series
 from train.softprompt import main
 from train.state.checkpoint import load_checkpoint
@@ -49,9 +47,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three mice to train on and three others, neither shared out evenly between two processes; and the smallest model."""
     folder = tmp_path_factory.mktemp("three")
     write_smallest_model(folder / "model")
-    write_source(MicroWorld("mice", 0, 3, size=64), folder / "train")
-    write_source(MicroWorld("mice", 10_000, 3, size=64), folder / "val")
-    return folder
+    return write_mice(folder, train=3, val=3)
 
 
 def options(mice: Path) -> list[str]:
