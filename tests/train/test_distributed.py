@@ -1,6 +1,5 @@
 """Two processes on one CPU under accelerate: the same prompt on both, that of one process with the whole batch."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from tests.models import write_mice, write_smallest_model
+from tests.runs import series
 from train.log.series import read_series
 from train.softprompt import main
 from train.state.checkpoint import load_checkpoint
@@ -36,7 +36,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 def losses(run: Path) -> dict[str, list[float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = series(run)
     names = ["loss/train", "loss/validation", "loss/original", "loss/kl_to_pretrained", "kl/on_original", "kl_view/back"]
     names += [f"objective/{n}" for n in ("draft", "dpo", "spin", "studio", "separate")]
     return {name: [line[name] for line in lines if name in line] for name in names}

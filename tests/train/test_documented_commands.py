@@ -26,6 +26,7 @@ from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
 from softprompt.prompt.embeddings import save_prompt
 from softprompt.prompt.encoding import load_waypoints
+from tests.runs import exit_code
 from train.cli import option_kinds
 from train.compare.__main__ import read_request
 from train.options.command_line import parse
@@ -196,10 +197,7 @@ def home(module: str) -> ModuleType:
 def call(module: str, argv: Sequence[str]) -> object:
     """Run a command in this process. Returns: its exit code."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        return home(module).main(list(argv))
-    except SystemExit as stopped:
-        return stopped.code
+    return exit_code(home(module).main, argv)
 
 
 def check(command: Command, monkeypatch: pytest.MonkeyPatch, ground: Path) -> None:

@@ -12,14 +12,13 @@ from safetensors.torch import load_file, save_file
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.loading import load_pipeline, load_unet
+from tests.runs import run_to_end
 from train.export.__main__ import main as export
 from train.export.read import refuse_another_unet
-from train.loop import train
 from train.options.config import Config
 from train.sample import main as sample
-from train.setup import prepare
 from train.softprompt import main
-from train.state.stop import StopSignal
+from train.state.run import Job
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -60,8 +59,8 @@ def test_the_pipeline_needs_no_unet_of_its_own_then(checkpoint: Path, tmp_path: 
     assert load_pipeline(folder, unet=checkpoint / "unet").num_views == 6
 
 
-def test_training_says_which_unet_it_takes(mice: Path, small_config: Callable[..., Config], checkpoint: Path) -> None:
-    job = prepare(small_config(mice, model="micro", unet=str(checkpoint / "unet")))
+def test_training_says_which_unet_it_takes(make_job: Callable[..., Job], checkpoint: Path) -> None:
+    job = make_job(model="micro", unet=str(checkpoint / "unet"))
     assert f"unet       {checkpoint / 'unet'}, instead of the one in micro" in job.notes
     assert job.pipeline.unet_folder == checkpoint / "unet"
 
@@ -134,11 +133,9 @@ def test_the_unet_of_an_export_may_have_moved() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(mice: Path, small_config: Callable[..., Config], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    config = small_config(mice, **{"model": "micro", "train.steps": 2, "unet": str(checkpoint / "unet")})
-    train(prepare(config), folder, state=None, stop=StopSignal())
-    return folder
+def run(small: Callable[..., Config], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = small(**{"model": "micro", "train.steps": 2, "unet": str(checkpoint / "unet")})
+    return run_to_end(config, tmp_path_factory.mktemp("runs") / "run").folder
 
 
 def test_an_export_says_which_unet_it_is_of(run: Path, checkpoint: Path) -> None:
@@ -156,16 +153,8 @@ def test_a_merged_pipeline_has_the_unet_that_was_trained_from(run: Path, checkpo
 def test_sampling_with_another_unet_is_refused(
     run: Path, checkpoint: Path, tmp_path: Path, mice: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [
-        "--pictures",
-        str(min((mice / "val").glob("*/cam_000.png"))),
-        "--export",
-        str(run / "export"),
-        "--steps",
-        "1",
-        "--output",
-        str(tmp_path / "views"),
-    ]
+    picture = min((mice / "val").glob("*/cam_000.png"))
+    given = [f"--pictures={picture}", f"--export={run / 'export'}", "--steps=1", f"--output={tmp_path / 'views'}"]
     assert sample(given) == 2
     assert "error: unet: is null; " in capsys.readouterr().err
     assert sample([*given, "--unet", str(checkpoint / "unet_ema")]) == 2

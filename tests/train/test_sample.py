@@ -19,12 +19,10 @@ from softprompt.model.loading import load_pipeline
 from softprompt.model.sampling import RISES
 from softprompt.prompt.embeddings import load_prompt
 from tests.pictures import ONE_LEVEL, levels_apart, pixels
+from tests.runs import exit_code, run_to_end
 from train.export.write import LORA_WEIGHTS
-from train.loop import train
 from train.options.config import Config
 from train.sample import Options, find_pictures, main, make_cases
-from train.setup import prepare
-from train.state.stop import StopSignal
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +32,10 @@ def small_config(small_config: Callable[..., Config]) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="module")
-def run(mice: Path, small_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that has learned something."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    config = small_config(mice, **{"train.steps": 2, "lora.learning_rate": 0.01, "monitor.guidance_scale": 1.5})
-    train(prepare(config), folder, state=None, stop=StopSignal())
-    return folder
+    config = small(**{"train.steps": 2, "lora.learning_rate": 0.01, "monitor.guidance_scale": 1.5})
+    return run_to_end(config, tmp_path_factory.mktemp("run") / "run").folder
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +76,7 @@ def test_at_strength_0_they_are_those_of_the_pretrained_model(run: Path, picture
 def test_several_rows_are_drawn_and_the_full_strength_written(
     run: Path, picture: Path, tmp_path: Path, rows: str, count: int
 ) -> None:
-    given = [
-        f"--pictures=[{picture}]",
-        f"--export={run / 'export'}",
-        "--device=cpu",
-        "--steps=1",
-        "--guidance_scale=1",
-        "--eta=0",
-    ]
+    given = [f"--pictures=[{picture}]", f"--export={run / 'export'}", *QUICK, "--steps=1", "--guidance_scale=1"]
     assert main([*given, f"--rows={rows}", f"--output={tmp_path / 'rows'}"]) == 0
     with Image.open(tmp_path / "rows" / "cam_000.png") as grid:
         assert grid.height > count * 128
@@ -215,10 +204,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(
 ) -> None:
     argv = [option.replace("PICTURE", str(picture)).replace("RUN", str(run)) for option in options]
     before = sorted(run.rglob("*"))
-    try:
-        code: object = main(["--device=cpu", "--steps=1", *argv])
-    except SystemExit as stopped:
-        code = stopped.code
+    code = exit_code(main, ["--device=cpu", "--steps=1", *argv])
     said = capsys.readouterr().err
     assert code == 2 and message in said and said.count("\n") == 1
     assert sorted(run.rglob("*")) == before

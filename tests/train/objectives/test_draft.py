@@ -54,8 +54,9 @@ def without_gradient(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def make_job(mice: Path, small_config: Callable[..., Config]) -> Callable[..., Job]:
-    return lambda **options: prepare(small_config(mice, **{**DRAFT, **options}))
+def make_job(make_job: Callable[..., Job]) -> Callable[..., Job]:
+    """The smallest run of DRaFT+ alone, prepared."""
+    return lambda **options: make_job(**{**DRAFT, **options})
 
 
 def term(**settings: Any) -> Draft:

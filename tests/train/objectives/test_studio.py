@@ -16,14 +16,8 @@ from train.objectives.terms import StepBatch
 from train.options.command_line import parse
 from train.options.config import Config, to_yaml
 from train.options.objectives import StudioConfig
-from train.setup import prepare
 from train.state.run import Job
 from train.step import denoising_and_kl, step_batch, training_step
-
-
-@pytest.fixture
-def make_job(mice: Path, small_config: Callable[..., Config]) -> Callable[..., Job]:
-    return lambda **options: prepare(small_config(mice, **options))
 
 
 def scene_of(job: Job) -> StepBatch:
@@ -97,9 +91,9 @@ def test_held_out_objects_are_looked_at_in_the_same_way_every_time(make_job: Cal
     assert ours == theirs and set(ours) == {"studio", "studio_pairs", "studio_detail_pairs", "studio_detail"}
 
 
-def test_too_few_items_are_refused(make_job: Callable[..., Job], mice: Path, small_config: Callable[..., Config]) -> None:
+def test_too_few_items_are_refused(small: Callable[..., Config], make_job: Callable[..., Job]) -> None:
     with pytest.raises(InputError, match=r"train\.batch_size: is 1; expected 3 or more with studio\.over: objects"):
-        small_config(mice, **{"studio.weight": 1})
+        small(**{"studio.weight": 1})
     with pytest.raises(InputError, match=r"studio\.over: is objects; there are 2 to train on .*needs 3 or more different ones"):
         make_job(**{"studio.weight": 1, "train.batch_size": 3, "data.limit": 2})
     with pytest.raises(InputError, match=r"monitor\.objectives: has studio, and there are 2 held-out objects"):
