@@ -90,6 +90,19 @@ def test_code_in_a_pickle_is_never_run(tmp_path: Path, how: Callable[..., object
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("ending", ["npy", "npz"])
+def test_code_in_an_array_is_never_run(tmp_path: Path, ending: str) -> None:
+    marker, file = tmp_path / "marker", tmp_path / f"p.{ending}"
+    array = np.array([Harm(marker, os.system)], dtype=object)
+    np.save(file, array) if ending == "npy" else np.savez(file, array)
+    assert f"p.{ending}: cannot be read as a prompt file" in refusal(lambda: load_prompt(file))
+    assert not marker.exists()
+    trusted = np.load(file, allow_pickle=True)
+    if ending == "npz":
+        trusted["arr_0"]
+    assert marker.exists(), "the file does no harm, so this test shows nothing"
+
+
 @pytest.mark.parametrize("part", ["vae", "image_encoder", "image_normalizer", "text_encoder"])
 def test_code_in_the_weights_of_a_part_is_never_run(tmp_path: Path, part: str) -> None:
     model, marker = Path(shutil.copytree(MICRO_MODEL, tmp_path / "model")), tmp_path / "marker"

@@ -86,12 +86,6 @@ def test_a_unet_s_folder_as_the_model_is_refused_with_the_option_named(checkpoin
         load_pipeline(checkpoint / "unet")
 
 
-def test_a_pipeline_that_lacks_a_part_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(MICRO_MODEL, tmp_path / "pipeckpts", ignore=shutil.ignore_patterns("vae")))
-    with pytest.raises(InputError, match=r"is no FaceLift pipeline folder; missing vae/config\.json$"):
-        load_pipeline(folder)
-
-
 def test_what_is_no_unet_is_refused_with_what_is_meant(checkpoint: Path, tmp_path: Path) -> None:
     for folder, message in (
         (checkpoint, r"holds the UNet in a folder of its own; .*give that: --unet .*/unet; there is .*/unet_ema as well$"),

@@ -171,9 +171,3 @@ def test_numbers_that_are_no_levels_are_refused(tmp_path: Path, mode: str) -> No
     Image.fromarray(np.full((4, 4), 300, {"I": np.int32, "F": np.float32, "I;16": np.uint16}[mode])).save(tmp_path / "x.tif")
     with pytest.raises(ValueError, match=r"it has one channel of (16|32)-bit numbers, .*; save it with 8 bits"):
         decode(tmp_path / "x.tif")
-
-
-def test_the_format_counts_and_not_the_name(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", "GIF")
-    with pytest.raises(OSError, match="cannot identify"):
-        decode(tmp_path / "x.png")
