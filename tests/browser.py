@@ -20,7 +20,7 @@ MISSING = "needs chromium, to open a page as a reader does"
 WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
 """Width and height of the window, in CSS pixels."""
 SMALLEST_TEXT = 8
-"""Height of letters in CSS pixels, below which nobody reads them."""
+"""Height of the smallest readable letters, in CSS pixels."""
 TIMEOUT = 60_000
 """For one step of opening a page, in milliseconds."""
 
@@ -43,21 +43,21 @@ LOOK = """async () => {
 
 @dataclass(frozen=True)
 class Seen:
-    """A page in a window."""
+    """Observations of a page in a window."""
 
     pictures: int
     broken: list[str]
-    """Pictures that are not drawn, by their alternative text."""
+    """Alternative texts of the pictures that are not drawn."""
     figures: int
     """Drawings (SVG) that are wider than 50 pixels."""
     width: int
-    """Of all there is, in CSS pixels; more than the window's scrolls sideways."""
+    """Width of the content in CSS pixels; if it exceeds the window's, the page scrolls sideways."""
     smallest_text: float | None
-    """Of the drawings' letters, in CSS pixels."""
+    """Height of the smallest letters in drawings, in CSS pixels."""
     complaints: list[str]
-    """Errors and warnings in the console, exceptions, what could not be loaded."""
+    """Errors and warnings in the console, exceptions, failed requests."""
     requests: list[str]
-    """Addresses that were asked for, but for the page's own and for data in it."""
+    """Addresses that the page requested, other than its own and data URLs."""
 
 
 class Browser:
@@ -103,7 +103,7 @@ class Browser:
 
 
 class _Addresses(HTMLParser):
-    """What of a page's text a browser would fetch, now or when something is opened or pointed at."""
+    """Collects the addresses in a page that a browser would fetch, at once or on interaction."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class _Addresses(HTMLParser):
 
 
 def addresses(html: str) -> list[str]:
-    """Addresses in a page that are not in the page itself; links to follow are none."""
+    """Addresses that a page fetches from elsewhere; links to follow do not count."""
     parser = _Addresses()
     parser.feed(html)
     return parser.found

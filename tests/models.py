@@ -1,4 +1,4 @@
-"""A model for tests that are not about numbers: as small as possible, in FaceLift's format, with random weights; and mice."""
+"""Inputs of short runs: a model as small as possible, in FaceLift's format, with random weights; mice to train on."""
 
 import shutil
 from dataclasses import replace

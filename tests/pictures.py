@@ -1,4 +1,4 @@
-"""Pictures in tests, and how far two that should be equal may be apart."""
+"""Pictures in tests, and the largest difference between two that should be equal."""
 
 import struct
 import zlib
@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 ONE_LEVEL = 1
-"""Of 255. The same picture computed in another batch, by other kernels (another instruction set) or by more threads differs in
-the last bits of its floats, and by a level where those lie at the boundary of two."""
+"""One of 255 levels. A picture computed in another batch, by other kernels (another instruction set) or by more threads
+differs in the last bits of its floats, and by a level where those lie at the boundary of two."""
 
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:

@@ -28,13 +28,13 @@ def run_to_end(config: Config, folder: Path, *, resume: bool = False, stop: Stop
 
 
 def series(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what depends on the clock."""
+    """The points of metrics.jsonl, without the series that depend on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
 
 
 def exit_code(main: Callable[[list[str]], int], argv: Sequence[object]) -> object:
-    """Of a command in this process, whether it returns the code or exits with it."""
+    """The exit code of a command run in this process, whether it returns the code or raises SystemExit."""
     try:
         return main([str(word) for word in argv])
     except SystemExit as stopped:
@@ -51,5 +51,5 @@ def same(a: Any, b: Any) -> bool:
 
 
 def weights(job: Job) -> dict[str, Tensor]:
-    """All that trains, copied."""
+    """Copies of all trained parameters."""
     return {name: p.detach().clone() for name, p in job.adapted.all_trainable().items()}

@@ -1,4 +1,4 @@
-"""Kill a run at a random moment, go on with it, and compare what comes out with a run that was never killed.
+"""Kill a run at a random moment, resume it, and compare its results with those of a run that was never killed.
 
 Children are forked from a process that has imported everything but computed nothing, so that a round takes seconds.
 """
@@ -61,7 +61,7 @@ OPTIONS = {
     "export.report": "false",
 }
 """The smallest run that has everything a checkpoint must keep: an average, a curriculum, a KL weight that adapts, objectives
-with what they remember."""
+with their state."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Kill:
     """When a process is killed."""
 
     event: int | None = None
-    """At so many changes of files."""
+    """After this many changes of files."""
     seconds: float | None = None
-    """After so long."""
+    """After this many seconds."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,18 @@ class Ended:
     code: int
     """Its exit code; -9 where it was killed."""
     events: int
-    """Changes of files that it made."""
+    """The number of its changes of files."""
     seconds: float
     said: str
 
 
 def smooth(seen: Any) -> Any:
-    """An objective of one's own."""
+    """A custom objective."""
     return seen.clean.diff(dim=-1).square().mean()
 
 
 def import_everything() -> None:
-    """All that a run imports, in the process that children are forked from; nothing may be computed in it."""
+    """Import all modules of a run in the process that children are forked from; it must not compute anything."""
     import train.loop
     import train.softprompt
 
@@ -100,7 +100,7 @@ def import_everything() -> None:
 
 
 def fork(argv: Sequence[str], folder: Path, kill: Kill | None = None) -> Ended:
-    """Run `python -m train.softprompt` with `argv` in a child. folder: where changes of files count."""
+    """Run `python -m train.softprompt` with `argv` in a child process. folder: changes of files below it are counted."""
     said, counted = folder / "said.txt", folder / "events"
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -158,7 +158,7 @@ def _child(argv: Sequence[str], folder: Path, said: Path, counted: Path, kill: K
 
 
 def whole_run(mice: Path, folder: Path) -> Ended:
-    """A run that nobody kills."""
+    """A run that is not killed."""
     ended = fork(_new(mice, folder), folder)
     if ended.code != 0:
         raise AssertionError(f"the run that is never killed ended with {ended.code}:\n{ended.said}")
@@ -166,9 +166,9 @@ def whole_run(mice: Path, folder: Path) -> Ended:
 
 
 def killed_run(mice: Path, folder: Path, whole: Ended, chance: random.Random, *, most_kills: int = 4) -> list[str]:
-    """A run that is killed at random moments, at most so often, and started again by the same line until it ends.
+    """A run that is killed at random moments, up to `most_kills` times, and restarted by the same command until it ends.
 
-    Returns: what was done.
+    Returns: a line about each start.
     """
     story, kills = [], chance.randint(1, most_kills)
     while True:
@@ -187,7 +187,7 @@ def killed_run(mice: Path, folder: Path, whole: Ended, chance: random.Random, *,
 
 
 def differences(folder: Path, whole: Path) -> list[str]:
-    """In what a run differs from one that was never killed; empty where in nothing."""
+    """The files and series in which a run differs from one that was never killed."""
     ours, theirs = folder / "run", whole / "run"
     from tests.runs import same, series
     from train.state.checkpoint import load_checkpoint
@@ -207,12 +207,12 @@ def _new(mice: Path, folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> set[str]:
-    """Paths of all files but TensorBoard's, whose names have the time in them."""
+    """Paths of all files but TensorBoard's, whose names contain the time."""
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and "tfevents" not in p.name}
 
 
 def _content(folder: Path, name: str) -> Any:
-    """What is in a file, if it is there; of safetensors the tensors, since the library writes its metadata in any order."""
+    """The content of a file or None; for safetensors the tensors, since the library writes its metadata in any order."""
     from safetensors.torch import load_file
 
     file = folder / name
@@ -222,7 +222,7 @@ def _content(folder: Path, name: str) -> Any:
 
 
 def _tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Each series as TensorBoard shows it."""
+    """The series of TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})

@@ -1,4 +1,4 @@
-"""What reads files, each with sound files to spoil and a check of what it reads."""
+"""The readers of files, each with valid files to damage and a check of its results."""
 
 import io
 import json
@@ -68,18 +68,18 @@ REPOSITORY = Path(__file__).parents[2]
 
 @dataclass
 class Reader:
-    """One kind of file, and what reads it."""
+    """A kind of file and its reader."""
 
     file: Path
-    """Where each spoiled one is put."""
+    """The path of each damaged file."""
     sound: Sequence[bytes]
-    """What is spoiled."""
+    """The contents of valid files, which are damaged."""
     mutators: Sequence[Mutator]
     read: Callable[[], None]
-    """Reads the file; fails the test where what it gets is wrong."""
+    """Reads the file and asserts that the result is right."""
     refuses: tuple[type[BaseException], ...] = (InputError,)
     write: Callable[[bytes], None] | None = None
-    """Puts a spoiled one into place; None: it is written to `file`."""
+    """Writes a damaged file; None: its content is written to `file`."""
 
 
 def prompt(seed: int = 0, width: int = 4) -> Tensor:
@@ -129,7 +129,7 @@ def loras(folder: Path) -> Reader:
 
 
 def make_samples(folder: Path, count: int, size: int = 12) -> list[Path]:
-    """Sample folders with pictures of `size` pixels, in both layouts."""
+    """Write sample folders with pictures of `size` pixels, in both layouts."""
     made = []
     for number in range(count):
         made.append(folder / f"mouse_{number}")
@@ -188,7 +188,7 @@ def configurations(folder: Path) -> Reader:
 
 
 def texts_of_configurations(folder: Path) -> Reader:
-    """The YAML alone, which takes a hundredth of the time of a whole command line."""
+    """The YAML reader alone: a hundred times as fast as a whole command line."""
     file = folder / "config.yaml"
     sound = [to_yaml(Config()).encode(), (REPOSITORY / "configs" / "compare" / "strategies.yaml").read_bytes()]
 
@@ -216,7 +216,7 @@ PROGRESS = dict.fromkeys(_PROGRESS) | {"step": 2, "last": {"step": 2}, "running_
 
 
 def make_checkpoint(run: Path) -> Path:
-    """A checkpoint of two numbers."""
+    """Write a checkpoint of two numbers."""
     parameter = torch.nn.Parameter(torch.zeros(2))
     adapted = SimpleNamespace(all_trainable=lambda: {"p": parameter}, prompt=SimpleNamespace(waypoints=torch.zeros(1, 1, 2, 2)))
     optimizer = torch.optim.AdamW([parameter])
@@ -227,13 +227,13 @@ def make_checkpoint(run: Path) -> Path:
 
 
 def put_state(checkpoint: Path, content: bytes, progress: dict[str, Any] = PROGRESS) -> None:
-    """Other content as the state of a checkpoint, with its right checksum."""
+    """Replace the state of a checkpoint, with a checksum that matches."""
     (checkpoint / STATE).write_bytes(content)
     _write_manifest(checkpoint, {"bytes": len(content), "blake2b": _digest(content)}, progress)
 
 
 def put_manifest(checkpoint: Path, body: dict[str, Any]) -> None:
-    """Another manifest of a checkpoint, with its right checksum."""
+    """Replace the manifest of a checkpoint, with a checksum that matches."""
     (checkpoint / MANIFEST).write_text(json.dumps(body | {"blake2b": _digest(json.dumps(body).encode())}))
 
 
@@ -256,7 +256,7 @@ def manifests_of_checkpoints(folder: Path) -> Reader:
 
 
 def states_with_their_checksum(folder: Path) -> Reader:
-    """As of one who writes a checkpoint to be resumed by somebody else."""
+    """States with matching checksums, as in a checkpoint that somebody else prepared."""
     target = make_checkpoint(folder)
 
     def read() -> None:
@@ -339,7 +339,7 @@ def metrics(folder: Path) -> Reader:
 
 
 def parts_reader(folder: Path, wanted: Callable[[Path], bool], load: Callable[[Path], object]) -> Reader:
-    """The files of a pipeline folder that are `wanted`, one of them spoiled at a time."""
+    """The `wanted` files of a pipeline folder, damaged one at a time."""
     model = Path(shutil.copytree(MICRO_MODEL, folder / "pipeckpts"))
     sound = {file: file.read_bytes() for file in sorted(model.rglob("*")) if file.is_file() and wanted(file)}
     turn = cycle(sound)
@@ -402,4 +402,4 @@ READERS: dict[str, tuple[Callable[[Path], Reader], int]] = {
     "weights of a UNet": (weights_of_a_unet, 400),
     "pickled weights of a UNet": (pickled_weights_of_a_unet, 600),
 }
-"""By name: what makes it, and how many spoiled files it is given."""
+"""By name: the function that makes the reader, and the number of damaged files that it reads."""

@@ -1,4 +1,4 @@
-"""Files made to do harm, and spoiled ones that once got through: refused in one line, nothing run, fetched or overwritten."""
+"""Malicious files, and damaged ones that were once accepted: refused in one line; nothing is run, fetched or overwritten."""
 
 import json
 import os
@@ -40,7 +40,7 @@ from train.state.checkpoint import MANIFEST, DamagedError, load_checkpoint, read
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """The one line in which something is refused."""
+    """The error message of a call that must fail, checked to be one line."""
     with pytest.raises((InputError, DamagedError)) as caught, time_limit():
         call()
     line = str(caught.value)
@@ -52,7 +52,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 class Harm:
-    """An object that makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path, how: Callable[..., object]) -> None:
         self.call = (how, (f"touch {marker}",) if how is os.system else (str(marker), "w"))
@@ -62,7 +62,7 @@ class Harm:
 
 
 def hostile(marker: Path, how: Callable[..., object], layout: str) -> bytes:
-    """A file that does harm where it is unpickled, beside tensors, in one of the layouts that torch.load takes."""
+    """A file with tensors and a `Harm`, in one of the layouts that torch.load reads."""
     content = {"conv_in.weight": torch.zeros(1), "trainable": Harm(marker, how)}
     if layout == "pickle":
         return pickle.dumps(content, protocol=2)
@@ -116,7 +116,7 @@ def test_code_in_the_weights_of_a_part_is_never_run(tmp_path: Path, part: str) -
 
 
 def test_the_hostile_pickles_do_harm_where_they_are_trusted(tmp_path: Path) -> None:
-    """Else the tests above would show nothing."""
+    """Without this, the tests above would prove nothing."""
     for layout in ("zip", "legacy", "pickle"):
         marker = tmp_path / layout
         (tmp_path / "p.pt").write_bytes(hostile(marker, os.system, layout))

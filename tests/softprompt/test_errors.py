@@ -1,4 +1,4 @@
-"""What error messages say of a path."""
+"""Paths in error messages."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the tests of the main job share: a few mice on disk, and a configuration small enough to run."""
+"""Shared by the tests of the commands: a few mice on disk, and a configuration small enough to run."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -50,7 +50,7 @@ def mice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class StopAfter(StopSignal):
-    """Ctrl-C at a chosen step, without a signal."""
+    """As Ctrl-C at a chosen step, without a signal."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def smallest_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_config(smallest_model: Path) -> Callable[..., Config]:
     """`small_config(mice, **{"train.steps": 2})`: the smallest run, changed by options as the command line takes them.
 
-    Its model is the smallest; what is about numbers or pictures takes `model="micro"`, the embedded one.
+    Its model is the smallest; tests of numbers or pictures take `model="micro"`, the embedded one.
     """
 
     def build(mice: Path, **overrides: object) -> Config:
@@ -114,8 +114,8 @@ def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def check_page() -> Iterator[Callable[[Path], Seen]]:
-    """`check_page(page)`: opens a page from the disk at the width of a desk and of a telephone, fails on what is wrong with it,
-    and returns what is seen (see tests/browser.py); the test is skipped where there is no Chromium."""
+    """`check_page(page)`: opens a page from the disk at the width of a desk and of a telephone, asserts that nothing is wrong
+    with it, and returns its observations (see tests/browser.py); the test is skipped where there is no Chromium."""
     if PROGRAM is None:
         pytest.skip(MISSING)
     with Browser() as browser:

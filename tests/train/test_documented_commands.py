@@ -156,7 +156,7 @@ def commands_of(page: Path, body: str) -> list[Command]:
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the capital words of the pages stand for: pictures, FaceLift's repository, and a finished run of two steps."""
+    """The files that the capital words of the pages stand for: pictures, FaceLift's repository, a finished run of two steps."""
     folder = tmp_path_factory.mktemp("ground")
     write_source(MicroWorld("mice", 0, 3), folder / "SAMPLES")
     write_source(MicroWorld("mice", 10_000, 1), folder / "HELD_OUT")
@@ -269,7 +269,7 @@ ELSEWHERE = {"--train_text_encoder_ti_frac", "--signal", "--logdir", "--numproce
 
 @pytest.fixture(scope="module")
 def known_options(ground: Path) -> dict[str, set[str]]:
-    """By command, the options in its --help; those of the launcher under its own name."""
+    """The options in the --help of each command, and those of the launcher."""
     found = {"accelerate": set(launch_command_parser()._option_string_actions)}
     for name in "softprompt compare benchmark doctor export gpu micro replay report runs sample".split():
         found[f"train.{name}"] = options_of(f"train.{name}", [])

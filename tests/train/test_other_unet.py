@@ -24,7 +24,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def write_unet(folder: Path, factor: float, **changes: object) -> Path:
-    """The embedded UNet with its weights scaled, so that it is another."""
+    """Write the embedded UNet with scaled weights, so that it differs."""
     folder.mkdir(parents=True)
     config = json.loads((MICRO_MODEL / "unet" / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
@@ -35,7 +35,7 @@ def write_unet(folder: Path, factor: float, **changes: object) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As FaceLift's trainer leaves it."""
+    """A checkpoint in the layout of FaceLift's trainer."""
     folder = tmp_path_factory.mktemp("trained") / "checkpoint-2000"
     write_unet(folder / "unet", 0.98)
     write_unet(folder / "unet_ema", 0.99, decay=0.9999, optimization_step=2000)

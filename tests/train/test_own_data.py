@@ -1,4 +1,4 @@
-"""What the README has its reader do with real weights, done with a model of a hundred million weights, to the end."""
+"""The README's commands for real weights, run with a model of a hundred million weights."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ QUICK = {
     "train.sample": ["--steps=1", "--guidance_scale=1", "--device=cpu"],
     "train.export": [],
 }
-"""What is added to the README's commands, so that they end soon."""
+"""Options added to the README's commands to make them short."""
 
 
 @pytest.mark.slow

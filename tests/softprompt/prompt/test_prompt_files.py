@@ -25,7 +25,7 @@ OTHER = torch.randn(6, 77, 8, generator=torch.Generator().manual_seed(1))
 
 
 def write(content: Any, path: Path) -> Path:
-    """By its type and the suffix."""
+    """Write a file in the format of its content's type and suffix."""
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif path.suffix == ".npy":

@@ -24,22 +24,22 @@ DRAFT = {"draft.weight": "0.5", "draft.reward": "ssim", "draft.steps": "2"}
 STUDIO = {"studio.weight": "0.5", "studio.over": "views"}
 SEPARATE = {"separate.weight": "0.5"}
 OBJECTIVES: dict[str, Mapping[str, str]] = {"draft": DRAFT, "studio": STUDIO, "separate": SEPARATE, "custom": CUSTOM}
-"""By name, the options of the smallest run with it."""
+"""The options of the smallest run with each objective."""
 ALL = {option: value for options in OBJECTIVES.values() for option, value in options.items()}
 
 
 def smooth(seen: Seen) -> Tensor:
-    """An objective of the test's own: neighbouring latents are to be alike."""
+    """A custom objective: neighbouring latents should be alike."""
     return (seen.clean.diff(dim=-1)).square().mean()
 
 
 def nothing(seen: Seen) -> Tensor:
-    """No number."""
+    """A custom objective that is not a number."""
     return seen.clean.mean() * float("nan")
 
 
 def gradients(job: Job, step: int = 0) -> dict[str, Tensor]:
-    """Of one step, as the optimizer sees them but for clipping."""
+    """The gradients of one step, before clipping."""
     found: dict[str, Tensor] = {}
     for name, parameter in job.adapted.all_trainable().items():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: found.update({name: p.grad.clone()}))

@@ -64,7 +64,7 @@ def small(small: Callable[..., Config]) -> Callable[..., Config]:
 
 
 def true_views(evaluator: Evaluator, prompt: Tensor, pretrained: Tensor | None) -> Shown:
-    """Instead of previews, which take most of a short run's time."""
+    """Replaces previews, which take most of a short run's time."""
     del prompt, pretrained
     truth, masks = (views[None] for views in evaluator.held_out.views(0, seeded("preview")))
     return Shown(truth[:, 0], truth, masks, truth, truth, tuple("abcdef"))
@@ -80,7 +80,7 @@ def hurried() -> Iterator[None]:
 
 
 def moved(job: Job, by: float = 0.05) -> None:
-    """Move all that trains away from where it began."""
+    """Change all trained parameters at random."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in job.adapted.all_trainable().values():
@@ -94,7 +94,7 @@ def term(job: Job) -> Any:
 
 @pytest.fixture(scope="module")
 def kept_jobs(make_job: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
-    """Of each objective, a job in which something has been learned and samples are made; then it has moved on."""
+    """For each objective, a job that has learned something, made its samples and then trained further."""
     jobs = {}
     for name, options in (("dpo", DPO), ("spin", SPIN)):
         jobs[name] = job = make_job(**options, **{"train.batch_size": 3, "loss.own_view": "false"})
@@ -106,7 +106,7 @@ def kept_jobs(make_job: Callable[..., Job], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def begun(kept_jobs: dict[str, Job]) -> Callable[[str], Job]:
-    """`begun("dpo")`: one of those, whose weights may be moved; each test has an accelerator of its own."""
+    """`begun("dpo")`: one of these jobs with a new accelerator; a test may change its weights."""
 
     def get(name: str) -> Job:
         job = kept_jobs[name]
@@ -221,12 +221,12 @@ def test_the_model_is_itself_again_after_it_was_what_it_was(make_job):
 
 
 STATE = {"lora.dropout": "0.1", "train.ema_decay": "0.5", "train.schedule": "constant"}
-"""Options with which there is more to restore."""
+"""Options that add state to restore."""
 
 
 @pytest.fixture(scope="module")
 def whole(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with both objectives that nobody interrupted."""
+    """An uninterrupted run with both objectives."""
     return run_to_end(small(**DPO, **SPIN, **STATE), tmp_path_factory.mktemp("whole") / "run")
 
 
@@ -599,12 +599,12 @@ def test_what_a_list_may_not_have_meant_is_said(make_job, pairs):
 
 
 def two(views: Tensor, truth: Tensor) -> Tensor:
-    """Takes too little."""
+    """A reward that takes too few arguments."""
     return (views - truth).mean(dim=(1, 2, 3, 4))
 
 
 def nothing(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
-    """No number."""
+    """A reward that is not a number."""
     return math.nan * views.mean(dim=(1, 2, 3, 4))
 
 
