@@ -1,10 +1,12 @@
 """Inputs of short runs: a model as small as possible, in FaceLift's format, with random weights; mice to train on."""
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from softprompt.data.samples import write_source
 from softprompt.micro import MICRO_MODEL
@@ -27,6 +29,14 @@ def write_smallest_model(folder: Path) -> Path:
         shutil.rmtree(folder / part)
         shutil.copytree(MICRO_MODEL / part, folder / part)
     return folder
+
+
+def perturb(parameters: Iterable[Tensor], scale: float = 0.1) -> None:
+    """Add seeded noise to parameters."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
 def write_mice(folder: Path, *, train: int, val: int) -> Path:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.batches import Wanted
 from train.loop import train
+from train.objectives.terms import StepBatch
 from train.options.config import Config
 from train.report.page import write_report
 from train.report.read import read_story
@@ -16,6 +18,7 @@ from train.setup import prepare
 from train.state.checkpoint import load_checkpoint
 from train.state.run import Job, Run
 from train.state.stop import StopSignal
+from train.step import step_batch
 
 
 def run_to_end(config: Config, folder: Path, *, resume: bool = False, stop: StopSignal | None = None) -> Run:
@@ -48,6 +51,12 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def scene_of(job: Job, step: int = 0) -> StepBatch:
+    """The first batch of a step, as its loss terms get it."""
+    wanted = Wanted(step, 0, lowest=0)
+    return step_batch(job.trainer, wanted, job.trainer.batches.make(wanted), step=step, position=0.0)
 
 
 def weights(job: Job) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from softprompt.errors import InputError, RunError
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.sampling import sample_views
 from softprompt.objectives import draft as formulas
-from train.batches import Wanted
+from tests.runs import scene_of
 from train.loop import train
 from train.objectives import draft as draft_module
 from train.objectives import functions as functions_module
@@ -30,7 +30,7 @@ from train.setup import prepare
 from train.state.folder import list_checkpoints
 from train.state.run import Job
 from train.state.stop import StopSignal
-from train.step import step_batch, training_step
+from train.step import training_step
 
 DRAFT = {"draft.weight": 1, "draft.steps": 2, "loss.weight": 0, "kl.weight": 0}
 
@@ -63,11 +63,6 @@ def term(**settings: Any) -> Draft:
     """The objective itself; only the reward `clip` looks at the pipeline."""
     config = DraftConfig(**{"weight": 1.0, "steps": 2, **settings})
     return Draft(config, load_reward(config.reward, config.encoder, None, "draft"))
-
-
-def scene_of(job: Job, step: int = 0) -> StepBatch:
-    wanted = Wanted(step, 0, lowest=0)
-    return step_batch(job.trainer, wanted, job.trainer.batches.make(wanted), step, position=0.0)
 
 
 def gradient_of(objective: Draft, job: Job) -> Tensor:

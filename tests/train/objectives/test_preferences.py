@@ -17,7 +17,8 @@ from softprompt.data.batch import draw, seeded, view_order
 from softprompt.errors import InputError, RunError
 from softprompt.objectives.preference import dpo_loss, preference
 from softprompt.objectives.rewards import REWARDS
-from tests.runs import run_to_end, same, series, weights
+from tests.models import perturb
+from tests.runs import run_to_end, same, scene_of, series, weights
 from train import callbacks
 from train.batches import Wanted
 from train.evaluation.evaluator import Evaluator
@@ -33,7 +34,7 @@ from train.options.preferences import DpoConfig, SpinConfig
 from train.setup import Job, make_accelerator
 from train.state.folder import list_checkpoints
 from train.state.stop import StopSignal
-from train.step import step_batch, training_step
+from train.step import training_step
 
 OWN = {"sample_steps": "1", "objects": "2", "held_out_objects": "1"}
 DPO = {
@@ -79,12 +80,9 @@ def hurried() -> Iterator[None]:
         yield
 
 
-def moved(job: Job, by: float = 0.05) -> None:
+def moved(job: Job) -> None:
     """Change all trained parameters at random."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in job.adapted.all_trainable().values():
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+    perturb(job.adapted.all_trainable().values(), scale=0.05)
 
 
 def term(job: Job) -> Any:
@@ -159,8 +157,7 @@ def test_all_sides_of_a_contest_share_their_condition_timestep_and_noise(begun):
 @pytest.mark.parametrize("name", ["dpo", "spin"])
 def test_the_loss_of_a_step_is_that_of_the_formula_on_predictions_made_one_by_one(begun, name):
     job = begun(name)
-    found, wanted = term(job), Wanted(1, 0, lowest=0)
-    scene = step_batch(job.trainer, wanted, job.trainer.batches.take(wanted), step=1, position=0.0)
+    found, scene = term(job), scene_of(job, step=1)
     with torch.no_grad():
         loss = sum(float(part) for part in found.losses(scene))
     adapted, scheduler = job.adapted, job.pipeline.scheduler
@@ -342,9 +339,7 @@ def test_pairs_of_own_samples_are_ranked_by_their_reward_and_open_from_easy_to_h
     assert [sorted(gaps[pair] for pair in opened) for opened in found._open] == [[2, 2], [1, 1, 1, 1, 2, 2]]
     assert [found.stage(step) for step in (0, 1, 2, 9)] == [0, 1, 1, 1]
     for step, expected in ((0, {2}), (1, {1, 2})):
-        scene = step_batch(
-            job.trainer, wanted := Wanted(step, 0, lowest=0), job.trainer.batches.take(wanted), step=step, position=0.0
-        )
+        scene = scene_of(job, step)
         drawn = [found.turn(scene, 0, seeded(place)).sides for place in range(12)]
         known = {(i, w, x): gap for (i, w, x), gap in zip(found._pairs, gaps, strict=True)}
         sets = {(i, m): found._own.latents(i)[m] for i in range(2) for m in range(3)}
