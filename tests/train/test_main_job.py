@@ -192,9 +192,7 @@ def with_a_copy(prompt: torch.Tensor) -> torch.Tensor:
 def test_a_bad_prompt_is_refused(capsys, tmp_path, change, message):
     prompt, out = write_prompt(tmp_path / "prompt.pt", change), tmp_path / "run"
     said = refused(capsys, f"--prompt.waypoints=[{prompt}, realistic]", f"--output={out}")
-    assert str(prompt) in said
-    assert re.search(message, said), said
-    assert not out.exists()
+    assert str(prompt) in said and re.search(message, said) and not out.exists(), said
 
 
 def without_a_view(mice: Path) -> str:
@@ -237,8 +235,7 @@ def test_bad_data_is_refused(capsys, mice, tmp_path, spoil, message):
     out = tmp_path / "run"
     data = f"--data.train={spoil(tmp_path / 'mice')}"
     said = refused(capsys, *on(tmp_path / "mice", data, f"--data.val={mice / 'val'}", f"--output={out}"))
-    assert re.search(message, said), said
-    assert not out.exists()
+    assert re.search(message, said) and not out.exists(), said
 
 
 def other_width(folder: Path) -> None:
@@ -260,8 +257,7 @@ def test_a_bad_model_is_refused(capsys, tmp_path, spoil, message):
     shutil.copytree(MICRO_MODEL, folder)
     spoil(folder)
     said = refused(capsys, f"--model={folder}", f"--output={out}")
-    assert str(folder) in said and re.search(message, said), said
-    assert not out.exists()
+    assert str(folder) in said and re.search(message, said) and not out.exists(), said
 
 
 @pytest.mark.parametrize(
@@ -278,8 +274,7 @@ def test_a_bad_model_is_refused(capsys, tmp_path, spoil, message):
 def test_a_bad_option_is_refused(capsys, tmp_path, options, message):
     out = tmp_path / "run"
     said = refused(capsys, *options, f"--output={out}")
-    assert re.search(message, said), said
-    assert not out.exists()
+    assert re.search(message, said) and not out.exists(), said
 
 
 @pytest.mark.parametrize("resuming", [False, True])

@@ -114,6 +114,17 @@ def begun(kept_jobs: dict[str, Job]) -> Callable[[str], Job]:
     return get
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The pairs of a list."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
+    """Write a list of pairs."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @pytest.fixture(scope="module")
 def pairs(mice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A list of three pairs among the mice: true views win over those of another mouse."""
@@ -124,8 +135,7 @@ def pairs(mice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     path.parent.joinpath("train").symlink_to(mice / "train")
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return path
+    return write_rows(path, *rows)
 
 
 # ---------------------------------------------------------------------------------------------- what is compared with what
@@ -366,11 +376,10 @@ def test_near_ties_are_left_out_and_nothing_but_ties_is_refused(begun, monkeypat
 
 def test_a_list_of_pairs_of_another_machine_finds_its_samples_beside_it(make_job, mice, pairs, tmp_path):
     shutil.copytree(mice / "train", tmp_path / "train")
-    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
-    for line in lines:
-        line |= {name: f"/elsewhere/train/{Path(line[name]).name}" for name in ("input", "winner", "loser")}
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    job = make_job(**{"dpo.weight": 1, "dpo.pairs": tmp_path / "pairs.jsonl"})
+    rows = rows_of(pairs)
+    for row in rows:
+        row |= {name: f"/elsewhere/train/{Path(row[name]).name}" for name in ("input", "winner", "loser")}
+    job = make_job(**{"dpo.weight": 1, "dpo.pairs": write_rows(tmp_path / "pairs.jsonl", *rows)})
     assert any("absolute paths are another machine's" in note for note in job.notes)
 
 
@@ -393,8 +402,7 @@ def test_a_list_of_pairs_trains_and_is_measured(make_job, pairs):
         measured = found.evaluate(job.trainer.context, 0.0, None)
     assert set(measured) == {"held_out_dpo_accuracy", "held_out_dpo_margin"} and measured["held_out_dpo_margin"] != 0
     contest = found.contest(job.trainer.context, 1, seeded(0))
-    names = [json.loads(line)["loser"] for line in pairs.read_text().splitlines()]
-    loser = job.train.get(job.train.names.index(Path(names[1]).name), seeded(0))
+    loser = job.train.get(job.train.names.index(Path(rows_of(pairs)[1]["loser"]).name), seeded(0))
     assert torch.equal(contest.sides[1][0], loser.mean) and torch.equal(contest.encoded.mean, contest.sides[0][0])
 
 
@@ -411,19 +419,18 @@ def test_a_curriculum_that_the_run_is_too_short_for_is_said(make_job):
 
 
 def test_a_run_does_not_go_on_with_other_pairs(make_job, tmp_path, pairs):
-    first, *others = pairs.read_text().splitlines()
-    path = pairs.with_name("changed.jsonl")
-    path.write_text("\n".join([first, *others]))
+    first, *others = rows_of(pairs)
+    path = write_rows(pairs.with_name("changed.jsonl"), first, *others)
     states = [term(make_job(**{"dpo.weight": 1, "dpo.pairs": p})) for p in (pairs, path)]
     states[1].load_state(states[0].state())
-    path.write_text("\n".join([*others, first]))
+    write_rows(path, *others, first)
     changed = term(make_job(**{"dpo.weight": 1, "dpo.pairs": path}))
     with pytest.raises(InputError, match=r"dpo\.pairs: .*changed\.jsonl has other pairs than when the run began"):
         changed.load_state(states[0].state())
 
 
 def test_a_table_of_pairs_is_read_as_a_list_is(pairs):
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    rows = rows_of(pairs)
     table = pairs.with_suffix(".csv")
     table.write_text("\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]) + "\n")
     one, other = (read_pairs(path, size=64, num_views=6, option="dpo.pairs") for path in (pairs, table))
@@ -564,10 +571,9 @@ def test_a_file_that_is_no_list_of_pairs_is_refused(tmp_path, name, text, messag
 
 
 def test_a_curriculum_over_a_list_needs_to_know_which_pairs_are_easy(make_job, tmp_path, pairs):
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    rows = rows_of(pairs)
     del rows[1]["gap"]
-    path = pairs.with_name("two_gaps.jsonl")
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_rows(pairs.with_name("two_gaps.jsonl"), *rows)
     with pytest.raises(InputError, match=r"dpo\.pairs: 1 of 3 pairs have no gap; expected one for each, since a curriculum"):
         make_job(**{"dpo.weight": 1, "dpo.pairs": path, "dpo.chunks": 2})
     with pytest.raises(InputError, match=r"dpo\.min_gap: is 9; no pair of .*pairs\.jsonl is further apart"):
@@ -580,11 +586,9 @@ def test_more_chunks_than_different_gaps_are_refused(make_job, pairs):
 
 
 def test_what_a_list_may_not_have_meant_is_said(make_job, pairs):
-    first, second, _ = pairs.read_text().splitlines()
-    row = json.loads(first)
-    opposite = json.dumps(row | {"winner": row["loser"], "loser": row["winner"]})
-    path = pairs.with_name("doubtful.jsonl")
-    path.write_text("\n".join([first, first, opposite, second]) + "\n")
+    first, second, _ = rows_of(pairs)
+    opposite = first | {"winner": first["loser"], "loser": first["winner"]}
+    path = write_rows(pairs.with_name("doubtful.jsonl"), first, first, opposite, second)
     notes = make_job(**{"dpo.weight": 1, "dpo.pairs": path, "dpo.held_out_pairs": pairs}).notes
     assert [note for note in notes if note.startswith("WARNING    dpo.pairs")] == [
         "WARNING    dpo.pairs: 1 of 4 are there more than once",
