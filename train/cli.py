@@ -171,7 +171,7 @@ PATHS = frozenset(
     "undo unet write_pipeline".split()
 )
 """Options and arguments of all commands whose value is a path, or a list of paths; a name means the same in each command."""
-PROMPTS = frozenset({"pretrained", "prompt", "prompt.waypoints", "prompts"})
+PROMPTS = frozenset({"also", "pretrained", "prompt", "prompt.waypoints", "prompts"})
 """Those whose value is a prompt, or a list of prompts: a file, a template's name, or a text with {view}."""
 PHRASES = frozenset({"phrases"})
 """Those whose value is a text, or a text file (.txt)."""

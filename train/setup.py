@@ -181,9 +181,10 @@ def _make_curriculum(config: Config, pipeline: Pipeline) -> Curriculum:
 def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list[str]]:
     """Training and held-out samples, and notes for the user."""
 
-    train = _open_source(pipeline, config.data.train, "mice", 0, config.data.limit or MICRO_TRAIN_OBJECTS)
+    first = config.data.micro_first
+    train = _open_source(pipeline, config.data.train, "mice", first, config.data.limit or MICRO_TRAIN_OBJECTS)
     if config.data.val is not None or config.data.train == MICRO:
-        held_out = _open_source(pipeline, config.data.val or MICRO, "mice", FIRST_HELD_OUT, MICRO_HELD_OUT_OBJECTS)
+        held_out = _open_source(pipeline, config.data.val or MICRO, "mice", first + FIRST_HELD_OUT, MICRO_HELD_OUT_OBJECTS)
         held = set(_identities(held_out))
         both = [name for name, identity in zip(train.names, _identities(train), strict=True) if identity in held]
         note = f"; WARNING: {len(both)} of them are trained on as well, e.g. {both[0]}" if both else ""

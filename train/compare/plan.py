@@ -27,6 +27,7 @@ SAME_FOR_ALL = (
     "model",
     "train.steps",
     "data.val",
+    "data.micro_first",
     "data.original",
     "monitor.validate_every",
     "monitor.validation_timesteps",
@@ -49,6 +50,8 @@ class Comparison:
     """Options of train.softprompt for all variants, by dotted name; they override the files."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Every variant is trained once with each seed; a verdict needs three or more."""
+    objects_per_seed: int = 0
+    """Embedded world: `data.micro_first` grows by this much with each seed, so that seeds vary the objects, too."""
     baseline: str
     """The variant that the others are compared with."""
     variants: dict[str, dict[str, Any]]
@@ -125,10 +128,14 @@ class Plan:
     def runs(self) -> list[PlannedRun]:
         """Seed by seed, all variants of a seed together, so that an early report compares all."""
         return [
-            PlannedRun(variant, seed, replace(config, train=replace(config.train, seed=seed)), self.root)
+            PlannedRun(variant, seed, self._with_seed(config, seed), self.root)
             for seed in self.comparison.seeds
             for variant, config in self.configs.items()
         ]
+
+    def _with_seed(self, config: Config, seed: int) -> Config:
+        first = config.data.micro_first + self.comparison.objects_per_seed * seed
+        return replace(config, train=replace(config.train, seed=seed), data=replace(config.data, micro_first=first))
 
 
 def make_plan(comparison: Comparison, root: Path) -> Plan:
@@ -164,6 +171,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base": (_list_of(str), "a list of files, e.g. [configs/micro.yaml]"),
     "options": (lambda value: isinstance(value, dict), "options by name, or {}"),
     "seeds": (_list_of(int), "a list of numbers, e.g. [0, 1, 2]"),
+    "objects_per_seed": (lambda value: isinstance(value, int) and value >= 0, "a number, 0 or more"),
     "baseline": (lambda value: isinstance(value, str), "the name of a variant"),
     "variants": (lambda value: isinstance(value, dict), "options by variant, e.g. {learned: {}}"),
 }

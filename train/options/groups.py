@@ -226,6 +226,8 @@ class DataConfig(Checked, group="data"):
     """Validation objects: list file or folder of samples; null holds out the last 5 % of `train` (1 to 24 objects)."""
     limit: int | None = option(None, FROM_1)
     """Number of training objects to use, the first ones; null: all of them (40 of the embedded mice)."""
+    micro_first: int = option(0, FROM_0)
+    """The embedded world's first mouse: another number gives other mice to train on, and others held out."""
     original: str | None = None
     """Objects of the original domain, as `train`: the loss on them shows what the model forgets, and the KL term can use
     them. null: none (the embedded heads where `train` is the embedded world)."""

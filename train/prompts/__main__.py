@@ -101,9 +101,7 @@ def _probe_parser() -> PlainParser:
         "--model micro --data.train micro",
     )
     _text_options(parser)
-    parser.add_argument(
-        "--data.train", dest="samples", required=True, metavar="SAMPLES", help="List file, or folder of samples."
-    )
+    parser.add_argument("--data.train", required=True, metavar="SAMPLES", help="List file, or folder of samples.")
     parser.add_argument("--also", nargs="+", default=[], metavar="FILE_OR_TEXT", help="Prompts beside the templates.")
     parser.add_argument("--objects", type=int, default=24, help="Samples, spread over the list. Default: %(default)s")
     parser.add_argument("--timesteps", type=int, default=8, help="Noise levels of each sample. Default: %(default)s")

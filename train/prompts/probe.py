@@ -68,7 +68,7 @@ def run_probe(given: argparse.Namespace, command: str) -> None:
         width=pipeline.prompt_width,
         option="--also",
     )
-    objects = EncodedObjects(_open_samples(given.samples, given.objects, pipeline), pipeline, "white")
+    objects = EncodedObjects(_open_samples(getattr(given, "data.train"), given.objects, pipeline), pipeline, "white")
     objects.fill(progress=True)
     timesteps = spread_timesteps(given.timesteps, schedule)
     print(f"{chosen}\nsamples    {len(objects)}, at {len(timesteps)} timesteps; the noise is the same for each prompt")

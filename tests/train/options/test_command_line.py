@@ -190,6 +190,7 @@ OTHER_VALUES: dict[str, object] = {
     "data.train": "/elsewhere/train",
     "data.val": "/elsewhere/val",
     "data.limit": 9,
+    "data.micro_first": 50,
     "data.cache": "/elsewhere/cache",
     "data.original": "/elsewhere/original",
     "data.background": "gray",
