@@ -14,10 +14,12 @@ from train.micro import trainer as micro_trainer
 
 TOY = [
     "--objects=4",
+    "--prior_objects=1",
     "--vae_steps=2",
+    "--decoder_steps=2",
+    "--clip_steps=9",
     "--prior_steps=16",
     "--heads_steps=2",
-    "--decoder_steps=2",
     "--save_every=8",
     "--evaluated=1",
 ]
@@ -35,16 +37,18 @@ def test_building_is_the_same_after_a_stop(tmp_path: Path, monkeypatch: pytest.M
     assert build(tmp_path / "straight", "--grid", str(tmp_path / "grid.png")) == 0
     assert (tmp_path / "grid.png").is_file()
 
-    save = micro_trainer.Trainer._save
+    save, stops = micro_trainer.Trainer._save, [("clip", 8), ("prior", 8)]
 
     def save_and_stop(self: micro_trainer.Trainer, phase: str, step: int, optimizer: torch.optim.Optimizer) -> None:
         save(self, phase, step, optimizer)
-        if (phase, step) == ("prior", 8):
+        if stops and (phase, step) == stops[0]:
+            stops.pop(0)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(micro_trainer.Trainer, "_save", save_and_stop)
-        assert build(tmp_path / "stopped") == 130
+        while stops:
+            assert build(tmp_path / "stopped") == 130
     assert not (tmp_path / "stopped").exists()
     assert build(tmp_path / "stopped", "--seed", "1") == 2, "went on with another seed"
     assert build(tmp_path / "stopped") == 0
@@ -66,7 +70,10 @@ def test_an_existing_folder_is_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("--batch_size=3", "batch_size: is 3; expected a multiple of 4"), ("--save_every=5", "save_every: is 5")],
+    [
+        ("--batch_size=0", "batch_size: is 0; expected 1 or more"),
+        ("--left_out=[dogs]", "left_out: is ('dogs',); expected some of heads"),
+    ],
 )
 def test_options_that_cannot_be_are_refused(
     option: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -150,7 +150,8 @@ REFUSED = {
     "0 or more": "prompt.decay=-1 prompt.separation=-1 prompt.train_from=-1 lora.rank=-1 lora.train_from=-1 loss.weight=-1 "
     "kl.weight=-1 draft.weight=-1 draft.renoise=-1 draft.kl=-1 dpo.weight=-1 dpo.min_gap=-1 spin.weight=-1 spin.start=-1 "
     "studio.weight=-1 studio.pairs=-1 studio.detail_pairs=-1 studio.detail=-1 separate.weight=-1 separate.presence=-1 "
-    "custom.weight=-1 data.micro_first=-1 train.warmup_steps=-1 curriculum.patience=-1 curriculum.glide_steps=-1 timesteps.patience=-1",
+    "custom.weight=-1 train.warmup_steps=-1 data.micro_first=-1 "
+    "curriculum.patience=-1 curriculum.glide_steps=-1 timesteps.patience=-1",
     "1 or more": "kl.every=0 train.steps=0 train.batch_size=0 train.accumulation=0 train.max_skipped=0 timesteps.clusters=0 "
     "draft.steps=0 draft.every=0 draft.guidance_scale=0 dpo.chunks=0 dpo.sample_steps=0 dpo.held_out_objects=0 "
     "spin.iterations=0 spin.sample_steps=0 spin.held_out_objects=0 monitor.log_every=0 monitor.validate_every=0 "
