@@ -78,8 +78,9 @@ def build(settings: Settings) -> None:
         if not trainer.done(phase):
             train()
             trainer.finish(phase)
-            if phase in ("prior", "heads"):
-                print(table_of_words(parts, phase, settings.evaluated), flush=True)
+            if phase == "prior":
+                encoders = (parts.tokenizer, parts.text_encoder)
+                print(f"after {phase}\n{table_of_words(parts.pipeline, encoders, settings.evaluated)}", flush=True)
     save_parts(parts, folder)
     settings.state_file.unlink(missing_ok=True)
     print(f"made {folder} in {(time.monotonic() - began) / 60:.1f} min", flush=True)
@@ -90,19 +91,17 @@ def report(settings: Settings) -> None:
     """Read the folder back, and print and draw its quality."""
     from softprompt.model.loading import load_pipeline, load_text_encoder
     from softprompt.prompt.encoding import encode_texts
-    from softprompt.prompt.templates import view_texts
-    from train.micro.pretrain import fixed_noise_loss, held_out
+    from train.micro.checks import table_of_templates, table_of_words
+    from train.micro.words import facelift_texts
 
     pipeline, encoders = load_pipeline(settings.output), load_text_encoder(settings.output)
-    prompts = {template: encode_texts(view_texts(template), *encoders) for template in ("facelift", "realistic")}
-    for domain, template in (("heads", "facelift"), ("mice", "facelift"), ("mice", "realistic")):
-        loss = fixed_noise_loss(pipeline, held_out(domain, settings.evaluated), prompts[template])
-        print(f"loss on held-out {domain} under {template} prompts: {loss:.4f}")
+    print(table_of_words(pipeline, encoders, settings.evaluated), flush=True)
+    print(table_of_templates(pipeline, encoders, settings.evaluated), flush=True)
     sizes = {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in settings.output.iterdir()}
     print(", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items() if size > 1e5), end="; ")
     print(f"{sum(sizes.values()) / 1e6:.2f} MB in all")
     if settings.grid is not None:
-        draw_grid(pipeline, prompts["facelift"], settings.grid)
+        draw_grid(pipeline, encode_texts(facelift_texts(), *encoders), settings.grid)
 
 
 def draw_grid(pipeline: Any, prompt: "Tensor", path: Path) -> None:
