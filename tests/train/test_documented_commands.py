@@ -57,6 +57,7 @@ HOW: list[tuple[str, str, Sequence[str] | str]] = [
     ("python -m train.softprompt*", "read", []),
     ("accelerate launch *", "read", []),
     ("python -m train.doctor *", "run", ["--size=64"]),
+    ("python -m train.prompts probe *", "run", ["--objects=3", "--timesteps=1"]),
     ("python -m train.prompts *", "run", []),
     ("python -m train.sample *", "run", ["--steps=1", "--guidance_scale=1", "--device=cpu"]),
     ("python -m train.export *", "run", []),
