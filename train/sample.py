@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 
 from softprompt.errors import InputError, base_of
-from softprompt.files import new_folder, read_json, refuse_taken
+from softprompt.files import new_folder, read_json, refuse_taken, writing_to
 from train.cli import Parser, run_command
+from train.options.checks import FROM_1, UNIT, Checked, option
 from train.options.groups import MICRO
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Options of the command."""
 
     pictures: list[str]
@@ -68,9 +69,9 @@ class Options:
     guidance_scale: float = 3.0
     """1 is none. The default, and that of steps and eta, are of FaceLift's inference; a run's previews have those of its
     `monitor` options."""
-    steps: int = 50
+    steps: int = option(50, FROM_1)
     """DDIM steps."""
-    eta: float = 1.0
+    eta: float = option(1.0, UNIT)
     """0 is deterministic DDIM, 1 as noisy as DDPM."""
     seed: int = 0
     """Seed of all noise."""
@@ -85,10 +86,7 @@ class Options:
     views are those at full strength."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps: is {self.steps}; expected 1 or more")
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"eta: is {self.eta}; expected 0 to 1")
+        super().__post_init__()
         if not self.pictures:
             raise InputError("pictures: is empty; expected pictures, or folders of them")
         if self.rows == "rises" and self.rise != "none":
@@ -196,13 +194,10 @@ def _sample(options: Options) -> int:
             f"part of it. Remove the background first, as for training"
         )
     colour = torch.tensor(BACKGROUNDS[options.background])
-    try:
-        with new_folder(options.output) as partial:
-            for name, picture in tqdm(loaded.items(), unit="picture", delay=2, disable=not sys.stderr.isatty()):
-                given = composite(picture, colour)
-                _write(partial, name, given, cases, [sample(pipeline, case, given, options) for case in cases])
-    except OSError as error:
-        raise InputError(f"output: {options.output}: cannot be written ({error}); likely its disk is full") from error
+    with writing_to(f"output: {options.output}"), new_folder(options.output) as partial:
+        for name, picture in tqdm(loaded.items(), unit="picture", delay=2, disable=not sys.stderr.isatty()):
+            given = composite(picture, colour)
+            _write(partial, name, given, cases, [sample(pipeline, case, given, options) for case in cases])
     print(f"made       {options.output}: {', '.join(files)}; {len(cases)} x {pipeline.num_views} views each")
     return 0
 

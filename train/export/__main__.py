@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softprompt.errors import InputError, RunError, base_of
-from softprompt.files import refuse_taken
+from softprompt.files import folder_size, lack_of_space, new_folder, refuse_taken
 from train.cli import PlainParser, run_command
 
 if TYPE_CHECKING:
@@ -174,26 +174,18 @@ def _write(source: "Source", given: argparse.Namespace) -> list[str]:
     import torch
     from tqdm import tqdm
 
-    from softprompt.files import new_folder
     from softprompt.micro.world import MicroWorld
     from softprompt.prompt.embeddings import load_prompt
     from train.export.card import write_card
     from train.export.lora import FORMATS, verify_lora
-    from train.export.write import (
-        full_disk,
-        full_float32,
-        has_lora,
-        verify,
-        write_pipeline,
-        write_prompt_and_lora,
-    )
+    from train.export.write import full_float32, has_lora, verify, write_pipeline, write_prompt_and_lora
     from train.setup import FIRST_HELD_OUT
 
     pipeline, prompt, tolerance = source.pipeline, source.prompt, source.tolerance
     if given.lora and not has_lora(pipeline):
         raise InputError(f"--lora: {source.folder} has none (lora.rank 0); what it learned is in the prompt")
-    size = sum(file.stat().st_size for file in pipeline.folder.rglob("*") if file.is_file()) if given.pipeline else 0
-    if (disk := full_disk(given.output, size)) is not None:
+    size = folder_size(pipeline.folder) if given.pipeline else 0
+    if (disk := lack_of_space(given.output, size)) is not None:
         raise InputError(f"--output: {disk}; the merged pipeline folder takes about {size / 1e9:.1f} GB")
     # Any picture shows a difference: this one is always there, the run's own may have moved.
     picture = MicroWorld("mice", FIRST_HELD_OUT, 1, size=pipeline.picture_size).load(0)[0, :3] / 255

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from softprompt.errors import InputError, RunError
-from softprompt.files import new_folder, read_json, remove_folder
+from softprompt.files import folder_size, lack_of_space, new_folder, read_json, remove_folder
 from train.options.groups import MICRO
 
 FACELIFT_PROMPT = "mvdiffusion/data/fixed_prompt_embeds_6view/clr_embeds.pt"
@@ -134,10 +134,9 @@ def _check(facelift: Path, export: Path, wanted: Mapping[str, Path]) -> list[str
                 f"WARNING    {facelift / _WEIGHTS} is not there: FaceLift's inference will download its weights, its own "
                 f"pipeline folder over this one. Let it do so first: --undo, run its inference once, then --into again"
             )
-        size = sum(file.stat().st_size for file in wanted[FACELIFT_MODEL].rglob("*") if file.is_file())
-        free = shutil.disk_usage(facelift).free
-        if free < size:
-            raise InputError(f"--into: {facelift} has {free / 1e9:.1f} GB free; the pipeline folder takes {size / 1e9:.1f} GB")
+        size = folder_size(wanted[FACELIFT_MODEL])
+        if (disk := lack_of_space(facelift, size)) is not None:
+            raise InputError(f"--into: {disk}; the pipeline folder takes {size / 1e9:.1f} GB")
     else:
         theirs = facelift / FACELIFT_MODEL
         original = theirs.with_name(f"{theirs.name}.original")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt.errors import InputError, RunError
-from softprompt.files import new_folder
+from softprompt.files import folder_size, lack_of_space, new_folder
 from softprompt.model.loading import load_unet, save_pipeline
 from softprompt.model.pipeline import Pipeline, place
 from softprompt.model.sampling import sample_views
@@ -183,20 +183,12 @@ def within(found: float, tolerance: float, what: str) -> float:
 
 def check_free_space(folder: Path, needed: int) -> None:
     """Raises: InputError when the disk of `folder` has not room for a run of `needed` bytes, what it holds already included."""
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    more = max(0, needed - there)
-    if (disk := full_disk(folder, more)) is not None:
+    more = max(0, needed - folder_size(folder))
+    if (disk := lack_of_space(folder, more)) is not None:
         raise InputError(
             f"output: {disk}; the run needs about {more / 1e9:.1f} GB more (checkpoints, exports); make room, put a new run on "
             f"another disk, or --export.pipeline false"
         )
-
-
-def full_disk(folder: Path, needed: int) -> str | None:
-    """Of the disk that `folder` is or will be on, how much is free, in words; None where `needed` bytes have room."""
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    return f"{existing} has {free / 1e9:.1f} GB free" if free < needed else None
 
 
 def _kept_aside(folder: Path, new: Path, error: RunError) -> RunError:

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 
 from softprompt.data.samples import write_source
+from softprompt.files import folder_size
 from softprompt.micro.models import write_pipeline
 from softprompt.micro.world import MicroWorld
 from train.benchmark import steps as benchmarked
@@ -38,8 +39,7 @@ def materials(setting: Setting) -> list[Row]:
     dtype = torch.float16 if setting.size == "sd21" else torch.float32
     write_pipeline(setting.size, setting.model, picture=None if setting.size == "sd21" else 16, dtype=dtype)
     write_source(MicroWorld("mice", 0, 10, size=64), setting.data)
-    size = sum(file.stat().st_size for file in setting.model.rglob("*") if file.is_file())
-    return [Row("pipeline folder written", f"{size / 1e9:.2f} GB in {time.monotonic() - began:.0f} s")]
+    return [Row("pipeline folder written", f"{folder_size(setting.model) / 1e9:.2f} GB in {time.monotonic() - began:.0f} s")]
 
 
 def main_job(setting: Setting) -> list[Row]:

@@ -5,15 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
+from train.options.checks import FROM_1, POSITIVE, Check, Checked, option
 
 TEXT_EVERY = 8
 """Steps of the prior between those of the text encoder."""
 
 
+def _multiple(of: int) -> Check:
+    return Check(lambda value: value > 0 and value % of == 0, f"a multiple of {of}")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Checked):
     """Build the embedded micro pipeline, a small FaceLift, from nothing."""
 
     output: Path = MICRO_MODEL
@@ -28,34 +32,24 @@ class Settings:
     """File to continue from, saved along the way and removed at the end; null is .NAME.state.pt beside the output."""
     seed: int = 0
     """Seed of all weights and noise."""
-    objects: int = 500
+    objects: int = option(500, FROM_1)
     """Training objects of each domain."""
-    batch_size: int = 4
+    batch_size: int = option(4, _multiple(4))
     """Objects of six pictures a step, a multiple of the prior's four domains."""
-    vae_steps: int = 5500
+    vae_steps: int = option(5500, FROM_1)
     """Steps of the VAE, four pictures each."""
-    prior_steps: int = 1800
+    prior_steps: int = option(1800, FROM_1)
     """Steps of the prior over all domains."""
-    heads_steps: int = 2400
+    heads_steps: int = option(2400, FROM_1)
     """Steps on heads alone."""
-    decoder_steps: int = 4000
+    decoder_steps: int = option(4000, FROM_1)
     """Further steps of the VAE's decoder alone, four pictures each."""
-    learning_rate: float = 1e-3
+    learning_rate: float = option(1e-3, POSITIVE)
     """AdamW's highest; it rises over a twentieth of each phase and falls along a cosine."""
-    save_every: int = 200
+    save_every: int = option(200, _multiple(TEXT_EVERY))
     """Steps between saves of the state, a multiple of 8."""
-    evaluated: int = 16
+    evaluated: int = option(16, FROM_1)
     """Held-out objects in the evaluation."""
-
-    def __post_init__(self) -> None:
-        checks = {name: (getattr(self, name) >= 1, "1 or more") for name in ("objects", "evaluated")}
-        checks |= {f"{phase}_steps": (self.steps(phase) >= 1, "1 or more") for phase in ("vae", "prior", "heads", "decoder")}
-        checks["batch_size"] = self.batch_size > 0 and self.batch_size % 4 == 0, "a multiple of 4"
-        checks["save_every"] = self.save_every > 0 and self.save_every % TEXT_EVERY == 0, f"a multiple of {TEXT_EVERY}"
-        checks["learning_rate"] = self.learning_rate > 0, "a positive number"
-        for name, (holds, expected) in checks.items():
-            if not holds:
-                raise InputError(f"{name}: is {getattr(self, name)}; expected {expected}")
 
     @property
     def state_file(self) -> Path:
