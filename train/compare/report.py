@@ -4,7 +4,6 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from markupsafe import Markup
@@ -25,7 +24,7 @@ from train.compare.tables import (
     views_table,
 )
 from train.report.charts import COLOURS, INK, LARGEST_TILE, blank, cut_strips, data_uri, make_logarithmic, to_svg
-from train.report.template import render
+from train.report.template import write_page
 
 BASELINE = "#808080"
 STYLES = ("-", "--", ":", "-.")
@@ -47,7 +46,6 @@ def write_report(
     said = headline(summaries, comparison.baseline)
     page = {
         "comparison": comparison,
-        "date": f"{datetime.now().astimezone():%-d %B %Y, %H:%M %Z}",
         "headline": said,
         "finished": len(results),
         "steps": plan.steps,
@@ -64,8 +62,7 @@ def write_report(
         "command": command,
         "yaml": comparison_yaml(comparison),
     }
-    with new_file(plan.root / f"{name}.html") as partial:
-        partial.write_text(render("train.compare", page), encoding="utf-8")
+    write_page(plan.root / f"{name}.html", "compare", page)
     for kind, rows in {"results": result_rows(results), "summary": summary_rows(summaries)}.items():
         with new_file(plan.root / f"{name}-{kind}.csv") as partial, partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["variant"])

@@ -70,12 +70,12 @@ def read_options(argv: Sequence[str]) -> Options:
 
 def refuse_other_folder(folder: Path) -> None:
     """Raises: InputError if the report's folder holds anything but an earlier report."""
-    from train.doctor.report import MADE_BY
+    from train.report.template import made_by
 
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     report = folder / "doctor.json"
-    if not report.is_file() or read_json(report, what="an earlier report").get("made_by") != MADE_BY:
+    if not report.is_file() or read_json(report, what="an earlier report").get("made_by") != made_by("doctor"):
         raise InputError(f"--output {folder}: holds something else than an earlier report; expected a new or empty folder")
 
 

@@ -7,7 +7,6 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ from typing import Any
 from PIL import Image
 
 from softprompt.data.decode import decode
-from softprompt.files import new_file, write_json
+from softprompt.files import write_json
 from train.doctor.checks import ERRORS, KINDS, WARNINGS, Finding, ViewNumbers
 from train.doctor.samples import Sample
-from train.report.template import render
+from train.report.template import made_by, write_page
 
-MADE_BY = "softprompt train.doctor"
-"""Marks the JSON file, and with it a folder, as ours."""
 MOST_STRIPS = 60
 """Samples shown with their pictures; each takes about 20 kB of the page."""
 MOST_NAMES = 6
@@ -114,7 +111,7 @@ def write_report(report: Report, folder: Path) -> None:
     """Write doctor.html and doctor.json into a folder, each whole or not at all."""
     strips, hidden = _strips(report)
     context = {
-        "date": f"{datetime.now().astimezone():%-d %B %Y, %H:%M %Z}",
+        "command": report.command,
         "report": report,
         "kinds": KINDS,
         "errors": ERRORS,
@@ -122,15 +119,14 @@ def write_report(report: Report, folder: Path) -> None:
         "hidden": hidden,
         "view_names": [view.name.replace("_", " ") for view in report.views],
     }
-    with new_file(folder / "doctor.html") as partial:
-        partial.write_text(render("train.doctor", context), encoding="utf-8")
+    write_page(folder / "doctor.html", "doctor", context)
     write_json(folder / "doctor.json", as_json(report))
 
 
 def as_json(report: Report) -> dict[str, Any]:
     """The findings, and the medians of the views; null where there is none."""
     return {
-        "made_by": MADE_BY,
+        "made_by": made_by("doctor"),
         "command": report.command,
         "would_run": report.would_run,
         "objects": {"train": sum(s.is_train for s in report.samples), "val": sum(not s.is_train for s in report.samples)},

@@ -68,17 +68,18 @@ def _show_parser() -> PlainParser:
 
 def show(given: argparse.Namespace, command: str) -> int:
     """Print and draw. Raises: InputError for a name that is no prompt, or a page that would replace another file."""
-    from train.prompts.report import Phrases, inspect, print_report, refuse_other_page, write_page
+    from train.prompts.report import Phrases, inspect, print_report, write_prompts_page
     from train.prompts.sources import open_encoder, read_phrases
+    from train.report.template import refuse_other_page
 
     output, phrases = Path(given.output), None
-    refuse_other_page(output)
+    refuse_other_page(output, "prompts")
     sources = _open_all(given)
     if given.phrases:
         texts = read_phrases(given.phrases, subject=given.subject, angle=given.angle)
         phrases = Phrases(texts, open_encoder(given.model).embed(texts))
     shown = inspect(sources, phrases)
-    write_page(shown, output, command)
+    write_prompts_page(shown, output, command)
     print_report(shown)
     print(f"page       {output}")
     return 0

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from softprompt.errors import InputError
-from softprompt.files import new_folder
+from softprompt.files import new_folder, writing_to
 from softprompt.prompt.embeddings import save_prompt
 from softprompt.prompt.similarity import closest_pair
 from softprompt.prompt.templates import PROMPT_SUFFIXES
@@ -40,10 +40,8 @@ def write(prompt: Tensor, path: Path, views: tuple[str, ...], metadata: Mapping[
     """
     a, b, cosine = closest_pair(prompt, views)
     named = {"views": list(views), "closest_views": [a, b, round(cosine, 6)]}
-    try:
+    with writing_to(path):
         sidecar = save_prompt(prompt, path, metadata={**metadata, **named})
-    except OSError as error:
-        raise _unwritable(path, error) from error
     return f"{path} ({FORMATS[path.suffix]}) and {sidecar.name}; closest {a} and {b}, cosine {cosine:.3f}"
 
 
@@ -82,14 +80,11 @@ def _convert_file(source: Source, given: Path, output: Path, overwrite: bool) ->
 
 def _convert_folder(sources: dict[str, Source], files: dict[str, Path], output: Path) -> list[str]:
     said = []
-    try:
-        with new_folder(output) as partial:
-            for name, source in sources.items():
-                suffix = next(s for s in PROMPT_SUFFIXES if s != files[name].suffix)
-                write(source.prompt, partial / f"{name}{suffix}", source.views, _kept_metadata(files[name], source.prompt))
-                said.append(f"written    {output / name}{suffix} and .json")
-    except OSError as error:
-        raise _unwritable(output, error) from error
+    with writing_to(output), new_folder(output) as partial:
+        for name, source in sources.items():
+            suffix = next(s for s in PROMPT_SUFFIXES if s != files[name].suffix)
+            write(source.prompt, partial / f"{name}{suffix}", source.views, _kept_metadata(files[name], source.prompt))
+            said.append(f"written    {output / name}{suffix} and .json")
     return said
 
 
@@ -97,7 +92,3 @@ def _kept_metadata(path: Path, prompt: Tensor) -> dict[str, Any]:
     """The part of the JSON beside a prompt file that also holds for a copy in the other format."""
     measured = ("file", "shape", "dtype", "token_norms", "view_cosines", "mean_view_cosine", "rounding_error")
     return {key: value for key, value in described(path, prompt).items() if key not in measured}
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error}); likely read-only, or its disk is full")

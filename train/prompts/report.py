@@ -4,14 +4,12 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from softprompt.errors import InputError
-from softprompt.files import new_file
+from softprompt.files import writing_to
 from softprompt.prompt.similarity import words_before_padding
 from train.prompts.measure import (
     ANOTHER_ENCODER,
@@ -25,10 +23,7 @@ from train.prompts.measure import (
 )
 from train.prompts.sources import TOY, Source
 from train.report.charts import chart, matrix_cells
-from train.report.template import render
-
-MADE_BY = "softprompt train.prompts"
-"""Marks a page as ours."""
+from train.report.template import write_page
 
 
 @dataclass(frozen=True)
@@ -169,27 +164,10 @@ def print_report(shown: Sequence[Shown]) -> None:
         print()
 
 
-def refuse_other_page(path: Path) -> None:
-    """Raises: InputError if there is a file that is no earlier page."""
-    if path.is_dir():
-        raise InputError(f"--output {path}: is a folder; expected the name of a page, e.g. prompts.html")
-    if path.is_file() and MADE_BY not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
-        raise InputError(f"--output {path}: is no earlier page of this command; choose another name, or move it away first")
-
-
-def write_page(shown: Sequence[Shown], path: Path, command: str) -> None:
+def write_prompts_page(shown: Sequence[Shown], path: Path, command: str) -> None:
     """Write the page, whole or not at all. Raises: InputError if it cannot be written."""
-    context = {
-        "made_by": MADE_BY,
-        "date": f"{datetime.now().astimezone():%-d %B %Y, %H:%M %Z}",
-        "prompts": [_as_context(one) for one in shown],
-        "command": command,
-    }
-    try:
-        with new_file(path) as partial:
-            partial.write_text(render("train.prompts", context), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--output {path}: cannot be written ({error}); likely read-only, or its disk is full") from error
+    with writing_to(f"--output {path}"):
+        write_page(path, "prompts", {"prompts": [_as_context(one) for one in shown], "command": command})
 
 
 def _as_context(one: Shown) -> dict[str, Any]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BAR_HEIGHT, BAR_STEP, LABEL = 90, 10, 44
-"""Of a bar chart, in pixels: the bars' greatest height, their distance, the room for labels."""
+"""Bar charts, in pixels before scaling: the greatest height of a bar, the distance between bars, the room for labels."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Told apart by colour-blind eyes, readable on white and on black (M. Okabe and K. Ito's set, less yellow and black)."""
 INK = "#010203"
@@ -128,6 +128,3 @@ def chart(title: str, values: "Tensor", marked: set[int]) -> dict[str, Any]:
         "ticks": [{"x": LABEL + BAR_STEP * t + BAR_STEP / 2, "token": t} for t in range(0, len(values), 10)],
         "alt": f"{title}. Largest at token {int(values.argmax())}, {float(values.max()):.3f} of a token's norm.",
     }
-
-
-"""Of a chart over tokens: height, width of a token, and room for the numbers at its left; in pixels before scaling."""

@@ -10,20 +10,16 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from softprompt.errors import InputError
-from softprompt.files import new_file
 from train.export.facelift import into_facelift
 from train.log.series import ABLATION_PSNR, ABLATION_SSIM, HANDED_ON, VIEWS_FOLLOW, in_words
 from train.options.groups import MICRO
 from train.prompts.measure import drift, in_ranges, measure
-from train.report import template as page
 from train.report.charts import chart, cut_strips, data_uri, matrix_cells
 from train.report.figures import panels
 from train.report.read import Story
+from train.report.template import refuse_other_page, write_page
 from train.state.folder import REPORT
 
-MADE_BY = "softprompt train.report"
-"""Marks a page as ours."""
 OVERFITTED = 0.02
 """Share by which the lowest held-out loss is below that at the end from which on the report says so."""
 
@@ -35,16 +31,12 @@ def write_report(story: Story, output: Path | None = None) -> tuple[Path, str]:
     Raises: InputError for a folder that is no run, or where something lies that is no earlier page.
     """
     run, target = story.folder, output or story.folder / REPORT
-    if target.is_dir():
-        raise InputError(f"--output {target}: is a folder; expected the name of a page, e.g. {REPORT}")
-    if target.is_file() and MADE_BY not in target.read_text(encoding="utf-8", errors="replace")[:1000]:
-        raise InputError(f"--output {target}: is no earlier page of this command; choose another name, or move it away first")
+    refuse_other_page(target, "report")
     command = f"python -m train.report {shlex.quote(str(run))}"
     if output is not None:
         command += f" --output {shlex.quote(str(output))}"
-    context = _context(story) | {"made_by": MADE_BY, "command": command}
-    with new_file(target) as partial:
-        partial.write_text(page.render("train.report", context), encoding="utf-8")
+    context = _context(story) | {"command": command}
+    write_page(target, "report", context)
     return target, str(context["headline"])
 
 
