@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 
 from softprompt.errors import InputError, base_of
-from softprompt.files import new_folder, read_json, refuse_taken, writing_to
+from softprompt.files import new_folder, refuse_taken, writing_to
 from train.cli import Parser, run_command
 from train.options.checks import FROM_1, UNIT, Checked, option
 from train.options.groups import MICRO
@@ -164,9 +164,9 @@ def _sample(options: Options) -> int:
     from tqdm import tqdm
 
     from softprompt.data.pictures import BACKGROUNDS, composite, load_picture
-    from softprompt.micro import MICRO_MODEL
     from softprompt.model.loading import load_pipeline
-    from train.device import choose_precision, dtype_of, quiet_libraries
+    from train.build import pipeline_folder
+    from train.device import choose_device, choose_precision, dtype_of, quiet_libraries
     from train.export.read import open_lora
 
     quiet_libraries(True)
@@ -174,10 +174,9 @@ def _sample(options: Options) -> int:
     refuse_taken(Path(options.output))  # before anything long
     if options.export is not None:
         _refuse_another_model(options.model, options.unet, Path(options.export))
-    precision, said = choose_precision(options.device, options.precision, group="")
-    on_gpu = torch.cuda.is_available() and options.device != "cpu"
-    folder = MICRO_MODEL if options.model == MICRO else Path(options.model)
-    pipeline = load_pipeline(folder, unet=options.unet, dtype=dtype_of(precision)).to("cuda" if on_gpu else "cpu")
+    precision, note = choose_precision(options.device, options.precision, group="")
+    pipeline = load_pipeline(pipeline_folder(options.model), unet=options.unet, dtype=dtype_of(precision))
+    pipeline = pipeline.to(choose_device(options.device))
     longest = len(pipeline.scheduler.alphas_cumprod)
     if options.steps > longest:
         raise InputError(f"steps: is {options.steps}; the model was trained with {longest} timesteps, expected as many at most")
@@ -187,7 +186,7 @@ def _sample(options: Options) -> int:
     pipeline.unet.eval()
     loaded = {name: load_picture(file, pipeline.picture_size) for name, file in files.items()}
     opaque = [name for name, picture in loaded.items() if bool((picture[3] == 255).all())]
-    print("\n".join([said, *(f"weights    {note}" for note in pipeline.notes)]))
+    print("\n".join([note, *(f"weights    {note}" for note in pipeline.notes)]))
     if opaque:
         print(
             f"WARNING    {len(opaque)} pictures have no transparency, e.g. {opaque[0]}: what is behind the object is taken for "
@@ -208,18 +207,16 @@ def _refuse_another_model(model: str, unet: str | None, export: Path) -> None:
     Raises: InputError for that, or where the folder is no export.
     """
     from train.export.read import refuse_another_unet
-    from train.state.folder import exported_prompt
+    from train.state.folder import DESCRIPTION, exported_prompt, read_description
 
     exported_prompt(export, option="export")
-    about = export / "clr_embeds.json"
-    if not about.is_file():
+    if not (export / DESCRIPTION).is_file():
         return
-    said = read_json(about, what="what a run says of its prompt")
-    if model == MICRO:
-        trained_from = said.get("model", MICRO)
-        if trained_from != MICRO:
-            raise InputError(f"model: is {MICRO}; {export} was trained from {trained_from}: give that with --model")
-    refuse_another_unet(unet, said.get("unet"), export)
+    description = read_description(export)
+    trained_from = description.get("model", MICRO)
+    if model == MICRO and trained_from != MICRO:
+        raise InputError(f"model: is {MICRO}; {export} was trained from {trained_from}: give that with --model")
+    refuse_another_unet(unet, description.get("unet"), export)
 
 
 def find_pictures(given: Sequence[str]) -> dict[str, Path]:
@@ -340,7 +337,7 @@ def sample(pipeline: "Pipeline", case: Case, picture: "Tensor", options: Options
     from softprompt.model.sampling import sample_views
     from train.export.write import has_lora
 
-    if has_lora(pipeline) and case.lora != 0:
+    if has_lora(pipeline.unet) and case.lora != 0:
         pipeline.unet.set_adapters(["default"], weights=[case.lora])
     with adapters_off(pipeline.unet) if case.lora == 0 else nullcontext():
         return sample_views(

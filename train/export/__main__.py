@@ -135,7 +135,7 @@ def _export(given: argparse.Namespace) -> int:
     if given.output is not None:
         folder = given.output
         source = _open(given)
-        print(_said_of(source))
+        print(_describe(source))
         print("\n".join(_write(source, given)))
     if given.into is not None:
         print("\n".join(put_in(given.into, folder, with_pipeline=given.pipeline)))
@@ -147,15 +147,13 @@ def _export(given: argparse.Namespace) -> int:
 
 def _open(given: argparse.Namespace) -> "Source":
     """Raises: InputError."""
-    import torch
-
-    from train.device import choose_precision, quiet_libraries
+    from train.device import choose_device, choose_precision, quiet_libraries
     from train.export.read import is_run
     from train.export.source import open_export, open_run
 
     quiet_libraries(True)
     choose_precision(given.device, "fp32", group="")  # refuses a device that is not there
-    device = torch.device("cuda" if torch.cuda.is_available() and given.device != "cpu" else "cpu")
+    device = choose_device(given.device)
     if is_run(given.source):
         return open_run(given.source, given.step or "newest", model=given.model, unet=given.unet, device=device)
     if given.step is not None:
@@ -163,10 +161,10 @@ def _open(given: argparse.Namespace) -> "Source":
     return open_export(given.source, model=given.model, unet=given.unet, device=device)
 
 
-def _said_of(source: "Source") -> str:
+def _describe(source: "Source") -> str:
     average = ", the moving average" if source.averaged else ""
-    said = f"source     {source.folder}: step {source.step}, position {source.metadata['position']:g}{average}"
-    return "\n".join([said, *(f"weights    {note}" for note in source.pipeline.notes)])
+    line = f"source     {source.folder}: step {source.step}, position {source.metadata['position']:g}{average}"
+    return "\n".join([line, *(f"weights    {note}" for note in source.pipeline.notes)])
 
 
 def _write(source: "Source", given: argparse.Namespace) -> list[str]:
@@ -182,7 +180,7 @@ def _write(source: "Source", given: argparse.Namespace) -> list[str]:
     from train.setup import FIRST_HELD_OUT
 
     pipeline, prompt, tolerance = source.pipeline, source.prompt, source.tolerance
-    if given.lora and not has_lora(pipeline):
+    if given.lora and not has_lora(pipeline.unet):
         raise InputError(f"--lora: {source.folder} has none (lora.rank 0); what it learned is in the prompt")
     size = folder_size(pipeline.folder) if given.pipeline else 0
     if (disk := lack_of_space(given.output, size)) is not None:

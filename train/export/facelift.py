@@ -14,6 +14,7 @@ from pathlib import Path
 from softprompt.errors import InputError, RunError
 from softprompt.files import folder_size, lack_of_space, new_folder, read_json, remove_folder
 from train.options.groups import MICRO
+from train.state.folder import read_description
 
 FACELIFT_PROMPT = "mvdiffusion/data/fixed_prompt_embeds_6view/clr_embeds.pt"
 """Where FaceLift's training and inference look for the prompt; the path is written into its code."""
@@ -121,7 +122,7 @@ def _check(facelift: Path, export: Path, wanted: Mapping[str, Path]) -> list[str
     from softprompt.prompt.embeddings import load_prompt  # torch, which --undo should not wait for
 
     prompt, warnings = load_prompt(wanted[FACELIFT_PROMPT]), []
-    model, theirs = read_json(export / "clr_embeds.json", what="what a run says of its prompt").get("model"), None
+    model, theirs = read_description(export).get("model"), None
     if FACELIFT_MODEL in wanted:
         config = wanted[FACELIFT_MODEL] / "unet" / "config.json"
         if not config.is_file():

@@ -18,7 +18,7 @@ from softprompt.model.adapted import AdaptedModel
 from softprompt.model.pipeline import Pipeline
 from softprompt.model.weights import how_they_fit, noted, unwrapped
 from softprompt.prompt.embeddings import load_prompt
-from train.export.write import LORA_WEIGHTS, with_lora_of
+from train.export.write import LORA_WEIGHTS, has_lora, with_lora_of
 from train.options.config import Config
 from train.options.groups import ExportConfig
 from train.state.folder import exported_prompt
@@ -101,11 +101,10 @@ def start_from(folder: Path, adapted: AdaptedModel, position: float) -> None:
         raise InputError(f"init_from: with prompt.carry fade nothing learned is in the prompt at position {position:g}")
     prompt.begin_at(load_prompt(file, num_views=views, width=width), position)
     file = folder / "lora" / LORA_WEIGHTS
-    has_lora = bool(getattr(adapted.unet, "peft_config", None))
-    if file.is_file() != has_lora:
+    if file.is_file() != has_lora(adapted.unet):
         found, asked = ("a LoRA", "0") if file.is_file() else ("no LoRA", "more than 0")
         raise InputError(f"init_from: {folder} holds {found}; lora.rank is {asked}. Prompt and LoRA belong together")
-    if not has_lora:
+    if not has_lora(adapted.unet):
         return
     try:
         weights = {name.removeprefix("unet."): weight for name, weight in _plain(load_file(file), file).items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
@@ -98,7 +98,7 @@ def write_prompt_and_lora(pipeline: Pipeline, prompt: Tensor, folder: Path, meta
     diffusers loads it."""
     save_prompt(prompt, folder / "clr_embeds.safetensors", metadata=metadata)
     save_prompt(prompt, folder / "clr_embeds.pt", metadata=metadata)
-    if has_lora(pipeline):
+    if has_lora(pipeline.unet):
         StableDiffusionPipeline.save_lora_weights(
             folder / "lora",
             unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
@@ -148,9 +148,9 @@ def full_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def has_lora(pipeline: Pipeline) -> bool:
-    """Whether its UNet carries one."""
-    return bool(getattr(pipeline.unet, "peft_config", None))
+def has_lora(unet: UNet2DConditionModel) -> bool:
+    """Whether a UNet carries a LoRA."""
+    return bool(getattr(unet, "peft_config", None))
 
 
 def views_of(pipeline: Pipeline, prompt: Tensor, picture: Tensor) -> Tensor:

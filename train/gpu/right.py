@@ -14,9 +14,8 @@ from softprompt.errors import RunError
 from softprompt.model.sampling import sample_views
 from train import setup
 from train.evaluation.evaluator import averaged
-from train.gpu.checks import SMALL, Setting, compiler, run_main
-from train.gpu.results import Row, is_true, judged, skipped
-from train.log.series import read_series
+from train.gpu.checks import SMALL, Setting, arguments, compiler, run_main
+from train.gpu.results import Row, is_true, judged, last_loss, skipped
 from train.loop import train
 from train.options.command_line import parse
 from train.setup import Job, prepare
@@ -32,7 +31,7 @@ STEPS = 3
 def job_for(setting: Setting, **options: object) -> Job:
     """A small run of the embedded model on the device."""
     given = {**SMALL, "train.device": setting.device, **options}
-    return prepare(parse([f"--{name}={value}" for name, value in given.items()]).config)
+    return prepare(parse(arguments(given)).config)
 
 
 def _numbers(job: Job) -> dict[str, Any]:
@@ -100,8 +99,8 @@ def scaler(setting: Setting) -> list[Row]:
 def killed(setting: Setting) -> list[Row]:
     """A run that is killed and resumed ends as one that was not."""
     whole, cut = setting.folder / "run-whole", setting.folder / "run-killed"
-    line = [f"--{name}={value}" for name, value in {**SMALL, "train.device": setting.device, "train.steps": 6}.items()]
-    line += ["--monitor.checkpoint_every=2", "--resume-or-start"]
+    options = {**SMALL, "train.device": setting.device, "train.steps": 6, "monitor.checkpoint_every": 2}
+    line = [*arguments(options), "--resume-or-start"]
 
     argv = [sys.executable, "-m", "train.softprompt", *line, f"--output={cut}"]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -113,7 +112,7 @@ def killed(setting: Setting) -> list[Row]:
         if code := run_main("train.softprompt", [*line, f"--output={folder}"]):
             raise RunError(f"train.softprompt ended with {code}")
     same = 0.0 if setting.device == "cpu" else 1e-2  # kernels on a GPU are not all deterministic
-    ends = [[point["loss/validation"] for point in read_series(run) if "loss/validation" in point][-1] for run in (cut, whole)]
+    ends = [last_loss(run) for run in (cut, whole)]
     return [
         is_true("killed before its end", was_killed, str(was_killed), "true"),
         judged("its held-out loss at the end, relative", abs(ends[0] / ends[1] - 1), most=same),

@@ -1,4 +1,4 @@
-"""HTML pages of commands: each fills in train/page.html.jinja with the template in its own folder.
+"""Templates, and the HTML pages of commands: each page fills in train/page.html.jinja with the template in its own folder.
 
 A page names the command that made it, so that it replaces an earlier one of the same command and no other file.
 """
@@ -30,15 +30,19 @@ def refuse_other_page(path: Path, command: str) -> None:
 def write_page(path: Path, command: str, context: Mapping[str, Any]) -> None:
     """Write a command's page, whole or not at all.
 
-    context: the names that its template uses; `command`, the line that makes the page again, among them. Every text is
-    escaped, except Markup; a name that is missing is an error.
+    context: the names that its template uses; `command`, the line that makes the page again, among them.
     """
+    date = f"{datetime.now().astimezone():%-d %B %Y, %H:%M %Z}"
+    page = render(f"{command}/{TEMPLATE}", {"made_by": made_by(command), "date": date, **context})
+    with new_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+def render(template: str, context: Mapping[str, Any], *, escape: bool = True) -> str:
+    """Fill in a template in train/. A name that `context` lacks is an error. escape: every text in HTML, except Markup."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("train", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("train", ""), autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.get_template(f"{command}/{TEMPLATE}")
-    date = f"{datetime.now().astimezone():%-d %B %Y, %H:%M %Z}"
-    with new_file(path) as partial:
-        partial.write_text(template.render({"made_by": made_by(command), "date": date, **context}), encoding="utf-8")
+    return environment.get_template(template).render(context)

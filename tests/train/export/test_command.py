@@ -508,7 +508,10 @@ def said_otherwise(export: Path, **what: object) -> None:
         (lambda e: (e / "clr_embeds.json").write_text("{}"), "EXPORT/clr_embeds.json: origin, model, licence, waypoints, "),
         (lambda e: said_otherwise(e, steps="many"), "EXPORT/clr_embeds.json: steps: missing, or of another kind; expected"),
         (lambda e: said_otherwise(e, waypoints=["facelift"]), "EXPORT/clr_embeds.json: waypoints: missing, or of another kind"),
-        (lambda e: (e / "clr_embeds.json").unlink(), "EXPORT/clr_embeds.json: not found; what a run says of the prompt"),
+        (
+            lambda e: (e / "clr_embeds.json").unlink(),
+            "EXPORT/clr_embeds.json: not found; the description of an exported",
+        ),
     ],
 )
 def test_an_export_that_is_spoilt_is_refused(
