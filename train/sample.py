@@ -106,7 +106,7 @@ class Case:
     lora: float
     """Strength of the LoRA."""
     shown: bool = True
-    """Whether its views are also written one by one."""
+    """Whether to also write its views one by one."""
     annealed: "Annealed | None" = None
     """How it rises from the pretrained model; None: it is the same in all steps."""
 
@@ -202,9 +202,9 @@ def _sample(options: Options) -> int:
 
 
 def _refuse_another_model(model: str, unet: str | None, export: Path) -> None:
-    """A forgotten --model would be the embedded one, whose prompts have the shape of a real one's; a forgotten --unet another.
+    """Raises: InputError where an export belongs to another model or UNet, or the folder is no export.
 
-    Raises: InputError for that, or where the folder is no export.
+    Without --model the embedded model would be used, whose prompts have the same shape as FaceLift's.
     """
     from train.export.read import refuse_another_unet
     from train.state.folder import DESCRIPTION, exported_prompt, read_description
@@ -253,14 +253,14 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
 
 
 def _is_picture(path: Path) -> bool:
-    """By its name; hidden files are none."""
+    """Whether a file is a picture, by its name; hidden files are not."""
     from softprompt.data.decode import SUFFIXES
 
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:
-    """The rows that are asked for. Raises: InputError for a prompt that does not fit the model."""
+    """The rows that the options ask for. Raises: InputError for a prompt that does not fit the model."""
     import torch
 
     from softprompt.model.sampling import RISES, Annealed

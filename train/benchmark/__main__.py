@@ -126,19 +126,19 @@ def _start(options: Options) -> tuple["Setting", "Accelerator", str]:
     from train.benchmark.way import Setting
     from train.device import choose_precision, dtype_of, quiet_libraries
 
-    precision, said = choose_precision(options.device, options.precision, group="")
+    precision, note = choose_precision(options.device, options.precision, group="")
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
     quiet_libraries(True)
-    said = f"{said}; torch {torch.__version__}"
-    print(said)
+    machine = f"{note}; torch {torch.__version__}"
+    print(machine)
     setting = Setting(
         options.size, accelerator.device, dtype_of(precision), options.batch_size, rank=options.rank, compiled=options.compile
     )
-    return setting, accelerator, said
+    return setting, accelerator, machine
 
 
 def _growth(options: Options) -> dict[str, Any]:
-    setting, accelerator, said = _start(options)
+    setting, accelerator, machine = _start(options)
     from train.benchmark.growth import draw, growing_steps, many_objects
     from train.benchmark.steps import adapting_ways
 
@@ -163,11 +163,11 @@ def _growth(options: Options) -> dict[str, Any]:
         picture = Path(options.output).with_suffix(".png")
         draw(objects, steps, picture)
         print(f"drawn      {picture}")
-    return {"options": asdict(options), "machine": said, "objects": [asdict(one) for one in objects], "steps": steps}
+    return {"options": asdict(options), "machine": machine, "objects": [asdict(one) for one in objects], "steps": steps}
 
 
 def _measure(options: Options) -> dict[str, Any]:
-    setting, accelerator, said = _start(options)
+    setting, accelerator, machine = _start(options)
     from train.benchmark.measure import dearest_kernels, matmul_flops, measure
     from train.benchmark.steps import FACELIFT, adapting_ways, facelift_way
 
@@ -198,7 +198,7 @@ def _measure(options: Options) -> dict[str, Any]:
         print(f"\ndearest kernels of {ways[-1].name}, share of all")
     for name, share in kernels.items():
         print(f"{share:7.1%}  {name}")
-    return {"options": asdict(options), "machine": said, "matmul_flops": most, "ways": rows, "kernels": kernels}
+    return {"options": asdict(options), "machine": machine, "matmul_flops": most, "ways": rows, "kernels": kernels}
 
 
 if __name__ == "__main__":

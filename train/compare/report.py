@@ -23,12 +23,13 @@ from train.compare.tables import (
     table,
     views_table,
 )
+from train.log.series import display_name
 from train.report.charts import COLOURS, INK, LARGEST_TILE, blank, cut_strips, data_uri, make_logarithmic, to_svg
 from train.report.template import write_page
 
 BASELINE = "#808080"
 STYLES = ("-", "--", ":", "-.")
-"""Where there are more variants than colours, and for print."""
+"""Line styles, for more variants than colours, and for print."""
 KINDS = ("truth", "pretrained", "now")
 """Rows of the tiles that a run writes."""
 
@@ -43,10 +44,10 @@ def write_report(
     """
     comparison = plan.comparison
     summaries = [summarise(variant, results, comparison.baseline) for variant in comparison.variants]
-    said = headline(summaries, comparison.baseline)
+    result = headline(summaries, comparison.baseline)
     page = {
         "comparison": comparison,
-        "headline": said,
+        "headline": result,
         "finished": len(results),
         "steps": plan.steps,
         "config": plan.configs[comparison.baseline],
@@ -68,7 +69,7 @@ def write_report(
             writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["variant"])
             writer.writeheader()
             writer.writerows(rows)
-    return said
+    return result
 
 
 def variants_table(comparison: Comparison) -> dict[str, Any]:
@@ -207,7 +208,7 @@ def grid(comparison: Comparison, results: Sequence[RunResult]) -> dict[str, Any]
     ]
     return {
         "objects": objects,
-        "columns": ["input", *(name.replace("_", " ") for name in views(first[lead].final))] if lead else [],
+        "columns": ["input", *(display_name(name) for name in views(first[lead].final))] if lead else [],
         "seeds": ", ".join(f"{name} {first[name].seed}" for name in shown),
         "lead": lead,
         "shrunk_to": LARGEST_TILE if any(found[0]["truth"].height > LARGEST_TILE for found in shown.values()) else None,

@@ -1,7 +1,8 @@
-"""What a run learned, ready to be used elsewhere: `python -m train.export`.
+"""Export a trained prompt and LoRA for use elsewhere: `python -m train.export`.
 
-From any checkpoint, or an export: prompt, LoRA (diffusers, peft, kohya), FaceLift's pipeline folder with the LoRA merged, and a
-model card, each read back and compared before it is called done. And into FaceLift's repository, and out of it again.
+Reads any checkpoint, or an earlier export. Writes prompt, LoRA (diffusers, peft, kohya), FaceLift's pipeline folder with the
+LoRA merged, and a model card; each is read back and compared. Also puts an export into FaceLift's repository, and takes it out
+again.
 """
 
 import argparse
@@ -30,7 +31,7 @@ LORA_FORMATS = ("peft", "kohya")
 
 
 def make_parser() -> PlainParser:
-    """Of this command."""
+    """The parser of this command."""
     parser = PlainParser(
         prog="python -m train.export",
         description=__doc__,
@@ -44,7 +45,7 @@ def make_parser() -> PlainParser:
         metavar="RUN_OR_EXPORT",
         help="Folder of a run, or of an export, e.g. RUN/export.",
     )
-    parser.add_argument("--step", help="Of a run: newest (default), best (lowest validation loss), or a checkpoint's step.")
+    parser.add_argument("--step", help="The run's checkpoint: newest (default), best (lowest validation loss), or a step.")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="New or empty: for prompt, LoRA, model card.")
     parser.add_argument(
         "--lora",
@@ -52,11 +53,13 @@ def make_parser() -> PlainParser:
         choices=LORA_FORMATS,
         default=[],
         metavar="FORMAT",
-        help="With --output, the LoRA also as peft (lora_peft/) and kohya (lora_kohya.safetensors; ComfyUI, A1111) have it; as "
-        "diffusers has it (lora/) it is always there.",
+        help="With --output: also write the LoRA for peft (lora_peft/) and kohya (lora_kohya.safetensors; ComfyUI, A1111). The "
+        "LoRA for diffusers (lora/) is always written.",
     )
     parser.add_argument(
-        "--pipeline", action="store_true", help="Also FaceLift's pipeline folder with the LoRA merged, as large as the model."
+        "--pipeline",
+        action="store_true",
+        help="Also FaceLift's pipeline folder with the LoRA merged, as large as the model.",
     )
     parser.add_argument("--model", help="Pipeline folder (pipeckpts) that was trained from, where it has moved since.")
     parser.add_argument(
@@ -71,7 +74,7 @@ def make_parser() -> PlainParser:
         metavar="FACELIFT",
         help="FaceLift's repository: the prompt takes its place there, with --pipeline the model too; originals are kept.",
     )
-    parser.add_argument("--undo", type=Path, metavar="FACELIFT", help="Put back what was there before --into; nothing else.")
+    parser.add_argument("--undo", type=Path, metavar="FACELIFT", help="Restore the files from before --into; do nothing else.")
     return parser
 
 
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(given: argparse.Namespace) -> None:
-    """Options that do not go together. Raises: InputError."""
+    """Raises: InputError for options that do not go together."""
     if given.undo is not None:
         if given.source is not None or given.output is not None or given.into is not None:
             raise InputError("--undo: stands alone; it needs no run, --output or --into")
@@ -120,7 +123,7 @@ def _check(given: argparse.Namespace) -> None:
             raise InputError(f"--into: {source} holds no export; {hint} --output FOLDER as well, to write one first")
         for option in ("lora", "model", "unet", "step"):
             if getattr(given, option):
-                raise InputError(f"--{option}: is of what --output writes, which is not given; {source} is put in as it is")
+                raise InputError(f"--{option}: changes what --output writes, which is not given; {source} is put in as it is")
 
 
 def _export(given: argparse.Namespace) -> int:
@@ -168,7 +171,7 @@ def _describe(source: "Source") -> str:
 
 
 def _write(source: "Source", given: argparse.Namespace) -> list[str]:
-    """Write and verify FOLDER. Returns: what was made, in lines. Raises: InputError, RunError."""
+    """Write and verify FOLDER. Returns: a report of it, in lines. Raises: InputError, RunError."""
     import torch
     from tqdm import tqdm
 

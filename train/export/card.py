@@ -31,7 +31,7 @@ FACELIFT_LICENCE = "https://github.com/weijielyu/FaceLift/blob/main/Adobe%20Rese
 def write_card(source: Source, folder: Path) -> list[str]:
     """Write README.md, and beside it the run's newest preview grid up to that step, into an export that is otherwise whole.
 
-    Returns: what it is without, each with the reason, in words. Raises: RunError when it is read back another.
+    Returns: the parts that it lacks, each with the reason. Raises: RunError when it reads back differently.
     """
     without = []
     picture, rows = newest_grid(source), results(source)
@@ -54,7 +54,7 @@ def write_card(source: Source, folder: Path) -> list[str]:
 
 
 def front_matter(source: Source, *, has_picture: bool) -> ModelCardData:
-    """What the Hub lists a model by."""
+    """The metadata by which the Hub lists a model."""
     micro = source.metadata["model"] == MICRO
     licence: dict[str, Any] = (
         {"license": "apache-2.0"}
@@ -82,7 +82,7 @@ def newest_grid(source: Source) -> Path | None:
 
 
 def results(source: Source) -> list[tuple[str, float, float, int]]:
-    """(what, at step 0, now, step of that) of each outcome that was measured at both ends, up to the step that is exported."""
+    """(name, value at step 0, newest value, its step) of each outcome, up to the exported step, if measured at both."""
     points = [] if source.run is None else [p for p in read_series(source.run) if is_evaluation(p) and p["step"] <= source.step]
     found = []
     for name, words in {**OUTCOMES, "loss/original": "loss on the original domain"}.items():
@@ -146,5 +146,5 @@ def _public(value: Any) -> Any:
 
 
 def _cell(value: Any) -> str:
-    """In a table of Markdown."""
+    """A value as a cell of a Markdown table."""
     return (value if isinstance(value, str) else json.dumps(value)).replace("|", "\\|").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""An export put where FaceLift's own code looks, and taken away again.
+"""Puts an export where FaceLift's own code looks, and takes it away again.
 
 The original of each place is kept beside it: as NAME.original, or, where there was nothing, as an empty NAME.no-original. It is
 there before anything of ours takes the place, and goes last, so whatever is killed can be done again, or undone.
@@ -21,11 +21,11 @@ FACELIFT_PROMPT = "mvdiffusion/data/fixed_prompt_embeds_6view/clr_embeds.pt"
 FACELIFT_MODEL = "checkpoints/mvdiffusion/pipeckpts"
 """Where FaceLift's inference looks for the pipeline folder."""
 CHECK_XFORMERS = 'python -c "import xformers.ops"'
-"""To be run in FaceLift's environment: ends without a word where its sparse attention can work."""
+"""Command for FaceLift's environment: it ends without an error where sparse attention can work."""
 _ITS_OWN = ("inference.py", "mvdiffusion")
-"""By which FaceLift's repository is known."""
+"""Names that identify FaceLift's repository."""
 _WEIGHTS = "checkpoints/gslrm"
-"""Where this is missing FaceLift's inference downloads all its weights first, over what lies at FACELIFT_MODEL."""
+"""Where this folder is missing, FaceLift's inference first downloads all its weights, and overwrites FACELIFT_MODEL."""
 
 
 def put_in(facelift: Path, export: Path, *, with_pipeline: bool) -> list[str]:
@@ -33,7 +33,7 @@ def put_in(facelift: Path, export: Path, *, with_pipeline: bool) -> list[str]:
 
     Without it the pipeline folder is FaceLift's own again, where an earlier call put another there: a prompt belongs to a
     model. What is copied is compared with what it was copied from before it takes its place.
-    Returns: what was done, and what to mind, in lines.
+    Returns: the changes, then warnings, in lines.
     Raises: InputError where `facelift` is not FaceLift's repository, or the export has not what is asked for or does not fit.
     """
     refuse_another_folder(facelift)
@@ -64,7 +64,7 @@ def put_in(facelift: Path, export: Path, *, with_pipeline: bool) -> list[str]:
 
 
 def undo(facelift: Path) -> list[str]:
-    """Put back what was there before `put_in`, however often it was called. Returns: what was done, in lines.
+    """Put back what was there before `put_in`, however often it was called. Returns: the changes, in lines.
 
     Raises: InputError where nothing was put in, or `facelift` is not FaceLift's repository.
     """
@@ -118,7 +118,7 @@ def into_facelift(export: Path) -> str:
 
 
 def _check(facelift: Path, export: Path, wanted: Mapping[str, Path]) -> list[str]:
-    """Look whether an export can be put in. Returns: what to mind, in lines. Raises: InputError."""
+    """Check that an export can be put in. Returns: warnings, in lines. Raises: InputError."""
     from softprompt.prompt.embeddings import load_prompt  # torch, which --undo should not wait for
 
     prompt, warnings = load_prompt(wanted[FACELIFT_PROMPT]), []
@@ -186,7 +186,7 @@ def _differing(ours: Path, copy: Path) -> list[Path]:
 
 
 def _set_aside(facelift: Path, place: str) -> str:
-    """Keep what is at a place before anything of ours is, unless that was done already. Returns: what is kept, in words."""
+    """Keep the original of a place, unless an earlier call did. Returns: a description of what is kept."""
     target = facelift / place
     original = _original(target)
     if not os.path.lexists(original) and _missing(facelift, target) is None:
@@ -215,7 +215,7 @@ def _was_put_in(facelift: Path, place: str) -> bool:
 
 
 def _put_back(facelift: Path, place: str) -> str:
-    """Returns: what was done, in words."""
+    """Restore a place. Returns: a description of the change."""
     target = facelift / place
     original = _original(target)
     if os.path.lexists(original):

@@ -1,4 +1,4 @@
-"""What is in an export, put back: its prompt and its LoRA."""
+"""Loads the prompt and the LoRA of an export."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,9 @@ from train.state.folder import exported_prompt
 
 
 def refuse_another_unet(given: str | None, trained_on: object, export: Path) -> None:
-    """given: the option `unet`. trained_on: what the export says of it. Its folder may have moved, with the name it had.
+    """Check the UNet that a user gives for an export. Its folder may have moved, but under the same name.
+
+    given: the option `unet`. trained_on: the same option in the export's description.
 
     Raises: InputError where one of the two is the pipeline's own, or the names differ, as of unet and unet_ema.
     """
@@ -130,9 +132,9 @@ class Source:
     folder: Path
     """Checkpoint or export that it was read from."""
     run: Path | None
-    """The run it is of; None for an export that lies alone."""
+    """The run that it belongs to; None for an export outside a run's folder."""
     config: Config | None
-    """Of that run."""
+    """The configuration of that run."""
     metadata: Mapping[str, Any]
     """See `train.export.write.describe`."""
     pipeline: Pipeline

@@ -1,4 +1,4 @@
-"""What is exported: a checkpoint of a run as the run itself would export it, or an export that is there already."""
+"""The source of an export: a checkpoint of a run, as the run itself would export it, or an earlier export."""
 
 from pathlib import Path
 from types import NoneType
@@ -29,7 +29,7 @@ _DESCRIBED: dict[str, type | tuple[type, ...]] = {
     "steps": int,
     "validation": dict,
 }
-"""What `train.export.write.describe` says, and of what kind it is."""
+"""The fields that `train.export.write.describe` writes, with their types."""
 
 
 def open_run(run: Path, which: str, *, model: str | None, unet: str | None = None, device: torch.device) -> Source:
@@ -77,7 +77,7 @@ def open_run(run: Path, which: str, *, model: str | None, unet: str | None = Non
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
-    """The checkpoint that is meant; see `open_run`. Raises: InputError naming the steps there are."""
+    """The checkpoint that `which` means; see `open_run`. Raises: InputError that lists the steps of the run's checkpoints."""
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         raise InputError(f"{run / 'checkpoints'}: holds no checkpoint; the run stopped before its first one")
@@ -109,9 +109,9 @@ def _damaged(run: Path, folder: Path, error: DamagedError) -> InputError:
 
 
 def open_export(folder: Path, *, model: str | None, unet: str | None = None, device: torch.device) -> Source:
-    """An export as it lies. model, unet: pipeline folder, and that of the UNet instead of its own; None: those it was trained
-    from.
+    """An earlier export, unchanged.
 
+    model, unet: pipeline folder, and that of the UNet instead of its own; None: those it was trained from.
     Raises: InputError when it is none, or does not belong to the model.
     """
     file = exported_prompt(folder, option="export")
@@ -122,8 +122,8 @@ def open_export(folder: Path, *, model: str | None, unet: str | None = None, dev
         wrong = ["waypoints"]
     if wrong:
         raise InputError(
-            f"{folder / DESCRIPTION}: {', '.join(wrong)}: missing, or of another kind; expected what a run writes beside "
-            f"the prompt that it exports; likely the file is of python -m train.prompts, or edited"
+            f"{folder / DESCRIPTION}: {', '.join(wrong)}: missing, or of another type; expected the description that a "
+            f"run writes beside its exported prompt; likely the file is of python -m train.prompts, or edited"
         )
     if unet is not None:
         refuse_another_unet(unet, metadata["unet"], folder)

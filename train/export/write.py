@@ -1,4 +1,4 @@
-"""What a run is for, written: prompt, LoRA and pipeline folder, each read back and compared before it is called done."""
+"""Writes prompt, LoRA and pipeline folder; each is read back and compared."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -72,8 +72,7 @@ def export_pipeline(pipeline: Pipeline, folder: Path, *, picture: Tensor, tolera
 
 
 def describe(config: Config, *, position: float, step: int, last: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the file beside an exported prompt says of where it comes from. last: series of the newest evaluation, where there
-    was one."""
+    """The description of an exported prompt: its origin. last: the newest evaluation, where there was one."""
 
     def texts(waypoint: str) -> list[str] | None:
         if waypoint.endswith((".pt", ".safetensors")):
@@ -167,7 +166,7 @@ def views_of(pipeline: Pipeline, prompt: Tensor, picture: Tensor) -> Tensor:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest."""
+    """The largest difference."""
     return float((a - b).abs().max())
 
 

@@ -1,4 +1,4 @@
-"""Cost at full size on the device: steps, memory, whole runs. Each check is one function, and a process of its own."""
+"""Cost at full size on the device: steps, memory, whole runs. Each check is one function, in a process of its own."""
 
 import json
 import re

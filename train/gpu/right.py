@@ -1,4 +1,4 @@
-"""Whether the numbers are right on the device, at the micro size: each check is one function, and a process of its own."""
+"""Correctness of the numbers on the device, at the micro size: each check is one function, in a process of its own."""
 
 import json
 import subprocess
@@ -23,8 +23,8 @@ from train.state.stop import StopSignal
 from train.step import training_step
 
 TOLERANCES = {"fp32": (2e-3, 5e-3), "bf16": (0.03, 0.03), "fp16": (0.01, 0.01)}
-"""By precision: the largest relative difference of a loss, and the largest mean difference of a picture in [0, 1], from
-float32 on the CPU. float32 differs by the order of sums; bf16 keeps 8 bits of a number, fp16 11."""
+"""The largest allowed differences from float32 on the CPU, by precision: of a loss, relative; of a picture in [0, 1], mean.
+ float32 differs by the order of sums; bf16 keeps 8 bits of a number, fp16 11."""
 STEPS = 3
 
 

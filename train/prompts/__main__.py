@@ -118,7 +118,7 @@ def check(given: argparse.Namespace, command: str) -> int:
 
 
 def _which_encoder(source: "Source", model: str) -> str:
-    """Whether a model's own text encoder made a prompt, in words."""
+    """A sentence that says whether a model's own text encoder made a prompt."""
     from train.prompts.make import SAME
     from train.prompts.measure import start_distance
     from train.prompts.sources import open_encoder
@@ -188,7 +188,7 @@ def _angles(given: argparse.Namespace, views: Sequence[str]) -> str | list[str]:
         if given.frames is not None:
             raise InputError(f"--frames {given.frames}: needs --cameras, the file with these frames")
         return ANGLE if given.angle is None else str(given.angle)
-    from train.prompts.make import in_words, read_angles
+    from train.prompts.make import camera_text, read_angles
 
     if given.angle is not None:
         raise InputError("--angle: --cameras is given too, and fills {angle}; leave one of them out")
@@ -199,7 +199,7 @@ def _angles(given: argparse.Namespace, views: Sequence[str]) -> str | list[str]:
         frames = None if given.frames is None else [int(number) for number in given.frames.split(",")]
     except ValueError as error:
         raise InputError(f"--frames {given.frames}: expected numbers from 0 up, e.g. 0,4,8,16,24,28") from error
-    return [in_words(*angles) for angles in read_angles(given.cameras, frames, len(views))]
+    return [camera_text(*angles) for angles in read_angles(given.cameras, frames, len(views))]
 
 
 def _mix_parser() -> PlainParser:

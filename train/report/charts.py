@@ -102,7 +102,7 @@ def data_uri(strip: Image.Image) -> str:
 
 
 def matrix_cells(cosines: "Tensor", least: float) -> list[list[dict[str, float]]]:
-    """cosines: [V, V]. least: that is drawn without ink; 1 has all of it."""
+    """The cells of a matrix of cosines, shaded from `least` (none) to 1 (full). cosines: [V, V]."""
     return [[{"cosine": c, "ink": (c - least) / ((1 - least) or 1)} for c in row] for row in cosines.tolist()]
 
 

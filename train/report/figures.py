@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softprompt.files import new_file
-from train.log.series import in_words
+from train.log.series import display_name
 from train.report.charts import COLOURS, INK, blank, cut_strips, make_logarithmic, to_svg
 from train.report.read import Story
 
@@ -23,9 +23,9 @@ class Panel:
 
     title: str
     lines: tuple[tuple[str, str], ...]
-    """(series, what it is called)."""
+    """(series, label)."""
     good: str
-    """What it looks like in a run that goes well."""
+    """Its looks in a run that goes well."""
     log: bool = False
 
 
@@ -116,7 +116,7 @@ def picture(story: Story, path: Path) -> None:
         axes.legend(frameon=False, fontsize=8)
         axes.tick_params(labelsize=8)
     for part in below:
-        columns = ("input", *(in_words(name) for name in story.slots))
+        columns = ("input", *(display_name(name) for name in story.slots))
         for row, (axes, (name, strip)) in enumerate(zip(part.subplots(len(rows), 1), rows, strict=True)):
             axes.imshow(strip, interpolation="nearest")
             axes.set_axis_off()

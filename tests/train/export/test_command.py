@@ -63,7 +63,7 @@ def trained(mice: Path, small_config: Callable[..., Config], tmp_path_factory: p
 
 @pytest.fixture(scope="module")
 def run(trained: Runs) -> Path:
-    """Of four steps along the whole path, with a moving average, that learned something; nothing may change it."""
+    """A run of four steps along the whole path, with a moving average, that learned something; nothing may change it."""
     return trained(
         lora__alpha=ALPHA,
         lora__learning_rate=0.03,
@@ -104,7 +104,7 @@ def same_lora(a: Path, b: Path) -> bool:
 
 
 def described(folder: Path) -> dict[str, object]:
-    """What it says of itself, but for a mean that is added up in another order."""
+    """An export's description, without a mean whose order of summation differs."""
     content: dict[str, object] = json.loads((folder / "clr_embeds.json").read_text())
     return {name: value for name, value in content.items() if name != "rounding_error"}
 
@@ -460,7 +460,7 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(
             ["RUN", "--into=FACELIFT"],
             "--into: RUN holds no export; give its own export, RUN/export, or --output FOLDER as well",
         ),
-        (["RUN/export", "--into=FACELIFT", "--lora", "peft"], "--lora: is of what --output writes"),
+        (["RUN/export", "--into=FACELIFT", "--lora", "peft"], "--lora: changes what --output writes"),
         (["RUN", "--output=OUT", "--into=RUN"], "RUN: is not FaceLift's repository, it has no inference.py and no mvdiffusion"),
         (["RUN"], "nothing to do: give --output FOLDER to write an export, --into FACELIFT to put one in, or both"),
         (["RUN", "--undo=FACELIFT"], "--undo: stands alone"),
@@ -494,7 +494,7 @@ def replaced(match: re.Match[str], names: Mapping[str, Path]) -> str:
     return (match.group(1) or "") + str(names[match.group(2) or "RUN"])
 
 
-def said_otherwise(export: Path, **what: object) -> None:
+def redescribe(export: Path, **what: object) -> None:
     file = export / "clr_embeds.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | what))
 
@@ -506,8 +506,8 @@ def said_otherwise(export: Path, **what: object) -> None:
         (lambda e: (e / LORA).write_bytes(b"no weights"), "EXPORT/lora: cannot be loaded into "),
         (lambda e: save_file({n: w * float("nan") for n, w in lora_of(e).items()}, e / LORA), "EXPORT/lora: "),
         (lambda e: (e / "clr_embeds.json").write_text("{}"), "EXPORT/clr_embeds.json: origin, model, licence, waypoints, "),
-        (lambda e: said_otherwise(e, steps="many"), "EXPORT/clr_embeds.json: steps: missing, or of another kind; expected"),
-        (lambda e: said_otherwise(e, waypoints=["facelift"]), "EXPORT/clr_embeds.json: waypoints: missing, or of another kind"),
+        (lambda e: redescribe(e, steps="many"), "EXPORT/clr_embeds.json: steps: missing, or of another type; expected"),
+        (lambda e: redescribe(e, waypoints=["facelift"]), "EXPORT/clr_embeds.json: waypoints: missing, or of another type"),
         (
             lambda e: (e / "clr_embeds.json").unlink(),
             "EXPORT/clr_embeds.json: not found; the description of an exported",

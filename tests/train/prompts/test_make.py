@@ -15,7 +15,7 @@ from softprompt.micro import MICRO_MODEL
 from softprompt.prompt.embeddings import load_prompt
 from softprompt.prompt.templates import VIEWS
 from tests.train.prompts.conftest import Run, saved
-from train.prompts.make import in_words, read_angles, relative_angles, reproduce
+from train.prompts.make import camera_text, read_angles, relative_angles, reproduce
 from train.prompts.sources import Encoder, Source, fill_in, open_encoder, open_file
 
 
@@ -138,8 +138,8 @@ def test_cameras_are_put_into_words(tmp_path: Path, run: Run) -> None:
         "left view, from 20 degrees above, turned 90 degrees to the left.",
     ):
         assert words in said
-    assert in_words(-3, 0.2) == "at eye level" and in_words(88, -1) == "from straight above, turned 1 degree to the left"
-    assert in_words(-30, 0) == "from 30 degrees below"
+    assert camera_text(-3, 0.2) == "at eye level" and camera_text(88, -1) == "from straight above, turned 1 degree to the left"
+    assert camera_text(-30, 0) == "from 30 degrees below"
 
 
 def test_facelift_s_own_camera_is_read() -> None:
@@ -178,7 +178,7 @@ def test_frames_are_chosen_and_missing_ones_named(tmp_path: Path) -> None:
 def test_cameras_that_cannot_be_used_are_named(tmp_path: Path, content: object, said: str | None) -> None:
     (tmp_path / "c.json").write_text(json.dumps(content))
     if said is None:  # straight down is not tilted
-        assert in_words(*read_angles(tmp_path / "c.json", None, 1)[0]) == "from straight above"
+        assert camera_text(*read_angles(tmp_path / "c.json", None, 1)[0]) == "from straight above"
         return
     with pytest.raises(InputError, match=said):
         read_angles(tmp_path / "c.json", None, 1)
