@@ -3,34 +3,28 @@
 A test of a page asks for the fixture `check_page` (tests/train/conftest.py). To look at pages by eye:
 `python -m tests.browser PAGE...` checks each and writes PAGE-desk.png and PAGE-phone.png beside it.
 
-Chromium is spoken to in the DevTools protocol over a pipe, so nothing but Chromium itself need be installed.
+Playwright controls the Chromium that is installed on the machine; it downloads no browser of its own.
 """
 
-import base64
-import fcntl
-import json
-import os
 import re
-import select
 import shutil
-import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+
+from playwright.sync_api import sync_playwright
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MISSING = "needs chromium, to open a page as a reader does"
 WIDTHS = {"desk": (1280, 900), "phone": (390, 844)}
 """Width and height of the window, in CSS pixels."""
 SMALLEST_TEXT = 8
-"""Height of letters in CSS pixels, below which nobody reads them."""
-TIMEOUT = 60
+"""Height of the smallest readable letters, in CSS pixels."""
+TIMEOUT = 60_000
+"""For one step of opening a page, in milliseconds."""
 
-LOOK = """(async () => {
+LOOK = """async () => {
   const pictures = [...document.images];
   pictures.forEach(picture => picture.loading = "eager");
   const drawn = await Promise.allSettled(pictures.map(picture => picture.decode()));
@@ -44,26 +38,26 @@ LOOK = """(async () => {
     width: document.documentElement.scrollWidth,
     smallest_text: sizes.length ? Math.min(...sizes) : null,
   };
-})()"""
+}"""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A page in a window."""
+    """Observations of a page in a window."""
 
     pictures: int
     broken: list[str]
-    """Pictures that are not drawn, by their alternative text."""
+    """Alternative texts of the pictures that are not drawn."""
     figures: int
     """Drawings (SVG) that are wider than 50 pixels."""
     width: int
-    """Of all there is, in CSS pixels; more than the window's scrolls sideways."""
+    """Width of the content in CSS pixels; if it exceeds the window's, the page scrolls sideways."""
     smallest_text: float | None
-    """Of the drawings' letters, in CSS pixels."""
+    """Height of the smallest letters in drawings, in CSS pixels."""
     complaints: list[str]
-    """Errors and warnings in the console, exceptions, what could not be loaded."""
+    """Errors and warnings in the console, exceptions, failed requests."""
     requests: list[str]
-    """Addresses that were asked for, but for the page's own and for data in it."""
+    """Addresses that the page requested, other than its own and data URLs."""
 
 
 class Browser:
@@ -71,126 +65,45 @@ class Browser:
 
     def __enter__(self) -> "Browser":
         assert PROGRAM is not None, MISSING
-        self.profile = tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
-        self.errors = Path(self.profile.name, "stderr").open("w+")
-        commands, self.commands = os.pipe()
-        self.answers, answers = os.pipe()
-        # Chromium reads 3 and writes 4; moved up, neither is in the way of the other.
-        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (commands, answers)]
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--hide-scrollbars",
-            "--remote-debugging-pipe",
-            "--host-resolver-rules=MAP * ~NOTFOUND",  # no name and no number leads anywhere
-            "--disable-background-networking",
-            f"--user-data-dir={self.profile.name}",
-        ]
-        script = f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]} {theirs[0]}<&- {theirs[1]}>&-'
-        self.process = subprocess.Popen(
-            ["bash", "-c", script, "bash", PROGRAM, *flags],
-            pass_fds=theirs,
-            stdin=subprocess.DEVNULL,
-            stdout=self.errors,
-            stderr=self.errors,
-        )
-        for end in (commands, answers, *theirs):
-            os.close(end)
-        self.said, self.count = b"", 0
-        self.session: str | None = None
-        """Of the tab that is spoken to; None: the browser itself."""
-        self.events: list[dict[str, Any]] = []
-        """Of the tab, since it was opened."""
+        self.playwright = sync_playwright().start()
+        no_network = "--host-resolver-rules=MAP * ~NOTFOUND"  # no name and no number leads anywhere
+        self.chromium = self.playwright.chromium.launch(executable_path=PROGRAM, args=["--no-sandbox", no_network])
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.commands)  # at the end of its commands it ends
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        os.close(self.answers)
-        self.errors.close()
-        self.profile.cleanup()
+        self.chromium.close()
+        self.playwright.stop()
 
-    def ask(self, method: str, **parameters: object) -> dict[str, Any]:
-        """The result of a method of the DevTools protocol."""
-        self.count += 1
-        command = {"id": self.count, "method": method, "params": parameters}
-        command |= {"sessionId": self.session} if self.session is not None else {}
-        os.write(self.commands, json.dumps(command).encode() + b"\0")
-        while (answer := self._next(method)).get("id") != self.count:
-            self.events.append(answer)
-        assert "error" not in answer, f"{method}: {answer['error']}"
-        result: dict[str, Any] = answer["result"]
-        return result
-
-    def _next(self, awaited: str) -> dict[str, Any]:
-        deadline = time.monotonic() + TIMEOUT
-        while b"\0" not in self.said:
-            ready, _, _ = select.select([self.answers], [], [], max(0, deadline - time.monotonic()))
-            more = os.read(self.answers, 1 << 20) if ready else b""
-            if not more:
-                self.errors.seek(0)
-                raise AssertionError(f"chromium did not answer {awaited}; it said: {self.errors.read()[-2000:]}")
-            self.said += more
-        message, _, self.said = self.said.partition(b"\0")
-        answer: dict[str, Any] = json.loads(message)
-        return answer
-
-    def open(self, page: Path, window: str, *, picture: Path | None = None, dark: bool = False) -> Seen:
+    def open(self, page: Path, window: str, *, picture: Path | None = None) -> Seen:
         """Open a page from the disk, wait until all in it is drawn, and look.
 
-        window: one of WIDTHS. picture: PNG to write of the whole page. dark: as for a reader who prefers it so.
+        window: one of WIDTHS. picture: PNG to write of the whole page.
         """
         width, height = WIDTHS[window]
         is_phone = window == "phone"
-        tab = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self.session, self.events = self.ask("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"], []
-        for domain in ("Page", "Network", "Runtime", "Log"):
-            self.ask(f"{domain}.enable")
-        self.ask("Page.setLifecycleEventsEnabled", enabled=True)
-        self.ask(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1 + is_phone, mobile=is_phone
-        )
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.ask("Emulation.setEmulatedMedia", features=[scheme])
-        navigated = self.ask("Page.navigate", url=page.absolute().as_uri())
-        assert "errorText" not in navigated, f"{page}: {navigated['errorText']}"
-        loaded = {"name": "load", "loaderId": navigated["loaderId"]}
-        while not any(loaded.items() <= event.get("params", {}).items() for event in self.events):
-            self.events.append(self._next("that the page is loaded"))
-        looked = self.ask("Runtime.evaluate", expression=LOOK, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in looked, looked["exceptionDetails"]
-        if picture is not None:
-            taken = self.ask("Page.captureScreenshot", captureBeyondViewport=True)
-            picture.write_bytes(base64.b64decode(taken["data"]))
-        self.session = None
-        self.ask("Target.closeTarget", targetId=tab)
-        return Seen(**looked["result"]["value"], complaints=self._complaints(), requests=self._requests(page))
-
-    def _complaints(self) -> list[str]:
-        found = []
-        for event in self.events:
-            of = event.get("params", {})
-            if event.get("method") == "Runtime.exceptionThrown":
-                found.append(of["exceptionDetails"].get("exception", {}).get("description", of["exceptionDetails"]["text"]))
-            elif event.get("method") == "Runtime.consoleAPICalled" and of["type"] in ("error", "assert", "warning"):
-                found.append(" ".join(str(one.get("value", one.get("description"))) for one in of["args"]))
-            elif event.get("method") == "Log.entryAdded" and of["entry"]["level"] in ("error", "warning"):
-                found.append(of["entry"]["text"])
-        return found
-
-    def _requests(self, page: Path) -> list[str]:
-        asked = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
-        return [url for url in asked if url != page.absolute().as_uri() and not url.startswith("data:")]
+        complaints: list[str] = []
+        requests: list[str] = []
+        with self.chromium.new_context(
+            viewport={"width": width, "height": height}, device_scale_factor=1 + is_phone, is_mobile=is_phone
+        ) as context:
+            tab = context.new_page()
+            tab.set_default_timeout(TIMEOUT)
+            tab.on(
+                "console", lambda said: complaints.append(said.text) if said.type in ("error", "assert", "warning") else None
+            )
+            tab.on("pageerror", lambda error: complaints.append(str(error)))
+            tab.on("request", lambda request: requests.append(request.url))
+            address = page.absolute().as_uri()
+            tab.goto(address)
+            looked = tab.evaluate(LOOK)
+            if picture is not None:
+                tab.screenshot(path=picture, full_page=True)
+        requests = [url for url in requests if url != address and not url.startswith("data:")]
+        return Seen(**looked, complaints=complaints, requests=requests)
 
 
 class _Addresses(HTMLParser):
-    """What of a page's text a browser would fetch, now or when something is opened or pointed at."""
+    """Collects the addresses in a page that a browser would fetch, at once or on interaction."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +135,7 @@ class _Addresses(HTMLParser):
 
 
 def addresses(html: str) -> list[str]:
-    """Addresses in a page that are not in the page itself; links to follow are none."""
+    """Addresses that a page fetches from elsewhere; links to follow do not count."""
     parser = _Addresses()
     parser.feed(html)
     return parser.found

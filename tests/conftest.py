@@ -1,4 +1,4 @@
-"""What tests share: FaceLift's real files where they lie beside the repository, and a pipeline small enough to train."""
+"""Shared by all tests: FaceLift's real files, if they lie beside the repository, and a pipeline small enough to train."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ SHARED = Path(os.environ.get("SOFTPROMPT_SHARED", Path(__file__).parents[2] / "s
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a script it would be ignored, and inherited so
 THREADS = os.environ.get("SOFTPROMPT_TEST_THREADS", "1")
-"""Of torch in tests. Nothing here is large enough to gain from more than one; CI tries that nothing depends on it."""
+"""Number of torch's threads in tests. No test is large enough to gain from more than one; CI repeats some with two."""
 torch.set_num_threads(int(THREADS))
 os.environ["OMP_NUM_THREADS"] = THREADS  # the same for the commands that tests start
 

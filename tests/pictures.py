@@ -1,13 +1,20 @@
-"""Pictures in tests, and how far two that should be equal may be apart."""
+"""Pictures in tests, and the largest difference between two that should be equal."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 ONE_LEVEL = 1
-"""Of 255. The same picture computed in another batch, by other kernels (another instruction set) or by more threads differs in
-the last bits of its floats, and by a level where those lie at the boundary of two."""
+"""One of 255 levels. A picture computed in another batch, by other kernels (another instruction set) or by more threads
+differs in the last bits of its floats, and by a level where those lie at the boundary of two."""
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    """A chunk of a PNG file: length, kind, body, checksum."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def pixels(picture: Path | Image.Image) -> np.ndarray:

@@ -107,6 +107,7 @@ def build_trainer(
     held_out: Objects,
     replay: Objects | None,
     objectives: Objectives,
+    curriculum: Curriculum,
 ) -> Trainer:
     """Everything that a step uses. replay: objects of the original domain that the KL may be measured on."""
     references = config.data.references(pipeline.num_views)
@@ -146,7 +147,7 @@ def build_trainer(
             process=accelerator.process_index,
             processes=accelerator.num_processes,
         ),
-        curriculum=make_curriculum(config, pipeline.scheduler.alphas_cumprod),
+        curriculum=curriculum,
         loss=config.loss,
         kl=config.kl,
         prompt=config.prompt,

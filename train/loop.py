@@ -72,7 +72,8 @@ def _train(run: Run, stop: StopSignal, bar: tqdm) -> None:
     """The steps, and what is due after each."""
     job, monitor = run.job, run.job.config.monitor
     since, timed = time.monotonic(), 0
-    while run.step < job.config.train.steps and not stop.agreed(job.accelerator):
+    stopped, _ = stop.agree(job.accelerator)
+    while run.step < job.config.train.steps and not stopped:
         try:
             result = training_step(job.trainer, run.step, run.curricula)
         except torch.OutOfMemoryError:
@@ -97,11 +98,12 @@ def _train(run: Run, stop: StopSignal, bar: tqdm) -> None:
         if run.is_due(monitor.log_every):
             bar.set_postfix_str(_postfix(callbacks.log(run, steps=timed, seconds=time.monotonic() - since)))
             run.window, since, timed = [], time.monotonic(), 0
-        if stop.save_agreed(job.accelerator) or run.is_due(monitor.checkpoint_every):
-            began = time.monotonic()
+        stopped, save = stop.agree(job.accelerator)
+        if save or run.is_due(monitor.checkpoint_every):
+            began, stop.save = time.monotonic(), False
             callbacks.checkpoint(run)
             since += time.monotonic() - began
-        if stop.agreed(job.accelerator) and run.step < job.config.train.steps:
+        if stopped and run.step < job.config.train.steps:
             break  # nobody who stops a run wants to wait for an evaluation
         began = time.monotonic()
         _begin_objectives(run, stop)

@@ -14,6 +14,7 @@ from softprompt.micro.world import MicroWorld
 from softprompt.model.adapted import compile_blocks
 from softprompt.model.pipeline import Pipeline
 from softprompt.model.weights import noted
+from softprompt.prompt.pacing import Curriculum
 from train.build import build_adapted, build_pipeline, build_trainer, build_waypoints, make_curriculum
 from train.device import choose_precision, dtype_of, quiet_libraries
 from train.evaluation.evaluator import Evaluator
@@ -35,6 +36,8 @@ MICRO_TRAIN_OBJECTS = 40
 FIRST_HELD_OUT = 10_000
 """Seed of the first object of the embedded world that nothing is trained on."""
 MICRO_HELD_OUT_OBJECTS = 24
+HELD_OUT_SHARE, HELD_OUT_OBJECTS = 0.05, 24
+"""Share of the training samples that is held out where there are no others to validate on, and the most of them."""
 ORIGINAL_HELD_OUT_OBJECTS = 12
 """Most objects of the original domain on which forgetting is measured."""
 
@@ -66,6 +69,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
         notes.append(f"unet       {config.unet}, instead of the one in {config.model}")
     notes += [f"weights    {note}" for note in pipeline.notes]
     _check_together(config, pipeline)
+    curriculum = _make_curriculum(config, pipeline)
     objectives = make_objectives(config, pipeline)
     waypoints = build_waypoints(config, pipeline)
     train, held_out, data_notes = _open_data(config, pipeline)
@@ -76,14 +80,14 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
         compile_blocks(pipeline.unet)
     # A frozen prompt is in no checkpoint: a resumed run takes it from where the run started, too.
     if config.init_from is not None and not (resumed and config.prompt.learn):
-        curriculum, names = make_curriculum(config, pipeline.scheduler.alphas_cumprod), list[str]()
+        names: list[str] = []
         with noted(names):
             start_from(Path(config.init_from), adapted, curriculum.position(curriculum.start(), 0))
         notes += [f"start      prompt and LoRA of {config.init_from}, at step 0", *(f"weights    {note}" for note in names)]
 
     # The data
     cache = None
-    if config.data.cache is not None and (train.locations or held_out.locations):
+    if config.data.cache is not None and (train.locations or held_out.locations or config.data.original is not None):
         cache = PictureCache(Path(config.data.cache), pipeline)
     replay, original, original_notes = _open_original(config, pipeline, cache)
     train_objects = EncodedObjects(train, pipeline, config.data.background, cache)
@@ -105,6 +109,7 @@ def prepare(config: Config, accelerator: Accelerator | None = None, *, resumed: 
         held_out=held_out_objects,
         replay=replay,
         objectives=objectives,
+        curriculum=curriculum,
     )
     evaluator = Evaluator(
         accelerator=accelerator,
@@ -155,15 +160,19 @@ def _check_together(config: Config, pipeline: Pipeline) -> None:
     for name, asked in steps.items():
         if asked > schedule and (name.startswith("monitor.") or config.uses(name.partition(".")[0])):
             raise InputError(f"{name}: is {asked}; the model has {schedule} timesteps, expected so many at most")
-    try:
-        make_curriculum(config, pipeline.scheduler.alphas_cumprod)
-    except ValueError as error:
-        raise InputError(f"timesteps: {error}") from error
     if config.loss.snr_weighting == "v" and pipeline.scheduler.config["prediction_type"] == "epsilon":
         raise InputError(
             f"loss.snr_weighting: is v, the min-SNR weight of v-prediction; {pipeline.folder} predicts epsilon. Use "
             f"`facelift`, which is right for epsilon, or `none`"
         )
+
+
+def _make_curriculum(config: Config, pipeline: Pipeline) -> Curriculum:
+    """The run's curricula. Raises: InputError."""
+    try:
+        return make_curriculum(config, pipeline.scheduler.alphas_cumprod)
+    except ValueError as error:
+        raise InputError(f"timesteps: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------------------------------- data
@@ -172,17 +181,14 @@ def _check_together(config: Config, pipeline: Pipeline) -> None:
 def _open_data(config: Config, pipeline: Pipeline) -> tuple[Source, Source, list[str]]:
     """Training and held-out samples, and notes for the user."""
 
-    def open_any(path: str, first: int, count: int) -> Source:
-        return _open_source(pipeline, path, "mice", first, count)
-
-    train = open_any(config.data.train, 0, config.data.limit or MICRO_TRAIN_OBJECTS)
+    train = _open_source(pipeline, config.data.train, "mice", 0, config.data.limit or MICRO_TRAIN_OBJECTS)
     if config.data.val is not None or config.data.train == MICRO:
-        held_out = open_any(config.data.val or MICRO, FIRST_HELD_OUT, MICRO_HELD_OUT_OBJECTS)
+        held_out = _open_source(pipeline, config.data.val or MICRO, "mice", FIRST_HELD_OUT, MICRO_HELD_OUT_OBJECTS)
         held = set(_identities(held_out))
         both = [name for name, identity in zip(train.names, _identities(train), strict=True) if identity in held]
         note = f"; WARNING: {len(both)} of them are trained on as well, e.g. {both[0]}" if both else ""
     elif len(train) > 1:
-        count = min(24, max(1, round(0.05 * len(train))))
+        count = min(HELD_OUT_OBJECTS, max(1, round(HELD_OUT_SHARE * len(train))))
         everything = train
         train = Subset(everything, range(len(everything) - count))
         held_out = Subset(everything, range(len(everything) - count, len(everything)))

@@ -21,16 +21,13 @@ def main() -> int:
     from train.cli import calm_environment
 
     calm_environment()
-    from softprompt.data.samples import write_source
-    from softprompt.micro.world import MicroWorld
     from tests.faults.harness import differences, import_everything, killed_run, whole_run
-    from tests.models import write_smallest_model
+    from tests.models import write_mice, write_smallest_model
 
     import_everything()
     with tempfile.TemporaryDirectory(prefix="softprompt-faults-") as name:
         folder = Path(name)
-        write_source(MicroWorld("mice", 0, 4, size=64), folder / "mice" / "train")
-        write_source(MicroWorld("mice", 10_000, 2, size=64), folder / "mice" / "val")
+        write_mice(folder / "mice", train=4, val=2)
         # Computed in a child, as all that is: a process that has computed cannot be forked from.
         writer = multiprocessing.get_context("fork").Process(target=write_smallest_model, args=(folder / "mice" / "model",))
         writer.start()

@@ -1,9 +1,8 @@
-"""Kill a run at a random moment, go on with it, and compare what comes out with a run that was never killed.
+"""Kill a run at a random moment, resume it, and compare its results with those of a run that was never killed.
 
 Children are forked from a process that has imported everything but computed nothing, so that a round takes seconds.
 """
 
-import json
 import os
 import random
 import signal
@@ -62,7 +61,7 @@ OPTIONS = {
     "export.report": "false",
 }
 """The smallest run that has everything a checkpoint must keep: an average, a curriculum, a KL weight that adapts, objectives
-with what they remember."""
+with their state."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,9 @@ class Kill:
     """When a process is killed."""
 
     event: int | None = None
-    """At so many changes of files."""
+    """After this many changes of files."""
     seconds: float | None = None
-    """After so long."""
+    """After this many seconds."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +81,18 @@ class Ended:
     code: int
     """Its exit code; -9 where it was killed."""
     events: int
-    """Changes of files that it made."""
+    """The number of its changes of files."""
     seconds: float
     said: str
 
 
 def smooth(seen: Any) -> Any:
-    """An objective of one's own."""
+    """A custom objective."""
     return seen.clean.diff(dim=-1).square().mean()
 
 
 def import_everything() -> None:
-    """All that a run imports, in the process that children are forked from; nothing may be computed in it."""
+    """Import all modules of a run in the process that children are forked from; it must not compute anything."""
     import train.loop
     import train.softprompt
 
@@ -101,7 +100,7 @@ def import_everything() -> None:
 
 
 def fork(argv: Sequence[str], folder: Path, kill: Kill | None = None) -> Ended:
-    """Run `python -m train.softprompt` with `argv` in a child. folder: where changes of files count."""
+    """Run `python -m train.softprompt` with `argv` in a child process. folder: changes of files below it are counted."""
     said, counted = folder / "said.txt", folder / "events"
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -159,7 +158,7 @@ def _child(argv: Sequence[str], folder: Path, said: Path, counted: Path, kill: K
 
 
 def whole_run(mice: Path, folder: Path) -> Ended:
-    """A run that nobody kills."""
+    """A run that is not killed."""
     ended = fork(_new(mice, folder), folder)
     if ended.code != 0:
         raise AssertionError(f"the run that is never killed ended with {ended.code}:\n{ended.said}")
@@ -167,9 +166,9 @@ def whole_run(mice: Path, folder: Path) -> Ended:
 
 
 def killed_run(mice: Path, folder: Path, whole: Ended, chance: random.Random, *, most_kills: int = 4) -> list[str]:
-    """A run that is killed at random moments, at most so often, and started again by the same line until it ends.
+    """A run that is killed at random moments, up to `most_kills` times, and restarted by the same command until it ends.
 
-    Returns: what was done.
+    Returns: a line about each start.
     """
     story, kills = [], chance.randint(1, most_kills)
     while True:
@@ -188,15 +187,17 @@ def killed_run(mice: Path, folder: Path, whole: Ended, chance: random.Random, *,
 
 
 def differences(folder: Path, whole: Path) -> list[str]:
-    """In what a run differs from one that was never killed; empty where in nothing."""
+    """The files and series in which a run differs from one that was never killed."""
     ours, theirs = folder / "run", whole / "run"
-    found = [f"export/{name}" for name in _exported(theirs) if _exported(ours).get(name) != _exported(theirs)[name]]
-    for name, read in (("metrics.jsonl", _series), ("tensorboard", _tensorboard), ("checkpoint", _checkpoint)):
-        if read(ours) != read(theirs):
+    from tests.runs import same, series
+    from train.state.checkpoint import load_checkpoint
+
+    exports = ours / "export", theirs / "export"
+    found = [f"export/{name}" for name in _files(exports[1]) if not same(*(_content(folder, name) for folder in exports))]
+    for name, read in (("metrics.jsonl", series), ("tensorboard", _tensorboard), ("checkpoint", load_checkpoint)):
+        if not same(read(ours), read(theirs)):
             found.append(name)
-    files = {p.relative_to(ours).as_posix() for p in ours.rglob("*") if p.is_file() and "tfevents" not in p.name}
-    expected = {p.relative_to(theirs).as_posix() for p in theirs.rglob("*") if p.is_file() and "tfevents" not in p.name}
-    return found + sorted(f"file {name}" for name in files ^ expected)
+    return found + sorted(f"file {name}" for name in _files(ours) ^ _files(theirs))
 
 
 def _new(mice: Path, folder: Path) -> list[str]:
@@ -205,45 +206,26 @@ def _new(mice: Path, folder: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in {**OPTIONS, **paths}.items()]
 
 
-def _exported(run: Path) -> dict[str, Any]:
-    files = [p for p in (run / "export").rglob("*") if p.is_file()]
-    return {p.relative_to(run / "export").as_posix(): _content(p) for p in files}
+def _files(folder: Path) -> set[str]:
+    """Paths of all files but TensorBoard's, whose names contain the time."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and "tfevents" not in p.name}
 
 
-def _content(file: Path) -> Any:
-    """What is in a file; of safetensors the tensors, since the library writes its metadata in any order."""
+def _content(folder: Path, name: str) -> Any:
+    """The content of a file or None; for safetensors the tensors, since the library writes its metadata in any order."""
     from safetensors.torch import load_file
 
-    return _plain(load_file(file)) if file.suffix == ".safetensors" else file.read_bytes()
-
-
-def _series(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+    file = folder / name
+    if not file.exists():
+        return None
+    return load_file(file) if file.suffix == ".safetensors" else file.read_bytes()
 
 
 def _tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Each series as TensorBoard shows it."""
+    """The series of TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if "speed/" not in tag]
     return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
-
-
-def _checkpoint(run: Path) -> dict[str, Any]:
-    from train.state.checkpoint import load_checkpoint
-
-    state = load_checkpoint(run)
-    return {name: _plain(value) for name, value in state.items()}
-
-
-def _plain(value: Any) -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

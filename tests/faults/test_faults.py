@@ -1,4 +1,4 @@
-"""A run that is killed, however often and wherever, ends as one that was not; a few rounds of `python -m tests.faults`."""
+"""A run that is killed at any moments ends with the same results as one that is not: two rounds of `python -m tests.faults`."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Ways to spoil a file, each a function of its bytes and a random generator; and how a reader is watched while it reads one."""
+"""Ways to damage a file, each a function of its bytes and a random generator; and limits on the time and memory of a reader."""
 
 import json
 import math
@@ -6,18 +6,19 @@ import re
 import resource
 import signal
 import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
 from types import FrameType
 from typing import Any
 
+from tests.pictures import png_chunk
+
 Mutator = Callable[[bytes, Random], bytes]
 SECONDS = 5
-"""A reader may take for one file."""
+"""The longest that a reader may take for one file."""
 MEGABYTES = 400
-"""By which a reader may raise the peak of the process, over all the files it is given."""
+"""The most by which a reader may raise the peak memory of the process, over all its files."""
 
 
 # ------------------------------------------------------------------------------------------------------------- any bytes
@@ -74,7 +75,7 @@ def swap_bytes_of_the_header(content: bytes, rng: Random) -> bytes:
 
 
 def claim_a_huge_size(content: bytes, rng: Random) -> bytes:
-    """A number of 4 or 8 bytes becomes one of gigabytes or more, at the start or the end, where headers are."""
+    """Replace 4 or 8 bytes near the start or the end, where headers are, with a size of gigabytes."""
     size = struct.pack(
         rng.choice("<>") + rng.choice("IQ"), rng.choice([2**31 - 1, 2**31, 2**32 - 1, 10**9, 3 * 10**9])
     )  # what a program in a hurry would allocate
@@ -84,7 +85,7 @@ def claim_a_huge_size(content: bytes, rng: Random) -> bytes:
 
 
 def splice(other: bytes) -> Mutator:
-    """The start of the file, then the rest of another."""
+    """Join the start of the file and the end of another."""
 
     def spliced(content: bytes, rng: Random) -> bytes:
         return content[: rng.randrange(len(content) + 1)] + other[rng.randrange(len(other) + 1) :]
@@ -136,7 +137,7 @@ def put_a_nul(content: bytes, rng: Random) -> bytes:
 
 
 def replace_a_word(words: Sequence[str]) -> Mutator:
-    """A word or number becomes one of `words`."""
+    """Replace a word or number with one of `words`."""
 
     def replaced(content: bytes, rng: Random) -> bytes:
         found = list(re.finditer(rb"[\w.\-]+", content))
@@ -195,7 +196,7 @@ def deep_nesting(content: bytes, rng: Random) -> bytes:
 
 
 def change_json(content: bytes, rng: Random) -> bytes:
-    """A value anywhere inside becomes another, or goes, or is there twice."""
+    """Change, remove or rename a value anywhere in a JSON document."""
     text = content.decode("utf-8", "replace")
     try:
         return json.dumps(changed(json.loads(text), rng)).encode()
@@ -204,7 +205,7 @@ def change_json(content: bytes, rng: Random) -> bytes:
 
 
 def changed(value: Any, rng: Random) -> Any:
-    """A value in which one thing is another."""
+    """A copy of a value with one change in it."""
     inside = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
     if not inside or rng.random() < 0.05:
         return rng.choice(JSON_VALUES)
@@ -220,20 +221,21 @@ def changed(value: Any, rng: Random) -> Any:
 
 
 JSON: tuple[Mutator, ...] = (*BYTES, *TEXT, deep_nesting, *[change_json] * 12)
+YAML: tuple[Mutator, ...] = (*BYTES, *TEXT, deep_nesting, *[replace_a_word(YAML_WORDS)] * 12, empty)
 
 
 # ------------------------------------------------------------------------------------------------- formats with a header
 
 
 def change_safetensors_header(content: bytes, rng: Random) -> bytes:
-    """A tensor's name, dtype, shape or place becomes another, and the header's length is right."""
+    """Change a tensor's name, dtype, shape or offsets; the header's length is adjusted."""
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(changed(json.loads(content[8 : 8 + length]), rng)).encode()
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def rename_safetensors_parts(content: bytes, rng: Random) -> bytes:
-    """Two names, dtypes, shapes or places of tensors change places."""
+    """Swap the dtypes, shapes or offsets of two tensors."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     names = [name for name in header if name != "__metadata__"]
@@ -250,7 +252,7 @@ SAFETENSORS: tuple[Mutator, ...] = (*BYTES, *[change_safetensors_header] * 4, *[
 
 
 def change_png_chunk(content: bytes, rng: Random) -> bytes:
-    """One chunk is spoiled, gone or there twice, and its checksum is right, so that decoders take it for whole."""
+    """Damage, remove or repeat one chunk and correct its checksum, so that decoders accept it."""
     chunks, place = [], 8
     while place + 12 <= len(content):
         length = int.from_bytes(content[place : place + 4], "big")
@@ -277,11 +279,6 @@ def change_png_chunk(content: bytes, rng: Random) -> bytes:
     return content[:8] + b"".join(png_chunk(kind, body) for kind, body in chunks)
 
 
-def png_chunk(kind: bytes, body: bytes) -> bytes:
-    """A chunk as the format has it: length, kind, body, checksum."""
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
 PNG: tuple[Mutator, ...] = (*BYTES, *[change_png_chunk] * 12)
 
 
@@ -289,12 +286,12 @@ PNG: tuple[Mutator, ...] = (*BYTES, *[change_png_chunk] * 12)
 
 
 class TooSlow(BaseException):
-    """Not an Exception: no reader may catch it."""
+    """A BaseException, so that no reader catches it."""
 
 
 @contextmanager
 def time_limit(seconds: float = SECONDS) -> Iterator[None]:
-    """Raises TooSlow in the block after so many seconds of this process's own: a busy machine makes nobody slow."""
+    """Raise TooSlow in the block after so many seconds of this process's CPU time, whatever else the machine does."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise TooSlow(f"more than {seconds} s")
@@ -309,5 +306,5 @@ def time_limit(seconds: float = SECONDS) -> Iterator[None]:
 
 
 def peak_megabytes() -> float:
-    """Most memory this process has had so far."""
+    """The peak memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

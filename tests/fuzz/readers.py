@@ -1,4 +1,4 @@
-"""What reads files, each with sound files to spoil and a check of what it reads."""
+"""The readers of files, each with valid files to damage and a check of its results."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -33,7 +34,7 @@ from tests.fuzz.mutations import (
     PNG,
     SAFETENSORS,
     TEXT,
-    YAML_WORDS,
+    YAML,
     Mutator,
     change_json,
     deep_nesting,
@@ -67,18 +68,18 @@ REPOSITORY = Path(__file__).parents[2]
 
 @dataclass
 class Reader:
-    """One kind of file, and what reads it."""
+    """A kind of file and its reader."""
 
     file: Path
-    """Where each spoiled one is put."""
+    """The path of each damaged file."""
     sound: Sequence[bytes]
-    """What is spoiled."""
+    """The contents of valid files, which are damaged."""
     mutators: Sequence[Mutator]
     read: Callable[[], None]
-    """Reads the file; fails the test where what it gets is wrong."""
+    """Reads the file and asserts that the result is right."""
     refuses: tuple[type[BaseException], ...] = (InputError,)
     write: Callable[[bytes], None] | None = None
-    """Puts a spoiled one into place; None: it is written to `file`."""
+    """Writes a damaged file; None: its content is written to `file`."""
 
 
 def prompt(seed: int = 0, width: int = 4) -> Tensor:
@@ -128,7 +129,7 @@ def loras(folder: Path) -> Reader:
 
 
 def make_samples(folder: Path, count: int, size: int = 12) -> list[Path]:
-    """Sample folders with pictures of `size` pixels, in both layouts."""
+    """Write sample folders with pictures of `size` pixels, in both layouts."""
     made = []
     for number in range(count):
         made.append(folder / f"mouse_{number}")
@@ -183,20 +184,18 @@ def configurations(folder: Path) -> Reader:
     def read() -> None:
         assert isinstance(parse(["--config", str(file)]).config, Config)
 
-    return Reader(
-        file, sound, (*BYTES, *TEXT, deep_nesting, *[replace_a_word(YAML_WORDS)] * 12, empty), read, (InputError, SystemExit)
-    )
+    return Reader(file, sound, YAML, read, (InputError, SystemExit))
 
 
 def texts_of_configurations(folder: Path) -> Reader:
-    """The YAML alone, which takes a hundredth of the time of a whole command line."""
+    """The YAML reader alone: a hundred times as fast as a whole command line."""
     file = folder / "config.yaml"
     sound = [to_yaml(Config()).encode(), (REPOSITORY / "configs" / "compare" / "strategies.yaml").read_bytes()]
 
     def read() -> None:
         repr(read_yaml(file))  # of what is inside itself, or far too much, would not come to an end
 
-    return Reader(file, sound, (*BYTES, *TEXT, deep_nesting, *[replace_a_word(YAML_WORDS)] * 12, empty), read)
+    return Reader(file, sound, YAML, read)
 
 
 def comparisons(folder: Path) -> Reader:
@@ -210,16 +209,14 @@ def comparisons(folder: Path) -> Reader:
         comparison = read_request(["--config", str(file), f"--output={folder / 'out'}"]).comparison
         assert comparison.baseline in comparison.variants
 
-    return Reader(
-        file, sound, (*BYTES, *TEXT, deep_nesting, *[replace_a_word(YAML_WORDS)] * 12, empty), read, (InputError, SystemExit)
-    )
+    return Reader(file, sound, YAML, read, (InputError, SystemExit))
 
 
 PROGRESS = dict.fromkeys(_PROGRESS) | {"step": 2, "last": {"step": 2}, "running_loss": 0.5}
 
 
 def make_checkpoint(run: Path) -> Path:
-    """A checkpoint of two numbers."""
+    """Write a checkpoint of two numbers."""
     parameter = torch.nn.Parameter(torch.zeros(2))
     adapted = SimpleNamespace(all_trainable=lambda: {"p": parameter}, prompt=SimpleNamespace(waypoints=torch.zeros(1, 1, 2, 2)))
     optimizer = torch.optim.AdamW([parameter])
@@ -227,6 +224,17 @@ def make_checkpoint(run: Path) -> Path:
     folder = checkpoint_folder(run, 2)
     write_state(folder, Parts(adapted, optimizer, schedule, ema=None, scaler=None), progress=PROGRESS)
     return folder
+
+
+def put_state(checkpoint: Path, content: bytes, progress: dict[str, Any] = PROGRESS) -> None:
+    """Replace the state of a checkpoint, with a checksum that matches."""
+    (checkpoint / STATE).write_bytes(content)
+    _write_manifest(checkpoint, {"bytes": len(content), "blake2b": _digest(content)}, progress)
+
+
+def put_manifest(checkpoint: Path, body: dict[str, Any]) -> None:
+    """Replace the manifest of a checkpoint, with a checksum that matches."""
+    (checkpoint / MANIFEST).write_text(json.dumps(body | {"blake2b": _digest(json.dumps(body).encode())}))
 
 
 def checkpoint_reader(run: Path, name: str, mutators: Sequence[Mutator]) -> Reader:
@@ -248,19 +256,15 @@ def manifests_of_checkpoints(folder: Path) -> Reader:
 
 
 def states_with_their_checksum(folder: Path) -> Reader:
-    """As of one who writes a checkpoint to be resumed by somebody else."""
+    """States with matching checksums, as in a checkpoint that somebody else prepared."""
     target = make_checkpoint(folder)
-
-    def write(content: bytes) -> None:
-        (target / STATE).write_bytes(content)
-        _write_manifest(target, {"bytes": len(content), "blake2b": _digest(content)}, PROGRESS)
 
     def read() -> None:
         assert set(load_checkpoint(folder)) >= {"trainable", "waypoints", "optimizer", "schedule", "ema", "scaler", *PROGRESS}
 
     others = [saved(prompt()), saved([1]), saved({"trainable": 1})]
     mutators = (*BYTES, *[splice(other) for other in others], lambda content, rng: rng.choice(others))
-    return Reader(target / STATE, [(target / STATE).read_bytes()], mutators, read, write=write)
+    return Reader(target / STATE, [(target / STATE).read_bytes()], mutators, read, write=partial(put_state, target))
 
 
 def manifests_with_their_checksum(folder: Path) -> Reader:
@@ -270,8 +274,7 @@ def manifests_with_their_checksum(folder: Path) -> Reader:
     def write(content: bytes) -> None:
         found = json.loads(content)
         found = found if isinstance(found, dict) else {}
-        body = {"state": found.get("state"), "progress": found.get("progress")}
-        (target / MANIFEST).write_text(json.dumps(body | {"blake2b": _digest(json.dumps(body).encode())}))
+        put_manifest(target, {"state": found.get("state"), "progress": found.get("progress")})
 
     def read() -> None:
         assert load_checkpoint(folder).keys() >= PROGRESS.keys()
@@ -336,7 +339,7 @@ def metrics(folder: Path) -> Reader:
 
 
 def parts_reader(folder: Path, wanted: Callable[[Path], bool], load: Callable[[Path], object]) -> Reader:
-    """The files of a pipeline folder that are `wanted`, one of them spoiled at a time."""
+    """The `wanted` files of a pipeline folder, damaged one at a time."""
     model = Path(shutil.copytree(MICRO_MODEL, folder / "pipeckpts"))
     sound = {file: file.read_bytes() for file in sorted(model.rglob("*")) if file.is_file() and wanted(file)}
     turn = cycle(sound)
@@ -358,31 +361,24 @@ def parts_that_encode_text(folder: Path) -> Reader:
     return parts_reader(folder, lambda file: file.suffix != ".safetensors" and file.parent.name in names, load_text_encoder)
 
 
-def weights_of_a_unet(folder: Path) -> Reader:
-    weights = {"a": torch.randn(3, 2), "b.weight": torch.zeros(2, dtype=torch.float16)}
-    file = folder / "diffusion_pytorch_model.safetensors"
-    save_file(weights, file)
-
+def unet_reader(file: Path, sound: Sequence[bytes], mutators: Sequence[Mutator]) -> Reader:
     def read() -> None:
-        assert all(
-            isinstance(name, str) and isinstance(w, Tensor)
-            for name, w in read_weights(folder, "diffusion_pytorch_model").items()
-        )
+        weights = read_weights(file.parent, file.stem)
+        assert all(isinstance(name, str) and isinstance(w, Tensor) for name, w in weights.items())
 
-    return Reader(file, [file.read_bytes()], (*SAFETENSORS, empty), read)
+    return Reader(file, sound, (*mutators, empty), read)
+
+
+UNET_WEIGHTS = {"a": torch.arange(6.0).reshape(3, 2), "b.weight": torch.zeros(2, dtype=torch.float16)}
+
+
+def weights_of_a_unet(folder: Path) -> Reader:
+    return unet_reader(folder / "diffusion_pytorch_model.safetensors", [save(UNET_WEIGHTS)], SAFETENSORS)
 
 
 def pickled_weights_of_a_unet(folder: Path) -> Reader:
-    weights = {"a": torch.randn(3, 2), "b.weight": torch.zeros(2, dtype=torch.float16)}
-    sound = [saved(weights), saved(weights, _use_new_zipfile_serialization=False)]
-
-    def read() -> None:
-        assert all(
-            isinstance(name, str) and isinstance(w, Tensor)
-            for name, w in read_weights(folder, "diffusion_pytorch_model").items()
-        )
-
-    return Reader(folder / "diffusion_pytorch_model.bin", sound, (*BYTES, splice(sound[0]), empty), read)
+    sound = [saved(UNET_WEIGHTS), saved(UNET_WEIGHTS, _use_new_zipfile_serialization=False)]
+    return unet_reader(folder / "diffusion_pytorch_model.bin", sound, (*BYTES, splice(sound[0])))
 
 
 READERS: dict[str, tuple[Callable[[Path], Reader], int]] = {
@@ -406,4 +402,4 @@ READERS: dict[str, tuple[Callable[[Path], Reader], int]] = {
     "weights of a UNet": (weights_of_a_unet, 400),
     "pickled weights of a UNet": (pickled_weights_of_a_unet, 600),
 }
-"""By name: what makes it, and how many spoiled files it is given."""
+"""By name: the function that makes the reader, and the number of damaged files that it reads."""

@@ -1,4 +1,4 @@
-"""Files made to do harm, and spoiled ones that once got through: refused in one line, nothing run, fetched or overwritten."""
+"""Malicious files, and damaged ones that were once accepted: refused in one line; nothing is run, fetched or overwritten."""
 
 import json
 import os
@@ -29,17 +29,18 @@ from softprompt.files import read_json, remove_folder, remove_partial
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.loading import load_pipeline, load_text_encoder, load_unet
 from softprompt.prompt.embeddings import load_prompt
-from tests.fuzz.mutations import png_chunk, time_limit
-from tests.fuzz.readers import PROGRESS, loras, make_checkpoint, make_samples, prompt, saved
+from tests.fuzz.mutations import time_limit
+from tests.fuzz.readers import PROGRESS, loras, make_checkpoint, make_samples, prompt, put_manifest, put_state, saved
+from tests.pictures import png_chunk
 from train.compare.__main__ import read_request
 from train.export.write import LORA_WEIGHTS
 from train.log.series import FILE, read_series
 from train.options.command_line import parse
-from train.state.checkpoint import MANIFEST, STATE, DamagedError, _digest, _write_manifest, load_checkpoint, read_state, verify
+from train.state.checkpoint import MANIFEST, DamagedError, load_checkpoint, read_state, verify
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """The one line in which something is refused."""
+    """The error message of a call that must fail, checked to be one line."""
     with pytest.raises((InputError, DamagedError)) as caught, time_limit():
         call()
     line = str(caught.value)
@@ -51,7 +52,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 class Harm:
-    """An object that makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path, how: Callable[..., object]) -> None:
         self.call = (how, (f"touch {marker}",) if how is os.system else (str(marker), "w"))
@@ -61,7 +62,7 @@ class Harm:
 
 
 def hostile(marker: Path, how: Callable[..., object], layout: str) -> bytes:
-    """A file that does harm where it is unpickled, beside tensors, in one of the layouts that torch.load takes."""
+    """A file with tensors and a `Harm`, in one of the layouts that torch.load reads."""
     content = {"conv_in.weight": torch.zeros(1), "trainable": Harm(marker, how)}
     if layout == "pickle":
         return pickle.dumps(content, protocol=2)
@@ -83,11 +84,23 @@ def test_code_in_a_pickle_is_never_run(tmp_path: Path, how: Callable[..., object
     assert "diffusion_pytorch_model.bin: cannot be read" in refusal(lambda: load_unet(tmp_path / "unet"))
 
     folder = make_checkpoint(tmp_path / "run")
-    (folder / STATE).write_bytes(content)
-    _write_manifest(folder, {"bytes": len(content), "blake2b": _digest(content)}, PROGRESS)
+    put_state(folder, content)
     assert verify(folder) == PROGRESS  # it is what was written, by whoever wrote it
     assert "state.pt cannot be read" in refusal(lambda: load_checkpoint(tmp_path / "run"))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("ending", ["npy", "npz"])
+def test_code_in_an_array_is_never_run(tmp_path: Path, ending: str) -> None:
+    marker, file = tmp_path / "marker", tmp_path / f"p.{ending}"
+    array = np.array([Harm(marker, os.system)], dtype=object)
+    np.save(file, array) if ending == "npy" else np.savez(file, array)
+    assert f"p.{ending}: cannot be read as a prompt file" in refusal(lambda: load_prompt(file))
+    assert not marker.exists()
+    trusted = np.load(file, allow_pickle=True)
+    if ending == "npz":
+        trusted["arr_0"]
+    assert marker.exists(), "the file does no harm, so this test shows nothing"
 
 
 @pytest.mark.parametrize("part", ["vae", "image_encoder", "image_normalizer", "text_encoder"])
@@ -103,7 +116,7 @@ def test_code_in_the_weights_of_a_part_is_never_run(tmp_path: Path, part: str) -
 
 
 def test_the_hostile_pickles_do_harm_where_they_are_trusted(tmp_path: Path) -> None:
-    """Else the tests above would show nothing."""
+    """Without this, the tests above would prove nothing."""
     for layout in ("zip", "legacy", "pickle"):
         marker = tmp_path / layout
         (tmp_path / "p.pt").write_bytes(hostile(marker, os.system, layout))
@@ -368,9 +381,8 @@ def test_a_lora_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     ids=["a list", "parts of one", "a tensor"],
 )
 def test_another_thing_with_the_checksum_of_a_state_is_no_state(tmp_path: Path, state: object, said: str) -> None:
-    folder, content = make_checkpoint(tmp_path), saved(state)
-    (folder / STATE).write_bytes(content)
-    _write_manifest(folder, {"bytes": len(content), "blake2b": _digest(content)}, PROGRESS)
+    folder = make_checkpoint(tmp_path)
+    put_state(folder, saved(state))
     assert said in refusal(lambda: read_state(folder))
 
 
@@ -379,7 +391,7 @@ def test_another_thing_with_the_checksum_of_a_state_is_no_state(tmp_path: Path, 
 )
 def test_a_manifest_of_another_kind_is_damaged_whatever_its_checksum(tmp_path: Path, body: dict[str, Any]) -> None:
     folder = make_checkpoint(tmp_path)
-    (folder / MANIFEST).write_text(json.dumps(body | {"blake2b": _digest(json.dumps(body).encode())}))
+    put_manifest(folder, body)
     assert MANIFEST in refusal(lambda: verify(folder))
 
 

@@ -1,4 +1,4 @@
-"""What holds for any input, looked for by hypothesis where it might not."""
+"""Properties that hold for any input; hypothesis searches for counterexamples."""
 
 import contextlib
 import io
@@ -22,12 +22,12 @@ from softprompt.prompt.curriculum import learning_rate_factor, position_at
 from softprompt.prompt.embeddings import load_prompt, save_prompt
 from softprompt.prompt.soft_prompt import SoftPrompt, point_on_path
 from tests.fuzz.mutations import YAML_WORDS, time_limit
-from tests.fuzz.readers import prompt
+from tests.fuzz.readers import prompt, put_state
 from train.batches import object_at
 from train.cli import option_kinds
 from train.options.command_line import parse
 from train.options.config import Config, to_yaml
-from train.state.checkpoint import STATE, _digest, _write_manifest, verify
+from train.state.checkpoint import verify
 
 settings.register_profile("fuzz", deadline=None, derandomize=True, max_examples=100, phases=[Phase.explicit, Phase.generate])
 settings.load_profile("fuzz")
@@ -46,7 +46,7 @@ def is_null(value: Any) -> bool:
 
 
 def values(kind: Any) -> st.SearchStrategy[Any]:
-    """Of an option of this type; many are valid, not all."""
+    """Values for an option of this type, most of them valid."""
     if get_origin(kind) in (Union, UnionType):
         # What is null in YAML is null to the options' reader: no file of such a name can be given.
         return st.one_of([values(part).filter(lambda value: not is_null(value)) for part in get_args(kind)])
@@ -66,7 +66,7 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
-    """The default with any options changed that can be."""
+    """The default configuration with random options changed."""
     config = Config()
     kinds = get_type_hints(Config)
     for name in draw(st.lists(st.sampled_from(sorted(option_kinds(Config))), max_size=12, unique=True)):
@@ -89,7 +89,7 @@ def test_a_configuration_comes_back_from_its_yaml(config: Config) -> None:
 
 
 def refusal_of(argv: list[str]) -> str | None:
-    """What is said to a command line; None where it is taken."""
+    """The error message for a command line; None if it is accepted."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), time_limit():
@@ -252,7 +252,5 @@ json_values = st.recursive(
 @given(st.dictionaries(st.text(), json_values, max_size=4))
 def test_progress_comes_back_from_the_manifest_of_a_checkpoint(progress: dict[str, Any]) -> None:
     with TemporaryDirectory() as folder:
-        state = b"state"
-        (Path(folder) / STATE).write_bytes(state)
-        _write_manifest(Path(folder), {"bytes": len(state), "blake2b": _digest(state)}, progress)
+        put_state(Path(folder), b"state", progress)
         assert verify(Path(folder)) == progress

@@ -1,4 +1,4 @@
-"""Thousands of spoiled files: each gives a right result, or one line that says what is wrong; soon, and for little memory."""
+"""Thousands of damaged files: each gives a right result or an error of one line, quickly and with little memory."""
 
 import io
 import traceback
@@ -17,7 +17,7 @@ def put(reader: Reader, content: bytes) -> None:
 
 
 def wrong_with(reader: Reader, content: bytes) -> str | None:
-    """What is wrong with how a reader takes a file; None: nothing."""
+    """What is wrong with a reader's answer to a file; None if nothing is."""
     put(reader, content)
     said = io.StringIO()
     try:

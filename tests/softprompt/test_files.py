@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all."""
+"""Files and folders appear whole or not at all; paths as users write them."""
 
 import os
 import stat
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from softprompt.errors import InputError
-from softprompt.files import new_file, new_folder, read_json, remove_partial, write_json
+from softprompt.files import expanded, new_file, new_folder, read_json, remove_partial, write_json
 
 
 class Stop(Exception):
@@ -159,3 +159,63 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes | None
         (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_json(tmp_path / "x.json", what="the index")
+
+
+# ------------------------------------------------------------------------------------------------------------- paths
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with the environment variables of these tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("DATA", "/disk/data")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("~/mice", "/home/somebody/mice"),
+        ("~", "/home/somebody"),
+        ("$HOME/mice", "/home/somebody/mice"),
+        ("${DATA}/mice", "/disk/data/mice"),
+        ("$DATA", "/disk/data"),
+        ("runs/${DATA}x", "runs//disk/datax"),
+        ("mice/", "mice/"),
+        ("mice~", "mice~"),
+        ("a/~/b", "a/~/b"),
+        ("micro", "micro"),
+        ("", ""),
+    ],
+)
+def test_home_and_variables_are_filled_in_as_a_shell_does(given: str, meant: str) -> None:
+    assert expanded(given, option="x") == meant
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("given", ["$NOT_SET/mice", "${NOT_SET}", "$DATA/${NOT_SET}/x"])
+def test_a_variable_that_is_not_set_is_named(given: str) -> None:
+    with pytest.raises(
+        InputError, match=r"^data\.train: is \S+; the environment variable NOT_SET is not set; expected [^\n]*$"
+    ):
+        expanded(given, option="data.train")
+
+
+@pytest.mark.usefixtures("place")
+def test_a_user_that_there_is_not_is_named() -> None:
+    with pytest.raises(InputError, match=r"^output: is ~nobody_at_all/x; this machine has no user 'nobody_at_all'[^\n]*$"):
+        expanded("~nobody_at_all/x", option="output")
+
+
+def test_a_name_that_is_there_and_cannot_be_filled_in_stays(place: Path) -> None:
+    for name in ("price$NOT_SET", "~nobody_at_all"):
+        (place / name).mkdir()
+        assert expanded(name, option="x") == name
+
+
+def test_a_folder_named_like_home_does_not_hide_it(place: Path) -> None:
+    (place / "~").mkdir()
+    assert expanded("~", option="x") == "/home/somebody"

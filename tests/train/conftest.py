@@ -1,4 +1,4 @@
-"""What the tests of the main job share: a few mice on disk, and a configuration small enough to run."""
+"""Shared by the tests of the commands: a few mice on disk, and a configuration small enough to run."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from softprompt.data.samples import write_source
-from softprompt.micro.world import MicroWorld
 from tests.browser import MISSING, PROGRAM, Browser, Seen, check
-from tests.models import write_smallest_model
+from tests.models import write_mice, write_smallest_model
+from train import callbacks
 from train.options.command_line import parse
 from train.options.config import Config
+from train.setup import prepare
+from train.state.run import Job
 from train.state.stop import StopSignal
 
 SMALL = {
@@ -45,24 +46,21 @@ def fresh_accelerate() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def mice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `train` (4 mice) and `val` (2 others), each a folder of PNG samples of 64x64; nothing may change it."""
-    folder = tmp_path_factory.mktemp("mice")
-    write_source(MicroWorld("mice", 0, 4, size=64), folder / "train")
-    write_source(MicroWorld("mice", 10_000, 2, size=64), folder / "val")
-    return folder
+    return write_mice(tmp_path_factory.mktemp("mice"), train=4, val=2)
 
 
 class StopAfter(StopSignal):
-    """Ctrl-C at a chosen step, without a signal."""
+    """As Ctrl-C at a chosen step, without a signal."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
-        self.looks_left = 2 * step  # before each step and after it
+        self.looks_left = step + 1  # before the first step and after each
 
-    def agreed(self, accelerator: object) -> bool:
+    def agree(self, accelerator: object) -> tuple[bool, bool]:
         self.looks_left -= 1
         if self.looks_left == 0:
             self.number = signal.SIGINT
-        return self.number is not None
+        return self.number is not None, False
 
 
 @pytest.fixture
@@ -81,7 +79,7 @@ def smallest_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_config(smallest_model: Path) -> Callable[..., Config]:
     """`small_config(mice, **{"train.steps": 2})`: the smallest run, changed by options as the command line takes them.
 
-    Its model is the smallest; what is about numbers or pictures takes `model="micro"`, the embedded one.
+    Its model is the smallest; tests of numbers or pictures take `model="micro"`, the embedded one.
     """
 
     def build(mice: Path, **overrides: object) -> Config:
@@ -93,10 +91,31 @@ def small_config(smallest_model: Path) -> Callable[..., Config]:
     return build
 
 
+@pytest.fixture(scope="module")
+def small(small_config: Callable[..., Config], mice: Path) -> Callable[..., Config]:
+    """`small(**{"train.steps": 2})`: the smallest run on the mice; the value `VAL` stands for their folder `val`.
+
+    A module about numbers or pictures has a `small_config` of its own, which takes the embedded model.
+    """
+    return lambda **options: small_config(mice, **{k: mice / "val" if v == "VAL" else v for k, v in options.items()})
+
+
+@pytest.fixture(scope="module")
+def make_job(small: Callable[..., Config]) -> Callable[..., Job]:
+    """`make_job(**{"train.steps": 2})`: the smallest run, prepared."""
+    return lambda **options: prepare(small(**options))
+
+
+@pytest.fixture
+def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without an export, which takes half of a short run's time."""
+    monkeypatch.setattr(callbacks, "export", lambda run, folder: None)
+
+
 @pytest.fixture(scope="session")
 def check_page() -> Iterator[Callable[[Path], Seen]]:
-    """`check_page(page)`: opens a page from the disk at the width of a desk and of a telephone, fails on what is wrong with it,
-    and returns what is seen (see tests/browser.py); the test is skipped where there is no Chromium."""
+    """`check_page(page)`: opens a page from the disk at the width of a desk and of a telephone, asserts that nothing is wrong
+    with it, and returns its observations (see tests/browser.py); the test is skipped where there is no Chromium."""
     if PROGRAM is None:
         pytest.skip(MISSING)
     with Browser() as browser:

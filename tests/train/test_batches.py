@@ -3,23 +3,19 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from softprompt.data.batch import Batch
-from train.batches import Batches, Wanted, object_at
-from train.options.config import Config
+from train.batches import Batches, Wanted
 from train.options.groups import KLConfig
-from train.setup import prepare
 from train.state.run import Job
 
 
 @pytest.fixture
-def job(mice: Path, small_config: Callable[..., Config]) -> Job:
-    both = {"kl.domain": "both", "kl.every": 2, "data.original": mice / "val", "train.accumulation": 2}
-    return prepare(small_config(mice, **both))
+def job(make_job: Callable[..., Job]) -> Job:
+    return make_job(**{"kl.domain": "both", "kl.every": 2, "data.original": "VAL", "train.accumulation": 2})
 
 
 def assert_same(a: Batch, b: Batch) -> None:
@@ -73,8 +69,3 @@ def test_the_kl_is_due_every_so_many_steps_where_it_has_a_weight(job: Job, domai
     trainer = replace(job.trainer, kl=KLConfig(domain=domain, every=3))  # type: ignore[arg-type]
     assert [trainer.kl_domains(step) for step in range(4)] == [expected, (), (), expected]
     assert replace(trainer, kl=KLConfig(weight=0)).kl_domains(0) == ()
-
-
-def test_an_epoch_is_a_permutation_and_each_its_own() -> None:
-    epochs = [[object_at(place, 50, 3) for place in range(first, first + 50)] for first in (0, 50)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50)) and epochs[0] != epochs[1]

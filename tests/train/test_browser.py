@@ -1,4 +1,4 @@
-"""What is wrong with a page is noticed by the browser that the pages' tests share."""
+"""The shared browser check notices each fault of a page."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ DRAWING = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 40" width="1
 
 @pytest.fixture
 def page(tmp_path: Path) -> Callable[..., Path]:
-    """`page(body)`: a page of ours with that in it."""
+    """`page(body)`: writes a page with this body."""
 
     def write(body: str, head: str = PHONE) -> Path:
         path = tmp_path / "page.html"

@@ -10,12 +10,9 @@ import torch
 
 from softprompt.prompt.curriculum import Stage
 from softprompt.prompt.pacing import Curriculum, CurriculumState
-from train import callbacks
+from tests.runs import run_to_end, series
 from train.build import make_curriculum
-from train.loop import train
 from train.options.config import Config
-from train.setup import prepare
-from train.state.checkpoint import load_checkpoint
 from train.state.stop import StopSignal
 
 STAGES = {
@@ -27,14 +24,9 @@ STAGES = {
 
 
 @pytest.fixture
-def config(small_config: Callable[..., Config], mice: Path) -> Callable[..., Config]:
-    return lambda **options: small_config(mice, **{k: mice / "val" if v == "VAL" else v for k, v in options.items()})
-
-
-@pytest.fixture
-def schedule(config: Callable[..., Config]) -> Callable[..., Curriculum]:
+def schedule(small: Callable[..., Config]) -> Callable[..., Curriculum]:
     """Curricula of a run with these options, on a noise schedule of 1000 timesteps."""
-    return lambda **options: make_curriculum(config(**options), torch.linspace(0.99, 0.01, 1000))
+    return lambda **options: make_curriculum(small(**options), torch.linspace(0.99, 0.01, 1000))
 
 
 def test_a_plateau_of_the_validation_moves_the_prompt_on(schedule: Callable[..., Curriculum]) -> None:
@@ -115,6 +107,7 @@ def test_what_a_curriculum_has_not_come_to_is_said(schedule: Callable[..., Curri
     assert plateau.unfinished(arrived, 4) == steps.unfinished(arrived, 4) == plain.unfinished(plain.start(), 4) == []
 
 
+@pytest.mark.usefixtures("without_exports")
 @pytest.mark.parametrize(
     ("moving", "options"),
     [
@@ -142,24 +135,17 @@ def test_what_a_curriculum_has_not_come_to_is_said(schedule: Callable[..., Curri
     ids=["plateau of the training loss", "plateau of the validation", "kl budget", "timesteps", "kl target, replay", "pivotal"],
 )
 def test_a_run_stopped_in_the_middle_and_resumed_takes_the_same_path(
-    config: Callable[..., Config],
+    small: Callable[..., Config],
     tmp_path: Path,
     stop_after: Callable[[int], StopSignal],
-    monkeypatch: pytest.MonkeyPatch,
     moving: str,
     options: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(callbacks, "export", lambda run, folder: None)  # half of the time, and not looked at here
-    asked = config(**{"train.steps": 8, "kl.every": 1, "monitor.validate_every": 4, "monitor.checkpoint_every": 8, **options})
-
-    def run(name: str, *, stop: StopSignal, resume: bool = False) -> list[dict[str, float]]:
-        state = load_checkpoint(tmp_path / name) if resume else None
-        train(prepare(asked), tmp_path / name, state=state, stop=stop)
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
-
-    whole = run("whole", stop=StopSignal())
-    run("parts", stop=stop_after(5))
-    assert run("parts", stop=StopSignal(), resume=True) == whole
+    config = small(**{"train.steps": 8, "kl.every": 1, "monitor.validate_every": 4, "monitor.checkpoint_every": 8, **options})
+    run_to_end(config, tmp_path / "whole")
+    run_to_end(config, tmp_path / "parts", stop=stop_after(5))
+    run_to_end(config, tmp_path / "parts", resume=True)
+    whole = series(tmp_path / "whole")
+    assert series(tmp_path / "parts") == whole
     path = [line[moving] for line in whole if moving in line]
     assert len(set(path[:5])) > 1 and len(set(path[4:])) > 1, "it moves before the stop, and after it"

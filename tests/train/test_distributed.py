@@ -1,6 +1,5 @@
 """Two processes on one CPU under accelerate: the same prompt on both, that of one process with the whole batch."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from softprompt.data.samples import write_source
-from softprompt.micro.world import MicroWorld
-from tests.models import write_smallest_model
+from tests.models import write_mice, write_smallest_model
+from tests.runs import series
 from train.log.series import read_series
 from train.softprompt import main
 from train.state.checkpoint import load_checkpoint
@@ -38,7 +36,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 def losses(run: Path) -> dict[str, list[float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = series(run)
     names = ["loss/train", "loss/validation", "loss/original", "loss/kl_to_pretrained", "kl/on_original", "kl_view/back"]
     names += [f"objective/{n}" for n in ("draft", "dpo", "spin", "studio", "separate")]
     return {name: [line[name] for line in lines if name in line] for name in names}
@@ -49,9 +47,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three mice to train on and three others, neither shared out evenly between two processes; and the smallest model."""
     folder = tmp_path_factory.mktemp("three")
     write_smallest_model(folder / "model")
-    write_source(MicroWorld("mice", 0, 3, size=64), folder / "train")
-    write_source(MicroWorld("mice", 10_000, 3, size=64), folder / "val")
-    return folder
+    return write_mice(folder, train=3, val=3)
 
 
 def options(mice: Path) -> list[str]:

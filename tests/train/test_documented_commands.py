@@ -26,6 +26,7 @@ from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import MicroWorld
 from softprompt.prompt.embeddings import save_prompt
 from softprompt.prompt.encoding import load_waypoints
+from tests.runs import exit_code
 from train.cli import option_kinds
 from train.compare.__main__ import read_request
 from train.options.command_line import parse
@@ -155,7 +156,7 @@ def commands_of(page: Path, body: str) -> list[Command]:
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the capital words of the pages stand for: pictures, FaceLift's repository, and a finished run of two steps."""
+    """The files that the capital words of the pages stand for: pictures, FaceLift's repository, a finished run of two steps."""
     folder = tmp_path_factory.mktemp("ground")
     write_source(MicroWorld("mice", 0, 3), folder / "SAMPLES")
     write_source(MicroWorld("mice", 10_000, 1), folder / "HELD_OUT")
@@ -196,10 +197,7 @@ def home(module: str) -> ModuleType:
 def call(module: str, argv: Sequence[str]) -> object:
     """Run a command in this process. Returns: its exit code."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        return home(module).main(list(argv))
-    except SystemExit as stopped:
-        return stopped.code
+    return exit_code(home(module).main, argv)
 
 
 def check(command: Command, monkeypatch: pytest.MonkeyPatch, ground: Path) -> None:
@@ -271,7 +269,7 @@ ELSEWHERE = {"--train_text_encoder_ti_frac", "--signal", "--logdir", "--numproce
 
 @pytest.fixture(scope="module")
 def known_options(ground: Path) -> dict[str, set[str]]:
-    """By command, the options in its --help; those of the launcher under its own name."""
+    """The options in the --help of each command, and those of the launcher."""
     found = {"accelerate": set(launch_command_parser()._option_string_actions)}
     for name in "softprompt compare benchmark doctor export gpu micro replay report runs sample".split():
         found[f"train.{name}"] = options_of(f"train.{name}", [])

@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch import Tensor
 
 from softprompt.data.batch import seeded
 from softprompt.data.samples import write_source
@@ -19,7 +18,7 @@ from softprompt.micro.world import MicroWorld
 from softprompt.model.adapted import AdaptedModel
 from softprompt.prompt.soft_prompt import point_on_path
 from tests.models import PICTURE
-from tests.runs import run_to_end, series
+from tests.runs import run_to_end, same, series, weights
 from train import callbacks, loop
 from train.batches import object_at
 from train.evaluation.evaluator import Evaluator
@@ -29,7 +28,6 @@ from train.options.command_line import parse
 from train.options.config import Config
 from train.setup import prepare
 from train.state.folder import list_checkpoints
-from train.state.run import Job
 from train.state.stop import StopSignal
 from train.step import training_step
 
@@ -40,16 +38,6 @@ REPOSITORY = Path(__file__).parents[2]
 def small(small_config: Callable[..., Config], mice: Path) -> Callable[..., Config]:
     """`small("--train.steps=2", ...)`: the smallest run on a few mice."""
     return lambda *options: small_config(mice, **dict(option.removeprefix("--").split("=", 1) for option in options))
-
-
-def trained(job: Job) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for group in job.adapted.trainable().values() for name, p in group.items()}
-
-
-@pytest.fixture
-def without_exports(monkeypatch):
-    """Half of a short run's time."""
-    monkeypatch.setattr(callbacks, "export", lambda run, folder: None)
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
@@ -63,8 +51,7 @@ def test_a_run_stopped_and_resumed_equals_one_that_was_not(small, tmp_path, stop
     resumed = run_to_end(config, tmp_path / "parts", resume=True)
     assert resumed.step == whole.step == 6
     assert series(tmp_path / "parts") == series(tmp_path / "whole")
-    for name, tensor in trained(whole.job).items():
-        assert torch.equal(tensor, trained(resumed.job)[name]), name
+    assert same(weights(resumed.job), weights(whole.job))
     exports = [torch.load(tmp_path / r / "export" / "clr_embeds.pt", weights_only=True) for r in ("parts", "whole")]
     assert torch.equal(*exports)
     assert resumed.best == whole.best and resumed.first == whole.first
@@ -123,7 +110,7 @@ def test_accumulated_batches_equal_one_large_batch(small, mice):
     for options in (["--train.batch_size=4"], ["--train.batch_size=2", "--train.accumulation=2"]):
         job = prepare(small(*shared, *options))
         steps = [training_step(job.trainer, step) for step in range(3)]
-        results.append((steps, trained(job)))
+        results.append((steps, weights(job)))
     (large, large_weights), (small, small_weights) = results
     for a, b in zip(large, small, strict=True):
         assert b.denoising == pytest.approx(a.denoising, rel=1e-5) and b.kl == pytest.approx(a.kl, rel=1e-3, abs=1e-9)
@@ -160,13 +147,10 @@ def test_runs_on_several_threads_are_equal_bit_for_bit(small):
         runs = []
         for _ in range(3):
             job = prepare(small("--train.batch_size=4"))
-            runs.append(([training_step(job.trainer, step).denoising for step in range(4)], trained(job)))
+            runs.append(([training_step(job.trainer, step).denoising for step in range(4)], weights(job)))
     finally:
         torch.set_num_threads(threads)
-    (losses, weights), *others = runs
-    for other_losses, other_weights in others:
-        assert other_losses == losses
-        assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    assert all(same(run, runs[0]) for run in runs)
 
 
 def test_every_object_comes_once_an_epoch_in_an_order_of_the_seed():
@@ -323,7 +307,7 @@ def test_a_best_export_that_fails_does_not_end_the_run(small, tmp_path, monkeypa
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_numbers_that_are_not_finite_do_not_reach_the_weights(small, broken):
     job = prepare(small())
-    before = trained(job)
+    before = weights(job)
     prompt = job.adapted.prompt
     if broken == "loss":
         job.adapted.unet.conv_out.bias.data.fill_(float("nan"))
@@ -331,8 +315,7 @@ def test_numbers_that_are_not_finite_do_not_reach_the_weights(small, broken):
         prompt.learned.register_hook(lambda gradient: gradient * float("inf"))
     result = training_step(job.trainer, 0)
     assert result.skipped and result.not_finite is not None and result.not_finite.startswith("denoising loss ")
-    for name, tensor in trained(job).items():
-        assert torch.equal(tensor, before[name]), name
+    assert same(weights(job), before)
 
 
 # ---------------------------------------------------------------------------------------------------- signs, and collapse

@@ -1,4 +1,4 @@
-"""What the README has its reader do with real weights, done with a model of a hundred million weights, to the end."""
+"""The README's commands for real weights, run with a model of a hundred million weights."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from softprompt.micro.world import MicroWorld
 from softprompt.model.loading import load_pipeline, load_text_encoder
 from softprompt.prompt.embeddings import load_prompt, save_prompt
 from softprompt.prompt.encoding import load_waypoints
+from tests.runs import exit_code
 from tests.train.test_documented_commands import SHORT, call, commands
 from train.benchmark.__main__ import main as benchmark
 
@@ -23,7 +24,7 @@ QUICK = {
     "train.sample": ["--steps=1", "--guidance_scale=1", "--device=cpu"],
     "train.export": [],
 }
-"""What is added to the README's commands, so that they end soon."""
+"""Options added to the README's commands to make them short."""
 
 
 @pytest.mark.slow
@@ -74,10 +75,7 @@ def test_the_readme_s_commands_for_own_data_work_with_a_model_that_is_not_the_to
 def test_a_pipeline_that_cannot_be_written_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    try:
-        code: object = benchmark([f"--write_pipeline={tmp_path / 'new'}", *options])
-    except SystemExit as stopped:
-        code = stopped.code
+    code = exit_code(benchmark, [f"--write_pipeline={tmp_path / 'new'}", *options])
     assert code == 2 and message in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 

@@ -19,12 +19,10 @@ from softprompt.model.loading import load_pipeline
 from softprompt.model.sampling import RISES
 from softprompt.prompt.embeddings import load_prompt
 from tests.pictures import ONE_LEVEL, levels_apart, pixels
+from tests.runs import exit_code, run_to_end
 from train.export.write import LORA_WEIGHTS
-from train.loop import train
 from train.options.config import Config
 from train.sample import Options, find_pictures, main, make_cases
-from train.setup import prepare
-from train.state.stop import StopSignal
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +32,10 @@ def small_config(small_config: Callable[..., Config]) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="module")
-def run(mice: Path, small_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that has learned something."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    config = small_config(mice, **{"train.steps": 2, "lora.learning_rate": 0.01, "monitor.guidance_scale": 1.5})
-    train(prepare(config), folder, state=None, stop=StopSignal())
-    return folder
+    config = small(**{"train.steps": 2, "lora.learning_rate": 0.01, "monitor.guidance_scale": 1.5})
+    return run_to_end(config, tmp_path_factory.mktemp("run") / "run").folder
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +47,21 @@ def picture(mice: Path) -> Path:
 QUICK = ["--steps=2", "--guidance_scale=1.5", "--eta=0", "--device=cpu"]
 
 
+def written(output: Path) -> np.ndarray:
+    """The six views of the picture cam_000."""
+    return np.stack([pixels(output / "cam_000" / f"cam_{view:03d}.png") for view in range(6)])
+
+
+def previewed(run: Path, row: int) -> np.ndarray:
+    """Six views in the run's last preview. row: 0 for the truth, 1 for the pretrained model, 2 for the adapted one."""
+    tiles = pixels(run / "previews" / "tiles-step-000002.png")  # the given picture is in the first column
+    return np.stack(np.split(tiles[64 * row : 64 * (row + 1), 64 : 7 * 64], 6, axis=1))
+
+
 def test_the_views_are_those_of_the_training_previews(run: Path, picture: Path, tmp_path: Path) -> None:
     out = tmp_path / "views"
     assert main([f"--pictures=[{picture}]", f"--export={run / 'export'}", f"--output={out}", *QUICK]) == 0
-    tiles = pixels(run / "previews" / "tiles-step-000002.png")  # rows: truth, pretrained, now; the given picture first
-    for view in range(6):
-        expected = tiles[2 * 64 : 3 * 64, (view + 1) * 64 : (view + 2) * 64]
-        assert levels_apart(pixels(out / "cam_000" / f"cam_{view:03d}.png"), expected) <= ONE_LEVEL, view
+    assert levels_apart(written(out), previewed(run, 2)) <= ONE_LEVEL
     assert sorted(p.name for p in out.iterdir()) == ["cam_000", "cam_000.gif", "cam_000.png"]
     with Image.open(out / "cam_000.gif") as turning:
         assert turning.n_frames == 6
@@ -68,34 +72,22 @@ def test_at_strength_0_they_are_those_of_the_pretrained_model(run: Path, picture
     given = [f"--pictures=[{picture}]", *QUICK]
     assert main([*given, f"--export={run / 'export'}", *strengths, f"--output={tmp_path / 'off'}"]) == 0
     assert main([*given, f"--output={tmp_path / 'pretrained'}"]) == 0
-    tiles = pixels(run / "previews" / "tiles-step-000002.png")
-    for view in range(6):
-        name = f"cam_000/cam_{view:03d}.png"
-        off = pixels(tmp_path / "off" / name)
-        assert levels_apart(off, pixels(tmp_path / "pretrained" / name)) <= ONE_LEVEL
-        assert levels_apart(off, tiles[64:128, (view + 1) * 64 : (view + 2) * 64]) <= ONE_LEVEL
+    off = written(tmp_path / "off")
+    assert levels_apart(off, written(tmp_path / "pretrained")) <= ONE_LEVEL
+    assert levels_apart(off, previewed(run, 1)) <= ONE_LEVEL
 
 
 @pytest.mark.parametrize(("rows", "count"), [("strengths", 9), ("path", 5), ("ablation", 5), ("rises", 6)])
 def test_several_rows_are_drawn_and_the_full_strength_written(
     run: Path, picture: Path, tmp_path: Path, rows: str, count: int
 ) -> None:
-    given = [
-        f"--pictures=[{picture}]",
-        f"--export={run / 'export'}",
-        "--device=cpu",
-        "--steps=1",
-        "--guidance_scale=1",
-        "--eta=0",
-    ]
+    given = [f"--pictures=[{picture}]", f"--export={run / 'export'}", *QUICK, "--steps=1", "--guidance_scale=1"]
     assert main([*given, f"--rows={rows}", f"--output={tmp_path / 'rows'}"]) == 0
     with Image.open(tmp_path / "rows" / "cam_000.png") as grid:
         assert grid.height > count * 128
     lora = "--lora_strength=0" if rows == "path" else "--lora_strength=1"
     assert main([*given, lora, f"--output={tmp_path / 'one'}"]) == 0
-    for view in range(6):
-        name = f"cam_000/cam_{view:03d}.png"
-        assert levels_apart(pixels(tmp_path / "rows" / name), pixels(tmp_path / "one" / name)) <= ONE_LEVEL
+    assert levels_apart(written(tmp_path / "rows"), written(tmp_path / "one")) <= ONE_LEVEL
 
 
 def test_the_ablation_is_each_part_alone_both_and_the_prompts_handed_on(run: Path, picture: Path) -> None:
@@ -215,10 +207,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(
 ) -> None:
     argv = [option.replace("PICTURE", str(picture)).replace("RUN", str(run)) for option in options]
     before = sorted(run.rglob("*"))
-    try:
-        code: object = main(["--device=cpu", "--steps=1", *argv])
-    except SystemExit as stopped:
-        code = stopped.code
+    code = exit_code(main, ["--device=cpu", "--steps=1", *argv])
     said = capsys.readouterr().err
     assert code == 2 and message in said and said.count("\n") == 1
     assert sorted(run.rglob("*")) == before

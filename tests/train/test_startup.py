@@ -1,4 +1,4 @@
-"""What starts before anything is trained does not keep people waiting."""
+"""Commands start quickly."""
 
 import subprocess
 import sys

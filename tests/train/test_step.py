@@ -1,7 +1,6 @@
 """One optimizer step: which part of it trains, and where the KL to the pretrained model is measured."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,30 +8,22 @@ from torch import Tensor
 
 from softprompt.objectives.losses import separation_ratios
 from softprompt.prompt.pacing import CurriculumState
+from tests.runs import same
 from train import step as step_module
 from train.batches import Wanted
 from train.objectives.terms import StepBatch
-from train.options.config import Config
-from train.setup import prepare
 from train.state.run import Job
 from train.step import KL_TIMESTEP_GROUPS, Trainer, denoising_and_kl, step_batch, training_step
 
 
 @pytest.fixture
-def make_job(mice: Path, small_config: Callable[..., Config]) -> Callable[..., Job]:
-    def make(**overrides: object) -> Job:
-        given = {name: mice / "val" if value == "VAL" else value for name, value in overrides.items()}
-        return prepare(small_config(mice, **{"kl.every": 1, **given}))
-
-    return make
+def make_job(make_job: Callable[..., Job]) -> Callable[..., Job]:
+    """The smallest run with the KL in each step, prepared."""
+    return lambda **options: make_job(**{"kl.every": 1, **options})
 
 
 def group(job: Job, name: str) -> list[Tensor]:
     return [p.detach().clone() for p in job.adapted.trainable()[name].values()]
-
-
-def equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- what trains when
@@ -46,9 +37,9 @@ def test_a_group_moves_in_its_own_steps_and_not_by_momentum_after_them(
     start = {name: group(job, name) for name in (first, second)}
     results = [training_step(job.trainer, step) for step in range(2)]
     middle = {name: group(job, name) for name in (first, second)}
-    assert equal(middle[second], start[second]) and not equal(middle[first], start[first])
+    assert same(middle[second], start[second]) and not same(middle[first], start[first])
     results += [training_step(job.trainer, step) for step in range(2, 4)]
-    assert equal(group(job, first), middle[first]) and not equal(group(job, second), middle[second])
+    assert same(group(job, first), middle[first]) and not same(group(job, second), middle[second])
     norms = [(r.grad_norms[first] > 0, r.grad_norms[second] > 0) for r in results]
     assert norms == [(True, False), (True, False), (False, True), (False, True)]
 

@@ -58,8 +58,8 @@ def small_config(small_config: Callable[..., Config]) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="module")
-def plain(mice: Path, small_config: Callable[..., Config]) -> list[float]:
-    found = losses(small_config(mice, **PLAIN))
+def plain(small: Callable[..., Config]) -> list[float]:
+    found = losses(small(**PLAIN))
     assert len(set(found)) == len(found), "numbers that differ from step to step"
     return found
 
@@ -77,8 +77,7 @@ def plain(mice: Path, small_config: Callable[..., Config]) -> list[float]:
     ],
 )
 def test_the_losses_are_those_of_the_plain_path(
-    mice: Path,
-    small_config: Callable[..., Config],
+    small: Callable[..., Config],
     tmp_path: Path,
     plain: list[float],
     options: dict[str, object],
@@ -86,20 +85,20 @@ def test_the_losses_are_those_of_the_plain_path(
     tolerance: float,
 ) -> None:
     options = {name: tmp_path / "cache" if value == "CACHE" else value for name, value in options.items()}
-    found = losses(small_config(mice, **PLAIN | options), change)
+    found = losses(small(**PLAIN | options), change)
     assert found == pytest.approx(plain, rel=tolerance, abs=1e-7 if tolerance else 0)
 
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses_and_are_compiled_once_each(
-    mice: Path, small_config: Callable[..., Config], smallest_model: Path, monkeypatch: pytest.MonkeyPatch
+    make_job: Callable[..., Job], smallest_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # aot_eager: the same graphs and guards, without a minute of compiling them and without the need for a compiler.
     monkeypatch.setattr(setup, "compile_blocks", partial(model.compile_blocks, backend="aot_eager"))
     torch._dynamo.reset()  # of graphs that another test has left in this process
     torch._dynamo.utils.counters.clear()
     options = PLAIN | {"model": smallest_model}
-    job, plain = (prepare(small_config(mice, **options | {"train.compile": on})) for on in ("true", "false"))
+    job, plain = (make_job(**options | {"train.compile": on}) for on in ("true", "false"))
     graphs = []
     for step in range(STEPS):  # each with the adapters on and off, and under two prompts
         found, expected = training_step(job.trainer, step), training_step(plain.trainer, step)

@@ -20,7 +20,7 @@ from softprompt.objectives.losses import denoising_loss, snr, snr_weights
 from softprompt.objectives.rewards import REWARDS
 from softprompt.prompt.soft_prompt import SoftPrompt
 from train.benchmark.way import Setting, Way
-from train.build import build_trainer
+from train.build import build_trainer, make_curriculum
 from train.objectives.dpo import OwnDpo
 from train.objectives.draft import Draft
 from train.objectives.separate import Separate
@@ -124,6 +124,7 @@ def adapting_ways(
             held_out=objects,
             replay=objects,
             objectives=Objectives(terms),
+            curriculum=make_curriculum(settings, pipeline.scheduler.alphas_cumprod),
         )
         for term in terms:
             term.rehearse(trainer.context)

@@ -54,19 +54,14 @@ class StopSignal:
         )
         os.write(2, said.encode())  # print may be at work in what was interrupted
 
-    def save_agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked for a checkpoint since this was last asked."""
-        asked, self.save = self.save, False
-        return _highest(int(asked), accelerator) > 0
+    def agree(self, accelerator: Accelerator) -> tuple[bool, bool]:
+        """Exchange the wishes of all processes, once a step, so that all act after the same step.
 
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process received one: all then stop after the same step."""
-        self.number = _highest(self.number or 0, accelerator) or None
-        return self.number is not None
-
-
-def _highest(mine: int, accelerator: Accelerator) -> int:
-    """Over all processes."""
-    if accelerator.num_processes == 1:
-        return mine
-    return int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).max())
+        Returns: whether any process received a stop, and whether any is asked for a checkpoint: clear `save` when it is made.
+        """
+        number, save = self.number or 0, int(self.save)
+        if accelerator.num_processes > 1:
+            wishes = accelerator.gather(torch.tensor([[number, save]], device=accelerator.device))
+            number, save = wishes.amax(dim=0).tolist()
+        self.number = number or self.number
+        return number > 0, save > 0

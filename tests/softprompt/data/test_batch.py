@@ -1,4 +1,4 @@
-"""What is drawn for an object, in which order, and how objects become a batch."""
+"""Random draws for an object, their order, and batches of several objects."""
 
 from dataclasses import fields, replace
 

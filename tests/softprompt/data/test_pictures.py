@@ -1,4 +1,4 @@
-"""One picture: colour modes, sizes, damage, backgrounds."""
+"""One picture: sizes, damage, backgrounds; test_decode.py has the colour modes."""
 
 import numpy as np
 import pytest
@@ -12,30 +12,6 @@ from softprompt.errors import InputError
 
 def random_picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (16, 16, 4), dtype=np.uint8)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGB", "L", "P", "1", "I;16"])
-def test_every_colour_mode_becomes_rgba(tmp_path, mode):
-    path = tmp_path / "cam_000.png"
-    levels = np.tile(np.array([[0, 80], [160, 255]], dtype=np.uint8), (4, 4))
-    if mode == "I;16":
-        Image.fromarray(levels.astype(np.uint16) * 257).save(path)
-    else:
-        Image.fromarray(levels).convert(mode, dither=Image.Dither.NONE).save(path)
-    rgba = load_picture(path, 8)
-    assert (rgba[3] == 255).all()
-    expected = np.where(levels > 127, 255, 0) if mode == "1" else levels
-    for channel in rgba[:3]:
-        np.testing.assert_array_equal(channel.numpy(), expected)
-
-
-def test_transparency_of_a_palette_is_kept(tmp_path):
-    picture = Image.fromarray(np.array([[0, 1], [1, 0]], dtype=np.uint8)).convert("P")
-    picture.putpalette([10, 20, 30, 200, 100, 50])
-    picture.save(tmp_path / "p.png", transparency=0)
-    rgba = load_picture(tmp_path / "p.png", 2)
-    assert rgba[3].tolist() == [[0, 255], [255, 0]]
-    assert rgba[:, 0, 1].tolist() == [200, 100, 50, 255]
 
 
 @pytest.mark.parametrize(("width", "height"), [(32, 16), (16, 32), (5, 10), (7, 7), (100, 1), (8, 4)])

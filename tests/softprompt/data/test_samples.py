@@ -305,7 +305,7 @@ def test_a_missing_frame_of_another_format_is_missing(tmp_path):
 
 
 def test_pictures_in_the_sample_come_before_those_in_its_images_whatever_the_formats(tmp_path):
-    """What is loaded is what was looked for."""
+    """The files that are loaded are those that were found."""
     write_as(tmp_path / "s", ".jpg", range(6))
     write_sample(tmp_path / "s" / "images")
     assert open_source(tmp_path / "s", size=16).files(0) == [tmp_path / "s" / f"cam_{view:03d}.jpg" for view in range(6)]

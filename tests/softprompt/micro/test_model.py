@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.tokenizer import WORDS, learn_merges
-from softprompt.model.loading import load_pipeline, load_text_encoder
+from softprompt.model.loading import load_text_encoder
 from softprompt.model.pipeline import Pipeline
 from softprompt.model.sampling import sample_views
 from softprompt.prompt.embeddings import check_prompt
@@ -21,20 +21,15 @@ HEADS_BOUND = 0.04
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    return load_pipeline(MICRO_MODEL)
-
-
-@pytest.fixture(scope="module")
 def prompts() -> dict[str, Tensor]:
     encoders = load_text_encoder(MICRO_MODEL)
     return {name: encode_texts(view_texts(name), *encoders) for name in TEMPLATES}
 
 
-def test_packaged_model_is_a_small_facelift(pipeline: Pipeline) -> None:
+def test_packaged_model_is_a_small_facelift(micro_models: Pipeline) -> None:
     assert sum(file.stat().st_size for file in MICRO_MODEL.rglob("*") if file.is_file()) < 20 * MEGABYTE
-    assert pipeline.picture_size == 64 and pipeline.latent_shape == (4, 16, 16)
-    assert pipeline.num_views == 6 and pipeline.prompt_width == 1024
+    assert micro_models.picture_size == 64 and micro_models.latent_shape == (4, 16, 16)
+    assert micro_models.num_views == 6 and micro_models.prompt_width == 1024
     config = json.loads((MICRO_MODEL / "unet" / "config.json").read_text())
     assert config["_class_name"] == "UNetMV2DConditionModel"
     assert config["multiview_attention"] and config["sparse_mv_attention"] and not config["cd_attention_last"]
@@ -70,19 +65,19 @@ def test_merges_make_every_word_whole() -> None:
     assert {a + b for a, b in merges} >= {"front</w>", "from</w>", "right</w>"}
 
 
-def test_packaged_model_knows_heads_and_not_mice(pipeline: Pipeline, prompts: dict[str, Tensor]) -> None:
-    heads = fixed_noise_loss(pipeline, held_out("heads", 4), prompts["facelift"])
+def test_packaged_model_knows_heads_and_not_mice(micro_models: Pipeline, prompts: dict[str, Tensor]) -> None:
+    heads = fixed_noise_loss(micro_models, held_out("heads", 4), prompts["facelift"])
     mice = held_out("mice", 4)
-    under_facelift = fixed_noise_loss(pipeline, mice, prompts["facelift"])
-    under_realistic = fixed_noise_loss(pipeline, mice, prompts["realistic"])
+    under_facelift = fixed_noise_loss(micro_models, mice, prompts["facelift"])
+    under_realistic = fixed_noise_loss(micro_models, mice, prompts["realistic"])
     assert heads < HEADS_BOUND
     assert under_facelift > 1.5 * heads
     assert under_realistic < under_facelift
 
 
-def test_packaged_model_turns_a_held_out_head(pipeline: Pipeline, prompts: dict[str, Tensor]) -> None:
+def test_packaged_model_turns_a_held_out_head(micro_models: Pipeline, prompts: dict[str, Tensor]) -> None:
     true = given_picture(held_out("heads", 1), 0)
-    sampled = sample_views(pipeline, prompts["facelift"], true[0], steps=12, guidance_scale=1.0, eta=0.0)[0]
+    sampled = sample_views(micro_models, prompts["facelift"], true[0], steps=12, guidance_scale=1.0, eta=0.0)[0]
     errors = (sampled[:, None] - true[None]).square().mean(dim=(2, 3, 4))  # sampled view, true view
     for view in (0, 2, 3, 4):  # front, right, back, left: none can be taken for another
         assert errors[view].argmin() == view

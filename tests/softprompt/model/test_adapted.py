@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
@@ -15,6 +15,7 @@ from softprompt.model.loading import load_unet
 from softprompt.model.pipeline import Pipeline
 from softprompt.objectives.losses import denoising_loss, kl_to_reference, kl_weights
 from softprompt.prompt.soft_prompt import SoftPrompt
+from tests.models import perturb
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -29,12 +30,6 @@ def inputs(pipeline: Pipeline, b: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
     noisy, given = torch.randn(2, b, 6, *pipeline.latent_shape, generator=generator)
     labels = torch.randn(b, 6, pipeline.unet.config["projection_class_embeddings_input_dim"], generator=generator)
     return noisy, given, torch.arange(b) * 400 + 100, labels, torch.arange(6).expand(b, 6)
-
-
-def perturb(parameters: list[nn.Parameter], scale: float = 0.1) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in parameters:
-        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
 
 
 def adapted(pipeline: Pipeline, **options: float) -> AdaptedModel:
@@ -61,13 +56,13 @@ def test_the_reference_is_the_pretrained_model_bit_for_bit(micro: Pipeline, dtyp
     batch = inputs(micro)
     pretrained = predict(micro.unet, waypoints()[0], *batch)
     model = adapted(micro)
-    perturb(list(model.all_trainable().values()))
+    perturb(model.all_trainable().values())
     before = model(*batch, 1.0)
     assert (before - pretrained).abs().max() > 0.1, "the adapted model is the pretrained one"
     assert torch.equal(model.reference(*batch), pretrained)
     assert torch.equal(model(*batch, 1.0), before), "the adapters are on again"
     dropping = adapted(replace(micro, unet=load_unet(MICRO_MODEL / "unet", dtype=dtype)), dropout=0.5)
-    perturb(list(dropping.all_trainable().values()))
+    perturb(dropping.all_trainable().values())
     assert torch.equal(dropping.reference(*batch), pretrained)
 
 
@@ -95,7 +90,7 @@ def test_adapters_off_leaves_requires_grad_as_it_was(micro: Pipeline) -> None:
 @torch.no_grad()
 def test_adapters_stay_off_until_the_outermost_block_ends(micro: Pipeline) -> None:
     model, batch = adapted(micro), inputs(micro, b=1)
-    perturb(list(model.trainable()["lora"].values()))
+    perturb(model.trainable()["lora"].values())
     on = model(*batch, 0.0)
     with adapters_off(micro.unet):
         off = model(*batch, 0.0)
@@ -207,7 +202,7 @@ def test_after_a_few_steps_prompt_and_lora_have_moved_and_nothing_else(
 
 def gradients(unet: UNet2DConditionModel, pipeline: Pipeline, checkpointing: bool) -> dict[str, Tensor]:
     model = adapted(replace(pipeline, unet=unet))
-    perturb(list(model.all_trainable().values()))
+    perturb(model.all_trainable().values())
     if checkpointing:
         unet.enable_gradient_checkpointing()
     loss_of(model, pipeline, inputs(pipeline)).backward()

@@ -64,7 +64,7 @@ def test_a_shared_prompt_gives_the_results_of_a_prompt_for_each_picture(tiny: Pi
 
 
 def inputs(pipeline: Pipeline) -> tuple[Tensor, ...]:
-    """Of two objects, one of them with its views rotated; the prompt requires a gradient."""
+    """Inputs of two objects, one of them with its views rotated; the prompt requires a gradient."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:

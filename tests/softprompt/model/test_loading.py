@@ -50,6 +50,13 @@ def without(path: Path, name: str) -> None:
     edit_weights(path, lambda weights: weights.pop(name))
 
 
+def refused(load: Callable[[Path], object], folder: Path, message: str) -> None:
+    """Assert that loading fails with an error of one line."""
+    with pytest.raises(InputError, match=message) as error:
+        load(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
@@ -128,9 +135,7 @@ def no_class_labels(folder: Path) -> None:
 )
 def test_parts_that_cannot_be_used_are_refused(folder: Path, spoil: Callable[[Path], None], message: str) -> None:
     spoil(folder)
-    with pytest.raises(InputError, match=message) as refused:
-        load_pipeline(folder)
-    assert "\n" not in str(refused.value)
+    refused(load_pipeline, folder, message)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +152,7 @@ def test_parts_that_cannot_be_used_are_refused(folder: Path, spoil: Callable[[Pa
 )
 def test_a_text_encoder_that_cannot_be_used_is_refused(folder: Path, spoil: Callable[[Path], None], message: str) -> None:
     spoil(folder)
-    with pytest.raises(InputError, match=message):
-        load_text_encoder(folder)
+    refused(load_text_encoder, folder, message)
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
@@ -271,9 +275,7 @@ def pickle_weights(folder: Path, content: Any) -> None:
 )
 def test_a_unet_that_cannot_be_used_is_refused(unet_folder: Path, spoil: Callable[[Path], object], message: str) -> None:
     spoil(unet_folder)
-    with pytest.raises(InputError, match=message) as refused:
-        load_unet(unet_folder)
-    assert "\n" not in str(refused.value) and str(unet_folder) in str(refused.value)
+    refused(load_unet, unet_folder, message)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +299,4 @@ def test_weights_that_do_not_fit_are_refused_with_the_likely_cause(
     unet_folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], cause: str
 ) -> None:
     save_file(change(load_file(unet_folder / WEIGHTS)), unet_folder / WEIGHTS)
-    with pytest.raises(InputError, match=cause) as refused:
-        load_unet(unet_folder)
-    assert "\n" not in str(refused.value)
+    refused(load_unet, unet_folder, cause)

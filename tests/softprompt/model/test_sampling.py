@@ -17,6 +17,7 @@ from softprompt.model.conditioning import class_labels, image_embeddings, input_
 from softprompt.model.loading import load_unet
 from softprompt.model.pipeline import Pipeline
 from softprompt.model.sampling import RISES, Annealed, Rise, decode_latents, sample_latents, sample_views, with_guidance
+from tests.models import perturb
 
 FAST = {"steps": 2, "guidance_scale": 2.0, "eta": 0.0}
 
@@ -124,10 +125,7 @@ def adapted(micro_models: Pipeline) -> Pipeline:
     """The packaged pipeline with a LoRA that changes what it samples."""
     unet = load_unet(MICRO_MODEL / "unet")
     add_lora(unet, rank=2, alpha=4.0, targets=["to_q", "to_k", "to_v"])
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in unet.named_parameters():
-        if ".lora_" in name:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    perturb(parameter for name, parameter in unet.named_parameters() if ".lora_" in name)
     return replace(micro_models, unet=unet)
 
 

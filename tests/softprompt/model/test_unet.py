@@ -18,6 +18,7 @@ from softprompt.model.attention import MultiViewAttnProcessor, SharedPromptAttnP
 from softprompt.model.loading import load_unet
 from softprompt.model.pipeline import Pipeline
 from softprompt.model.unet import build_unet, save_unet
+from tests.models import perturb
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Copy = Callable[[Path], Path]
@@ -125,10 +126,7 @@ def test_merged_lora_gives_the_adapted_model_s_output(
 ) -> None:
     before = {name: weight.clone() for name, weight in tiny.unet.state_dict().items()}
     add_lora(tiny.unet, rank=3, alpha=6.0, targets=["to_q", "to_k", "to_v", "to_out.0"])
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in tiny.unet.named_parameters():
-        if ".lora_" in name:
-            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    perturb((parameter for name, parameter in tiny.unet.named_parameters() if ".lora_" in name), scale=0.05)
     adapted = forward(tiny.unet, golden)
     assert (adapted - golden["output"]).abs().max() > 1e-2, "the LoRA does nothing"
     save_unet(tiny.unet, tmp_path / "merged", layout=layout, merge_lora=True)

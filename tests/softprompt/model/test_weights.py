@@ -59,7 +59,7 @@ def shards(
 
 
 def compiled_in_parts(folder: Path, stem: str, weights: Weights) -> None:
-    """As torch.compile and FSDP wrap one module and another."""
+    """With the prefixes of torch.compile and FSDP in front of some modules."""
     wrapped = {re.sub(r"^(\w+)\.", r"\1._fsdp_wrapped_module._orig_mod.", name): w for name, w in weights.items()}
     whole(folder, stem, wrapped, name=r"\g<0>" if wrapped.keys() != weights.keys() else r"_orig_mod.\g<0>")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from softprompt.errors import InputError
-from softprompt.prompt.templates import TEMPLATES, VIEWS, Template, view_texts
+from softprompt.prompt.templates import TEMPLATES, VIEWS, Template, is_prompt_file, view_texts
 
 SPELLED = ("front", "front right", "right", "back", "left", "front left")
 EXPECTED = {
@@ -59,3 +59,9 @@ def test_a_template_spells_its_views_one_way_or_the_other_and_other_views_can_be
 def test_a_text_that_cannot_be_filled_in_is_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         view_texts(text)
+
+
+def test_what_names_a_prompt_is_a_file_or_a_text() -> None:
+    files = ("clr_embeds.pt", "$DATA/x.safetensors", "${DATA}/x", "${DATA}/clr_embeds.pt", "mine.npy", "folder", "~/folder")
+    texts = ("facelift", "a ${view} of 5$ mice", "$HOME, {view} view", "a {subject}, {view}")
+    assert [name for name in (*files, *texts) if is_prompt_file(name)] == list(files)

@@ -17,7 +17,7 @@ from softprompt.errors import InputError, RunError
 from softprompt.micro import MICRO_MODEL
 from softprompt.model.sampling import sample_views
 from softprompt.objectives import draft as formulas
-from train.batches import Wanted
+from tests.runs import scene_of
 from train.loop import train
 from train.objectives import draft as draft_module
 from train.objectives import functions as functions_module
@@ -30,32 +30,33 @@ from train.setup import prepare
 from train.state.folder import list_checkpoints
 from train.state.run import Job
 from train.state.stop import StopSignal
-from train.step import step_batch, training_step
+from train.step import training_step
 
 DRAFT = {"draft.weight": 1, "draft.steps": 2, "loss.weight": 0, "kl.weight": 0}
 
 
 def white(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
-    """A reward that is best where nothing is left."""
+    """A reward that is highest for a white picture."""
     del truth, masks
     return views.mean(dim=(1, 2, 3, 4))
 
 
 def per_view(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
-    """Not a number an object."""
+    """A reward with a number per view instead of one per object."""
     del truth, masks
     return views.mean(dim=(2, 3, 4))
 
 
 def without_gradient(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
-    """As of numpy."""
+    """A reward without a gradient, like one computed with NumPy."""
     del truth, masks
     return views.detach().mean(dim=(1, 2, 3, 4))
 
 
 @pytest.fixture
-def make_job(mice: Path, small_config: Callable[..., Config]) -> Callable[..., Job]:
-    return lambda **options: prepare(small_config(mice, **{**DRAFT, **options}))
+def make_job(make_job: Callable[..., Job]) -> Callable[..., Job]:
+    """The smallest run of DRaFT+ alone, prepared."""
+    return lambda **options: make_job(**{**DRAFT, **options})
 
 
 def term(**settings: Any) -> Draft:
@@ -64,13 +65,8 @@ def term(**settings: Any) -> Draft:
     return Draft(config, load_reward(config.reward, config.encoder, None, "draft"))
 
 
-def scene_of(job: Job, step: int = 0) -> StepBatch:
-    wanted = Wanted(step, 0, lowest=0)
-    return step_batch(job.trainer, wanted, job.trainer.batches.make(wanted), step, position=0.0)
-
-
 def gradient_of(objective: Draft, job: Job) -> Tensor:
-    """Of the prompt."""
+    """The gradient of the prompt."""
     job.adapted.zero_grad()
     for part in objective.losses(scene_of(job)):
         part.backward()
@@ -153,7 +149,7 @@ def test_the_last_clean_estimate_is_what_is_decoded_and_noised_anew(
 
 
 def last_steps(job: Job, scene: StepBatch) -> list[tuple[Any, ...]]:
-    """What a draft of two steps enters its last step with."""
+    """The inputs of the last step of a draft of two steps."""
     scheduler = DDIMScheduler.from_config(job.pipeline.scheduler.config)
     scheduler.set_timesteps(2)
     ((place, _),) = scene.places
@@ -250,13 +246,13 @@ def test_an_encoder_that_is_none_is_refused(folder: Path, message: str) -> None:
 
 
 def half(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
-    """Fails, as a network on another device would."""
+    """A reward that raises an error, like a network on another device."""
     del truth, masks
     return views.mean(dim=(1, 2, 3, 4)) @ torch.ones(7)
 
 
 def ssim(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
-    """A user's, called as one of ours is."""
+    """A user's reward with the name of a built-in one."""
     del truth, masks
     return 42 + 0 * views.mean(dim=(1, 2, 3, 4))
 

@@ -1,7 +1,7 @@
 """Objectives beside the denoising loss, in the trainer: what they move, what they cost where they are off, and resuming."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,9 @@ from torch import Tensor
 from softprompt.errors import InputError, RunError
 from softprompt.model.adapted import AdaptedModel
 from softprompt.objectives.seen import Seen
-from tests.runs import run_to_end, series, weights
-from train import callbacks
+from tests.runs import run_to_end, same, series, weights
 from train.objectives.functions import call, load_function
-from train.options.config import Config, to_yaml
-from train.setup import prepare
+from train.options.config import to_yaml
 from train.softprompt import main
 from train.state.run import Job
 from train.step import training_step
@@ -26,35 +24,22 @@ DRAFT = {"draft.weight": "0.5", "draft.reward": "ssim", "draft.steps": "2"}
 STUDIO = {"studio.weight": "0.5", "studio.over": "views"}
 SEPARATE = {"separate.weight": "0.5"}
 OBJECTIVES: dict[str, Mapping[str, str]] = {"draft": DRAFT, "studio": STUDIO, "separate": SEPARATE, "custom": CUSTOM}
-"""By name, the options of the smallest run with it."""
+"""The options of the smallest run with each objective."""
 ALL = {option: value for options in OBJECTIVES.values() for option, value in options.items()}
 
 
 def smooth(seen: Seen) -> Tensor:
-    """An objective of the test's own: neighbouring latents are to be alike."""
+    """A custom objective: neighbouring latents should be alike."""
     return (seen.clean.diff(dim=-1)).square().mean()
 
 
 def nothing(seen: Seen) -> Tensor:
-    """No number."""
+    """A custom objective that is not a number."""
     return seen.clean.mean() * float("nan")
 
 
-@pytest.fixture
-def small(small_config: Callable[..., Config], mice: Path) -> Callable[..., Config]:
-    """`small(**{"train.steps": 2})`: the smallest run on a few mice."""
-    return lambda **options: small_config(mice, **options)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal all through, tensors bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
-
-
 def gradients(job: Job, step: int = 0) -> dict[str, Tensor]:
-    """Of one step, as the optimizer sees them but for clipping."""
+    """The gradients of one step, before clipping."""
     found: dict[str, Tensor] = {}
     for name, parameter in job.adapted.all_trainable().items():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: found.update({name: p.grad.clone()}))
@@ -66,8 +51,8 @@ def gradients(job: Job, step: int = 0) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_objective_alone_takes_steps_that_move_only_prompt_and_lora(small, name):
-    job = prepare(small(**OBJECTIVES[name], **{"loss.weight": 0, "kl.weight": 0}))
+def test_an_objective_alone_takes_steps_that_move_only_prompt_and_lora(make_job, name):
+    job = make_job(**OBJECTIVES[name], **{"loss.weight": 0, "kl.weight": 0})
     before, frozen = weights(job), job.adapted.frozen_sums()
     results = [training_step(job.trainer, step) for step in range(2)]
     assert job.adapted.frozen_sums() == frozen
@@ -76,8 +61,8 @@ def test_an_objective_alone_takes_steps_that_move_only_prompt_and_lora(small, na
     assert all(name in r.objectives and not r.skipped and r.not_finite is None for r in results)
 
 
-def test_an_interrupted_run_with_every_objective_equals_one_that_was_not(small, tmp_path, stop_after, monkeypatch):
-    monkeypatch.setattr(callbacks, "export", lambda run, folder: None)
+@pytest.mark.usefixtures("without_exports")
+def test_an_interrupted_run_with_every_objective_equals_one_that_was_not(small, tmp_path, stop_after):
     rare = {"train.steps": 2, "monitor.validate_every": 2, "monitor.preview_every": 2}
     config = small(**ALL, **rare, **{"lora.dropout": 0.1})
     whole = run_to_end(config, tmp_path / "whole")
@@ -86,35 +71,35 @@ def test_an_interrupted_run_with_every_objective_equals_one_that_was_not(small, 
     assert series(tmp_path / "parts") == series(tmp_path / "whole")
     written = {name for line in series(tmp_path / "whole") for name in line}
     assert {f"objective/{name}" for name in OBJECTIVES} <= written
-    assert all(torch.equal(tensor, weights(resumed.job)[name]) for name, tensor in weights(whole.job).items())
+    assert same(weights(resumed.job), weights(whole.job))
     assert same(resumed.job.trainer.objectives.state(), whole.job.trainer.objectives.state())
 
 
 # --------------------------------------------------------------------------------------------------- weights, combinations
 
 
-def test_an_objective_without_a_weight_changes_nothing(small):
-    plain, off = prepare(small()), prepare(small(**ALL | {f"{name}.weight": 0 for name in OBJECTIVES}))
+def test_an_objective_without_a_weight_changes_nothing(make_job):
+    plain, off = make_job(), make_job(**ALL | {f"{name}.weight": 0 for name in OBJECTIVES})
     assert not off.trainer.objectives.terms
     results = [[training_step(job.trainer, step) for step in range(2)] for job in (plain, off)]
     assert results[0] == results[1] and not results[0][0].objectives
-    assert all(torch.equal(tensor, weights(off)[name]) for name, tensor in weights(plain).items())
+    assert same(weights(off), weights(plain))
 
 
-def test_the_gradients_of_a_combination_are_the_sum_of_each_alone(small):
+def test_the_gradients_of_a_combination_are_the_sum_of_each_alone(make_job):
     alone = {"kl.weight": 0, "train.max_grad_norm": 1e9}
-    both = gradients(prepare(small(**CUSTOM, **alone)))
-    plain = gradients(prepare(small(**alone)))
-    custom = gradients(prepare(small(**CUSTOM, **alone, **{"loss.weight": 0})))
+    both = gradients(make_job(**CUSTOM, **alone))
+    plain = gradients(make_job(**alone))
+    custom = gradients(make_job(**CUSTOM, **alone, **{"loss.weight": 0}))
     for name, gradient in both.items():
         torch.testing.assert_close(gradient, plain[name] + custom[name], rtol=1e-3, atol=1e-6)
 
 
-def test_without_a_plain_loss_its_forward_pass_is_left_out(small, monkeypatch):
+def test_without_a_plain_loss_its_forward_pass_is_left_out(make_job, monkeypatch):
     passes: list[int] = []
     forward = AdaptedModel.forward
     monkeypatch.setattr(AdaptedModel, "forward", lambda self, *inputs: passes.append(1) or forward(self, *inputs))
-    job = prepare(small(**CUSTOM, **{"loss.weight": 0, "kl.every": 2}))
+    job = make_job(**CUSTOM, **{"loss.weight": 0, "kl.every": 2})
     job.trainer.objectives.terms[0].due = lambda step: False  # type: ignore[method-assign]
     assert training_step(job.trainer, 0).denoising is not None, "the KL needs the pass"
     assert len(passes) == 1
@@ -122,11 +107,11 @@ def test_without_a_plain_loss_its_forward_pass_is_left_out(small, monkeypatch):
     assert len(passes) == 1 and result.denoising is None and result.kl is None and not result.objectives
 
 
-def test_the_untouched_model_is_asked_once_a_batch(small, monkeypatch):
+def test_the_untouched_model_is_asked_once_a_batch(make_job, monkeypatch):
     asked: list[int] = []
     reference = AdaptedModel.reference
     monkeypatch.setattr(AdaptedModel, "reference", lambda self, *inputs: asked.append(1) or reference(self, *inputs))
-    job = prepare(small(**CUSTOM, **{"kl.every": 1}))
+    job = make_job(**CUSTOM, **{"kl.every": 1})
     job.trainer.objectives.terms[0].function = lambda seen: (
         (seen.prediction - seen.untouched()).square().mean() + seen.untouched().mean()
     )
@@ -134,18 +119,18 @@ def test_the_untouched_model_is_asked_once_a_batch(small, monkeypatch):
     assert len(asked) == 1
 
 
-def test_an_objective_that_is_not_finite_is_named_and_moves_nothing(small):
-    job = prepare(small(**CUSTOM))
+def test_an_objective_that_is_not_finite_is_named_and_moves_nothing(make_job):
+    job = make_job(**CUSTOM)
     job.trainer.objectives.terms[0].function = lambda seen: seen.clean.mean() * float("nan")
     before = weights(job)
     result = training_step(job.trainer, 0)
     assert result.skipped and result.not_finite is not None and "custom nan" in result.not_finite
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(job).items())
+    assert same(weights(job), before)
 
 
-def test_a_run_that_one_objective_stops_says_which(small, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("without_exports")
+def test_a_run_that_one_objective_stops_says_which(small, tmp_path):
     config = small(**{**CUSTOM, "custom.function": f"{__name__}:nothing", "train.max_skipped": 2, "train.steps": 5})
-    monkeypatch.setattr(callbacks, "export", lambda run, folder: None)
     with pytest.raises(RunError, match=r"not finite in 2 steps in a row .* Likely custom itself is not finite"):
         run_to_end(config, tmp_path / "run")
 
@@ -161,10 +146,10 @@ def test_a_dry_run_does_not_call_what_is_not_finite_working(small, tmp_path, cap
 # ------------------------------------------------------------------------------------------------------- one's own
 
 
-def test_a_function_of_ones_own_is_found_in_the_current_folder(small, tmp_path, monkeypatch):
+def test_a_function_of_ones_own_is_found_in_the_current_folder(make_job, tmp_path, monkeypatch):
     (tmp_path / "own_losses.py").write_text("def pull(seen):\n    return (seen.prompt - seen.start).square().mean()\n")
     monkeypatch.chdir(tmp_path)
-    job = prepare(small(**{"custom.weight": 1, "custom.function": "own_losses:pull"}))
+    job = make_job(**{"custom.weight": 1, "custom.function": "own_losses:pull"})
     assert training_step(job.trainer, 0).objectives == {"custom": 0}, "nothing has moved before the first step"
     assert training_step(job.trainer, 1).objectives["custom"] > 0
 
@@ -182,16 +167,16 @@ def test_a_function_of_ones_own_is_found_in_the_current_folder(small, tmp_path, 
         ("needs:pull", r"there is no module nowhere \(which needs imports\)"),
     ],
 )
-def test_a_function_that_is_not_there_is_refused(small, tmp_path, monkeypatch, function, message):
+def test_a_function_that_is_not_there_is_refused(make_job, tmp_path, monkeypatch, function, message):
     (tmp_path / "broken.py").write_text("raise ValueError('not today')\n")
     (tmp_path / "needs.py").write_text("import nowhere\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
-        prepare(small(**{"custom.weight": 1, "custom.function": function}))
+        make_job(**{"custom.weight": 1, "custom.function": function})
 
 
-def test_a_function_that_gives_no_scalar_is_refused(small):
-    job = prepare(small(**CUSTOM))
+def test_a_function_that_gives_no_scalar_is_refused(make_job):
+    job = make_job(**CUSTOM)
     wrong: list[tuple[Any, str]] = [(torch.ones(2), r"\[2\]"), (torch.ones(1), r"\[1\]"), (1.0, "float")]
     for value, found in wrong:
         job.trainer.objectives.terms[0].function = lambda seen, value=value: value
@@ -199,8 +184,8 @@ def test_a_function_that_gives_no_scalar_is_refused(small):
             training_step(job.trainer, 0)
 
 
-def test_a_function_without_a_gradient_or_that_fails_is_refused_by_its_line(small):
-    job = prepare(small(**CUSTOM))
+def test_a_function_without_a_gradient_or_that_fails_is_refused_by_its_line(make_job):
+    job = make_job(**CUSTOM)
     term = job.trainer.objectives.terms[0]
     term.function = lambda seen: seen.clean.detach().square().mean()
     with pytest.raises(InputError, match=r"custom\.function: .*:smooth has no gradient; expected one through seen\.prediction"):
@@ -218,14 +203,14 @@ def test_out_of_memory_in_a_function_of_ones_own_is_the_trainers_to_handle():
         call(large, None, spec="own:large", option="custom.function")
 
 
-def test_the_functions_in_the_documents_are_objectives_and_rewards(small, tmp_path, monkeypatch):
+def test_the_functions_in_the_documents_are_objectives_and_rewards(make_job, tmp_path, monkeypatch):
     page = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text(encoding="utf-8")
     blocks = dict(re.findall(r"```python\n# (\w+)\.py.*?\n(.*?)```", page, re.DOTALL))
     assert blocks.keys() >= {"my_losses", "my_rewards"}
     for name, code in blocks.items():
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    job = prepare(small(**{"custom.weight": 1, "custom.function": "my_losses:smooth"}))
+    job = make_job(**{"custom.weight": 1, "custom.function": "my_losses:smooth"})
     assert training_step(job.trainer, 0).objectives["custom"] > 0
     job.trainer.objectives.terms[0].function = load_function("my_losses:near", "custom.function")
     assert training_step(job.trainer, 1).objectives["custom"] > 0

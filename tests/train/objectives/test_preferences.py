@@ -17,7 +17,8 @@ from softprompt.data.batch import draw, seeded, view_order
 from softprompt.errors import InputError, RunError
 from softprompt.objectives.preference import dpo_loss, preference
 from softprompt.objectives.rewards import REWARDS
-from tests.runs import run_to_end, series, weights
+from tests.models import perturb
+from tests.runs import run_to_end, same, scene_of, series, weights
 from train import callbacks
 from train.batches import Wanted
 from train.evaluation.evaluator import Evaluator
@@ -30,10 +31,10 @@ from train.objectives.spin import Spin
 from train.objectives.terms import Context, Shown
 from train.options.config import Config
 from train.options.preferences import DpoConfig, SpinConfig
-from train.setup import Job, make_accelerator, prepare
+from train.setup import Job, make_accelerator
 from train.state.folder import list_checkpoints
 from train.state.stop import StopSignal
-from train.step import step_batch, training_step
+from train.step import training_step
 
 OWN = {"sample_steps": "1", "objects": "2", "held_out_objects": "1"}
 DPO = {
@@ -58,13 +59,13 @@ CHEAP = {
 
 
 @pytest.fixture(scope="module")
-def small(small_config: Callable[..., Config], mice: Path) -> Callable[..., Config]:
-    """`small(**{"train.steps": 2})`: the smallest run on a few mice."""
-    return lambda **options: small_config(mice, **{**CHEAP, **options})
+def small(small: Callable[..., Config]) -> Callable[..., Config]:
+    """The smallest run with little else than training."""
+    return lambda **options: small(**{**CHEAP, **options})
 
 
 def true_views(evaluator: Evaluator, prompt: Tensor, pretrained: Tensor | None) -> Shown:
-    """Instead of previews, which take most of a short run's time."""
+    """Replaces previews, which take most of a short run's time."""
     del prompt, pretrained
     truth, masks = (views[None] for views in evaluator.held_out.views(0, seeded("preview")))
     return Shown(truth[:, 0], truth, masks, truth, truth, tuple("abcdef"))
@@ -79,16 +80,9 @@ def hurried() -> Iterator[None]:
         yield
 
 
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
-def moved(job: Job, by: float = 0.05) -> None:
-    """Move all that trains away from where it began."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in job.adapted.all_trainable().values():
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+def moved(job: Job) -> None:
+    """Change all trained parameters at random."""
+    perturb(job.adapted.all_trainable().values(), scale=0.05)
 
 
 def term(job: Job) -> Any:
@@ -97,11 +91,11 @@ def term(job: Job) -> Any:
 
 
 @pytest.fixture(scope="module")
-def kept_jobs(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
-    """Of each objective, a job in which something has been learned and samples are made; then it has moved on."""
+def kept_jobs(make_job: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """For each objective, a job that has learned something, made its samples and then trained further."""
     jobs = {}
     for name, options in (("dpo", DPO), ("spin", SPIN)):
-        jobs[name] = job = prepare(small(**options, **{"train.batch_size": 3, "loss.own_view": "false"}))
+        jobs[name] = job = make_job(**options, **{"train.batch_size": 3, "loss.own_view": "false"})
         moved(job)
         term(job).begin(job.trainer.context, tmp_path_factory.mktemp(name), 1, 0.0, lambda: False)
         moved(job)
@@ -110,7 +104,7 @@ def kept_jobs(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def begun(kept_jobs: dict[str, Job]) -> Callable[[str], Job]:
-    """`begun("dpo")`: one of those, whose weights may be moved; each test has an accelerator of its own."""
+    """`begun("dpo")`: one of these jobs with a new accelerator; a test may change its weights."""
 
     def get(name: str) -> Job:
         job = kept_jobs[name]
@@ -118,6 +112,17 @@ def begun(kept_jobs: dict[str, Job]) -> Callable[[str], Job]:
         return replace(job, trainer=replace(job.trainer, context=context))
 
     return get
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The pairs of a list."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
+    """Write a list of pairs."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +135,7 @@ def pairs(mice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     path.parent.joinpath("train").symlink_to(mice / "train")
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return path
+    return write_rows(path, *rows)
 
 
 # ---------------------------------------------------------------------------------------------- what is compared with what
@@ -163,8 +167,7 @@ def test_all_sides_of_a_contest_share_their_condition_timestep_and_noise(begun):
 @pytest.mark.parametrize("name", ["dpo", "spin"])
 def test_the_loss_of_a_step_is_that_of_the_formula_on_predictions_made_one_by_one(begun, name):
     job = begun(name)
-    found, wanted = term(job), Wanted(1, 0, lowest=0)
-    scene = step_batch(job.trainer, wanted, job.trainer.batches.take(wanted), step=1, position=0.0)
+    found, scene = term(job), scene_of(job, step=1)
     with torch.no_grad():
         loss = sum(float(part) for part in found.losses(scene))
     adapted, scheduler = job.adapted, job.pipeline.scheduler
@@ -206,8 +209,8 @@ def test_dpo_is_held_to_the_untouched_model_and_spin_to_its_last_iterate(begun):
         assert torch.equal(term(job).regularised_toward(job.trainer.context)(*inputs), before)
 
 
-def test_the_model_is_itself_again_after_it_was_what_it_was(small):
-    job = prepare(small(**{"lora.dropout": 0.5}))
+def test_the_model_is_itself_again_after_it_was_what_it_was(make_job):
+    job = make_job(**{"lora.dropout": 0.5})
     moved(job)
     snapshot = Snapshot.take(job.adapted, 3, 0.0)
     moved(job)
@@ -216,7 +219,7 @@ def test_the_model_is_itself_again_after_it_was_what_it_was(small):
         assert not job.adapted.training, "nothing is dropped out"
         assert all(torch.equal(job.adapted.get_parameter(name), weight) for name, weight in snapshot.lora.items())
         1 / 0  # noqa: B018
-    assert equal(weights(job), now) and job.adapted.training
+    assert same(weights(job), now) and job.adapted.training
     kept = Snapshot.from_state(snapshot.state())
     assert kept.key == snapshot.key != Snapshot.take(job.adapted, 3, 0.0).key
 
@@ -225,12 +228,12 @@ def test_the_model_is_itself_again_after_it_was_what_it_was(small):
 
 
 STATE = {"lora.dropout": "0.1", "train.ema_decay": "0.5", "train.schedule": "constant"}
-"""Options with which there is more to restore."""
+"""Options that add state to restore."""
 
 
 @pytest.fixture(scope="module")
 def whole(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with both objectives that nobody interrupted."""
+    """An uninterrupted run with both objectives."""
     return run_to_end(small(**DPO, **SPIN, **STATE), tmp_path_factory.mktemp("whole") / "run")
 
 
@@ -263,7 +266,7 @@ def test_a_run_stopped_and_killed_while_it_makes_samples_makes_what_is_missing_a
     monkeypatch.setattr(OwnSamples, "_make", make)
     resumed = run_to_end(config, folder, resume=True)
     assert made[3:] == [("dpo-own", 1), *((f"spin-iterate-{k:06d}", i) for k, i in ((0, 0), (0, 1), (1, 0)))], "nothing twice"
-    assert series(folder) == series(whole.folder) and equal(weights(resumed.job), weights(whole.job))
+    assert series(folder) == series(whole.folder) and same(weights(resumed.job), weights(whole.job))
     assert [p.name for p in sorted((folder / "samples").iterdir())] == [
         "dpo-held-out",
         "dpo-own",
@@ -346,9 +349,7 @@ def test_pairs_of_own_samples_are_ranked_by_their_reward_and_open_from_easy_to_h
     assert [sorted(gaps[pair] for pair in opened) for opened in found._open] == [[2, 2], [1, 1, 1, 1, 2, 2]]
     assert [found.stage(step) for step in (0, 1, 2, 9)] == [0, 1, 1, 1]
     for step, expected in ((0, {2}), (1, {1, 2})):
-        scene = step_batch(
-            job.trainer, wanted := Wanted(step, 0, lowest=0), job.trainer.batches.take(wanted), step=step, position=0.0
-        )
+        scene = scene_of(job, step)
         drawn = [found.turn(scene, 0, seeded(place)).sides for place in range(12)]
         known = {(i, w, x): gap for (i, w, x), gap in zip(found._pairs, gaps, strict=True)}
         sets = {(i, m): found._own.latents(i)[m] for i in range(2) for m in range(3)}
@@ -373,17 +374,16 @@ def test_near_ties_are_left_out_and_nothing_but_ties_is_refused(begun, monkeypat
     assert found._pairs == pairs
 
 
-def test_a_list_of_pairs_of_another_machine_finds_its_samples_beside_it(small, mice, pairs, tmp_path):
+def test_a_list_of_pairs_of_another_machine_finds_its_samples_beside_it(make_job, mice, pairs, tmp_path):
     shutil.copytree(mice / "train", tmp_path / "train")
-    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
-    for line in lines:
-        line |= {name: f"/elsewhere/train/{Path(line[name]).name}" for name in ("input", "winner", "loser")}
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    job = prepare(small(**{"dpo.weight": 1, "dpo.pairs": tmp_path / "pairs.jsonl"}))
+    rows = rows_of(pairs)
+    for row in rows:
+        row |= {name: f"/elsewhere/train/{Path(row[name]).name}" for name in ("input", "winner", "loser")}
+    job = make_job(**{"dpo.weight": 1, "dpo.pairs": write_rows(tmp_path / "pairs.jsonl", *rows)})
     assert any("absolute paths are another machine's" in note for note in job.notes)
 
 
-def test_a_list_of_pairs_trains_and_is_measured(small, pairs):
+def test_a_list_of_pairs_trains_and_is_measured(make_job, pairs):
     options = {
         "dpo.weight": 1,
         "dpo.pairs": pairs,
@@ -393,7 +393,7 @@ def test_a_list_of_pairs_trains_and_is_measured(small, pairs):
         "dpo.min_gap": 0.25,
         "train.steps": 3,
     }
-    job = prepare(small(**options))
+    job = make_job(**options)
     found = term(job)
     assert isinstance(found, ListedDpo) and found._open == [[1], [1, 2], [0, 1, 2]] and not found.begins(0)
     result = training_step(job.trainer, 2)
@@ -402,37 +402,35 @@ def test_a_list_of_pairs_trains_and_is_measured(small, pairs):
         measured = found.evaluate(job.trainer.context, 0.0, None)
     assert set(measured) == {"held_out_dpo_accuracy", "held_out_dpo_margin"} and measured["held_out_dpo_margin"] != 0
     contest = found.contest(job.trainer.context, 1, seeded(0))
-    names = [json.loads(line)["loser"] for line in pairs.read_text().splitlines()]
-    loser = job.train.get(job.train.names.index(Path(names[1]).name), seeded(0))
+    loser = job.train.get(job.train.names.index(Path(rows_of(pairs)[1]["loser"]).name), seeded(0))
     assert torch.equal(contest.sides[1][0], loser.mean) and torch.equal(contest.encoded.mean, contest.sides[0][0])
 
 
-def test_a_list_that_is_neither_trained_on_nor_measured_is_refused(small, pairs):
+def test_a_list_that_is_neither_trained_on_nor_measured_is_refused(make_job, pairs):
     with pytest.raises(InputError, match=r"monitor\.objectives: has dpo, and dpo\.pairs is a list; expected dpo\.held"):
-        prepare(small(**{"dpo.pairs": pairs, "monitor.objectives": "[dpo]"}))
+        make_job(**{"dpo.pairs": pairs, "monitor.objectives": "[dpo]"})
 
 
-def test_a_curriculum_that_the_run_is_too_short_for_is_said(small):
+def test_a_curriculum_that_the_run_is_too_short_for_is_said(make_job):
     stages = {**DPO, "dpo.chunks": 2, "train.steps": 4}
-    said = [" ".join(prepare(small(**stages, **{"dpo.chunk_steps": steps})).notes) for steps in (4, 3, "null")]
+    said = [" ".join(make_job(**stages, **{"dpo.chunk_steps": steps}).notes) for steps in (4, 3, "null")]
     assert "WARNING    dpo.chunk_steps: is 4; the run's 4 steps come to stage 1 of 2" in said[0]
     assert not any("dpo.chunk_steps" in other for other in said[1:])
 
 
-def test_a_run_does_not_go_on_with_other_pairs(small, tmp_path, pairs):
-    first, *others = pairs.read_text().splitlines()
-    path = pairs.with_name("changed.jsonl")
-    path.write_text("\n".join([first, *others]))
-    states = [term(prepare(small(**{"dpo.weight": 1, "dpo.pairs": p}))) for p in (pairs, path)]
+def test_a_run_does_not_go_on_with_other_pairs(make_job, tmp_path, pairs):
+    first, *others = rows_of(pairs)
+    path = write_rows(pairs.with_name("changed.jsonl"), first, *others)
+    states = [term(make_job(**{"dpo.weight": 1, "dpo.pairs": p})) for p in (pairs, path)]
     states[1].load_state(states[0].state())
-    path.write_text("\n".join([*others, first]))
-    changed = term(prepare(small(**{"dpo.weight": 1, "dpo.pairs": path})))
+    write_rows(path, *others, first)
+    changed = term(make_job(**{"dpo.weight": 1, "dpo.pairs": path}))
     with pytest.raises(InputError, match=r"dpo\.pairs: .*changed\.jsonl has other pairs than when the run began"):
         changed.load_state(states[0].state())
 
 
 def test_a_table_of_pairs_is_read_as_a_list_is(pairs):
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    rows = rows_of(pairs)
     table = pairs.with_suffix(".csv")
     table.write_text("\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]) + "\n")
     one, other = (read_pairs(path, size=64, num_views=6, option="dpo.pairs") for path in (pairs, table))
@@ -442,23 +440,23 @@ def test_a_table_of_pairs_is_read_as_a_list_is(pairs):
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def test_what_is_only_measured_changes_nothing(small, tmp_path):
-    measured, plain = prepare(small(**{**DPO, **SPIN, **MEASURED})), prepare(small())
+def test_what_is_only_measured_changes_nothing(make_job, tmp_path):
+    measured, plain = make_job(**{**DPO, **SPIN, **MEASURED}), make_job()
     objectives, context = measured.trainer.objectives, measured.trainer.context
     assert len(objectives.begins(0)) == 2
     for one in objectives.begins(0):
         one.begin(context, tmp_path, 0, 0.0, lambda: False)
     results = [training_step(job.trainer, 0) for job in (measured, plain)]
-    assert results[0] == results[1] and not results[0].objectives and equal(weights(measured), weights(plain))
+    assert results[0] == results[1] and not results[0].objectives and same(weights(measured), weights(plain))
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["dpo-held-out", "spin-held-out"]
     found = objectives.evaluate(context, 0.0, None)
     names = [f"objective/held_out_{o}_{s}" for o in ("dpo", "spin") for s in ("accuracy", "margin", "reward", "win_rate")]
     assert sorted(found) == sorted(names) and not objectives.begins(1)
-    assert equal(weights(measured), weights(plain)), "what was sampled with other weights has put these back"
+    assert same(weights(measured), weights(plain)), "what was sampled with other weights has put these back"
 
 
-def test_a_dry_run_makes_no_samples(small, tmp_path):
-    job = prepare(small(**DPO, **SPIN))
+def test_a_dry_run_makes_no_samples(make_job, tmp_path):
+    job = make_job(**DPO, **SPIN)
     said = [note for note in job.notes if note.startswith(("dpo ", "spin "))]
     assert said[0].startswith("dpo        own samples, 3 of each of 2 objects at step 0, and of 1 held out: 9 passes of")
     assert "in each of 2 rounds, the first at step 0" in said[1]
@@ -572,29 +570,26 @@ def test_a_file_that_is_no_list_of_pairs_is_refused(tmp_path, name, text, messag
         read_pairs(tmp_path / name, size=64, num_views=6, option="dpo.pairs")
 
 
-def test_a_curriculum_over_a_list_needs_to_know_which_pairs_are_easy(small, tmp_path, pairs):
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+def test_a_curriculum_over_a_list_needs_to_know_which_pairs_are_easy(make_job, tmp_path, pairs):
+    rows = rows_of(pairs)
     del rows[1]["gap"]
-    path = pairs.with_name("two_gaps.jsonl")
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_rows(pairs.with_name("two_gaps.jsonl"), *rows)
     with pytest.raises(InputError, match=r"dpo\.pairs: 1 of 3 pairs have no gap; expected one for each, since a curriculum"):
-        prepare(small(**{"dpo.weight": 1, "dpo.pairs": path, "dpo.chunks": 2}))
+        make_job(**{"dpo.weight": 1, "dpo.pairs": path, "dpo.chunks": 2})
     with pytest.raises(InputError, match=r"dpo\.min_gap: is 9; no pair of .*pairs\.jsonl is further apart"):
-        prepare(small(**{"dpo.weight": 1, "dpo.pairs": pairs, "dpo.min_gap": 9}))
+        make_job(**{"dpo.weight": 1, "dpo.pairs": pairs, "dpo.min_gap": 9})
 
 
-def test_more_chunks_than_different_gaps_are_refused(small, pairs):
+def test_more_chunks_than_different_gaps_are_refused(make_job, pairs):
     with pytest.raises(InputError, match=r"dpo\.chunks: is 4; the pairs of .* have 3 different gaps; expected as many"):
-        prepare(small(**{"dpo.weight": 1, "dpo.pairs": pairs, "dpo.chunks": 4, "train.steps": 4}))
+        make_job(**{"dpo.weight": 1, "dpo.pairs": pairs, "dpo.chunks": 4, "train.steps": 4})
 
 
-def test_what_a_list_may_not_have_meant_is_said(small, pairs):
-    first, second, _ = pairs.read_text().splitlines()
-    row = json.loads(first)
-    opposite = json.dumps(row | {"winner": row["loser"], "loser": row["winner"]})
-    path = pairs.with_name("doubtful.jsonl")
-    path.write_text("\n".join([first, first, opposite, second]) + "\n")
-    notes = prepare(small(**{"dpo.weight": 1, "dpo.pairs": path, "dpo.held_out_pairs": pairs})).notes
+def test_what_a_list_may_not_have_meant_is_said(make_job, pairs):
+    first, second, _ = rows_of(pairs)
+    opposite = first | {"winner": first["loser"], "loser": first["winner"]}
+    path = write_rows(pairs.with_name("doubtful.jsonl"), first, first, opposite, second)
+    notes = make_job(**{"dpo.weight": 1, "dpo.pairs": path, "dpo.held_out_pairs": pairs}).notes
     assert [note for note in notes if note.startswith("WARNING    dpo.pairs")] == [
         "WARNING    dpo.pairs: 1 of 4 are there more than once",
         "WARNING    dpo.pairs: 2 of 4 say the opposite of another",
@@ -603,12 +598,12 @@ def test_what_a_list_may_not_have_meant_is_said(small, pairs):
 
 
 def two(views: Tensor, truth: Tensor) -> Tensor:
-    """Takes too little."""
+    """A reward that takes too few arguments."""
     return (views - truth).mean(dim=(1, 2, 3, 4))
 
 
 def nothing(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
-    """No number."""
+    """A reward that is not a number."""
     return math.nan * views.mean(dim=(1, 2, 3, 4))
 
 
@@ -619,13 +614,13 @@ def nothing(views: Tensor, truth: Tensor, masks: Tensor) -> Tensor:
         (f"{__name__}:nothing", r"dpo\.reward: .*:nothing of .*: is tensor\(\[nan\]\); expected one finite number"),
     ],
 )
-def test_a_reward_is_tried_before_sets_are_made(small, reward, message):
+def test_a_reward_is_tried_before_sets_are_made(make_job, reward, message):
     with pytest.raises(InputError, match=message):
-        prepare(small(**{**DPO, "dpo.reward": reward}))
+        make_job(**{**DPO, "dpo.reward": reward})
 
 
-def test_what_is_likely_not_meant_is_said(small):
-    notes = prepare(small(**{**DPO, "dpo.weight": 0, "spin.weight": 5, "spin.iterations": 1, "spin.objects": 1})).notes
+def test_what_is_likely_not_meant_is_said(make_job):
+    notes = make_job(**{**DPO, "dpo.weight": 0, "spin.weight": 5, "spin.iterations": 1, "spin.objects": 1}).notes
     said = " ".join(notes)
     assert (
         "WARNING    dpo.samples, dpo.sample_steps, dpo.guidance_scales, dpo.objects, dpo.held_out_objects, dpo.chunks: has no"
@@ -635,10 +630,10 @@ def test_what_is_likely_not_meant_is_said(small):
 
 
 @pytest.mark.parametrize("option", ["draft.steps", "dpo.sample_steps", "spin.sample_steps"])
-def test_more_sampling_steps_than_the_schedule_has_are_refused(small, option):
+def test_more_sampling_steps_than_the_schedule_has_are_refused(make_job, option):
     objective = option.partition(".")[0]
     with pytest.raises(InputError, match=rf"{option}: is 1001; the model has 1000 timesteps, expected so many at most"):
-        prepare(small(**{f"{objective}.weight": 1, "train.steps": 4, option: 1001}))
+        make_job(**{f"{objective}.weight": 1, "train.steps": 4, option: 1001})
 
 
 def test_a_reward_that_gives_no_number_is_refused_in_words(begun, monkeypatch):

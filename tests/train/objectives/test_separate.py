@@ -14,7 +14,6 @@ from softprompt.prompt.embeddings import save_prompt
 from train.batches import Wanted
 from train.objectives.separate import groups_of
 from train.options.config import Config
-from train.setup import prepare
 from train.state.run import Job
 from train.step import training_step
 
@@ -23,11 +22,6 @@ from train.step import training_step
 def small_config(small_config: Callable[..., Config]) -> Callable[..., Config]:
     """The smallest run of the embedded model: its cross-attention has maps of two sides."""
     return partial(small_config, model="micro")
-
-
-@pytest.fixture
-def make_job(mice: Path, small_config: Callable[..., Config]) -> Callable[..., Job]:
-    return lambda **options: prepare(small_config(mice, **options))
 
 
 def test_the_maps_are_those_of_the_plain_losss_pass(make_job: Callable[..., Job]) -> None:
@@ -62,12 +56,12 @@ def test_the_tokens_are_said_and_are_those_of_the_path(make_job: Callable[..., J
 
 
 def test_what_cannot_be_separated_is_refused(
-    make_job: Callable[..., Job], mice: Path, small_config: Callable[..., Config], tmp_path: Path
+    small: Callable[..., Config], make_job: Callable[..., Job], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"separate\.side: is 12; the UNet's cross-attention has maps of side 16, 8"):
         make_job(**{"separate.weight": 1, "separate.side": 12})
     with pytest.raises(InputError, match=r"train\.compile: is true; expected false with the objective separate"):
-        small_config(mice, **{"separate.weight": 1, "train.compile": "true"})
+        small(**{"separate.weight": 1, "train.compile": "true"})
     save_prompt(torch.randn(6, 77, 1024), tmp_path / "noise.pt")
     with pytest.raises(InputError, match=r"prompt .*noise\.pt has 76 tokens that tell its views apart and 0 other words"):
         make_job(**{"separate.weight": 1, "prompt.waypoints": f"[facelift, {tmp_path}/noise.pt]"})

@@ -9,26 +9,20 @@ import torch
 from softprompt.errors import InputError
 from softprompt.model.sampling import decode_latents
 from softprompt.objectives.domain_studio import detail_loss, high_frequency, pair_loss
-from train.batches import Wanted
+from tests.runs import scene_of
 from train.objectives.held_out import evaluate_on_held_out, held_out_batches
 from train.objectives.studio import Studio
 from train.objectives.terms import StepBatch
 from train.options.command_line import parse
 from train.options.config import Config, to_yaml
 from train.options.objectives import StudioConfig
-from train.setup import prepare
 from train.state.run import Job
-from train.step import denoising_and_kl, step_batch, training_step
+from train.step import denoising_and_kl, training_step
 
 
-@pytest.fixture
-def make_job(mice: Path, small_config: Callable[..., Config]) -> Callable[..., Job]:
-    return lambda **options: prepare(small_config(mice, **options))
-
-
-def scene_of(job: Job) -> StepBatch:
-    wanted = Wanted(0, 0, lowest=0)
-    scene = step_batch(job.trainer, wanted, job.trainer.batches.make(wanted), step=0, position=0.0)
+def predicted(job: Job) -> StepBatch:
+    """The first batch, with the predictions of both models."""
+    scene = scene_of(job)
     denoising_and_kl(job.trainer, scene, with_kl=False)
     return scene
 
@@ -37,7 +31,7 @@ def test_the_same_view_of_the_objects_or_the_views_of_each_object_are_compared(m
     job = make_job(**{"train.batch_size": 3})
     with torch.no_grad():
         job.adapted.prompt.learned.add_(torch.randn(job.adapted.prompt.start.shape))
-    scene = scene_of(job)
+    scene = predicted(job)
     assert scene.prediction is not None
     ours, source = scene.clean(scene.prediction), scene.clean(scene.reference)
     sets = {
@@ -56,7 +50,7 @@ def test_the_same_view_of_the_objects_or_the_views_of_each_object_are_compared(m
 
 def test_the_same_view_is_compared_where_each_object_was_given_another(make_job: Callable[..., Job]) -> None:
     job = make_job(**{"train.batch_size": 3, "data.reference_view": "random", "train.seed": 3})
-    scene = scene_of(job)
+    scene = predicted(job)
     order = scene.batch.order
     assert len({tuple(row) for row in order.tolist()}) > 1
     term = Studio(StudioConfig(weight=1.0, over="objects"))
@@ -68,7 +62,7 @@ def test_the_same_view_is_compared_where_each_object_was_given_another(make_job:
 
 def test_decoded_pictures_are_compared_where_asked_for(make_job: Callable[..., Job]) -> None:
     job = make_job()
-    scene = scene_of(job)
+    scene = predicted(job)
     assert scene.prediction is not None
     (found,) = Studio(StudioConfig(weight=1.0, over="views", space="pictures", pairs=0, detail_pairs=0, detail=1)).losses(scene)
     pictures = [decode_latents(job.pipeline, z) for z in (scene.clean(scene.prediction), scene.batch.latents)]
@@ -97,9 +91,9 @@ def test_held_out_objects_are_looked_at_in_the_same_way_every_time(make_job: Cal
     assert ours == theirs and set(ours) == {"studio", "studio_pairs", "studio_detail_pairs", "studio_detail"}
 
 
-def test_too_few_items_are_refused(make_job: Callable[..., Job], mice: Path, small_config: Callable[..., Config]) -> None:
+def test_too_few_items_are_refused(small: Callable[..., Config], make_job: Callable[..., Job]) -> None:
     with pytest.raises(InputError, match=r"train\.batch_size: is 1; expected 3 or more with studio\.over: objects"):
-        small_config(mice, **{"studio.weight": 1})
+        small(**{"studio.weight": 1})
     with pytest.raises(InputError, match=r"studio\.over: is objects; there are 2 to train on .*needs 3 or more different ones"):
         make_job(**{"studio.weight": 1, "train.batch_size": 3, "data.limit": 2})
     with pytest.raises(InputError, match=r"monitor\.objectives: has studio, and there are 2 held-out objects"):

@@ -34,9 +34,11 @@ def test_a_later_ctrl_c_ends_at_once_and_a_later_sigterm_does_not(monkeypatch: p
         assert codes == [128 + signal.SIGINT]
 
 
-def test_sigusr1_asks_for_a_checkpoint_once_and_not_for_a_stop() -> None:
+def test_sigusr1_asks_for_a_checkpoint_and_not_for_a_stop() -> None:
     accelerator = Accelerator(cpu=True)
     with StopSignal() as stopping:
         signal.raise_signal(signal.SIGUSR1)
-        assert stopping.number is None and not stopping.agreed(accelerator)
-        assert stopping.save_agreed(accelerator) and not stopping.save_agreed(accelerator)
+        assert stopping.agree(accelerator) == (False, True)
+        stopping.save = False
+        assert stopping.agree(accelerator) == (False, False)
+        assert stopping.number is None
