@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,5 @@ def test_a_damaged_run_is_named_beside_the_others(runs: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(("name", "message"), [("nowhere", "no such folder"), ("notes", "holds no run")])
-def test_a_folder_without_runs_is_refused(runs: Path, capsys: pytest.CaptureFixture[str], name: str, message: str) -> None:
-    assert main([str(runs / name)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {runs / name}: {message}") and said.count("\n") == 1
+def test_a_folder_without_runs_is_refused(runs: Path, error_of: Callable[..., str], name: str, message: str) -> None:
+    assert error_of(main, runs / name).startswith(f"error: {runs / name}: {message}")

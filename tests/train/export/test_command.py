@@ -25,17 +25,17 @@ from softprompt.model.loading import load_pipeline, load_unet
 from softprompt.model.pipeline import Pipeline
 from softprompt.model.sampling import sample_views
 from softprompt.prompt.embeddings import load_prompt
+from tests.models import write_facelift
 from tests.pictures import ONE_LEVEL, levels_apart, pixels
+from tests.runs import run_to_end
 from train import sample
 from train.export.__main__ import LORA_FORMATS, main, make_parser
 from train.export.lora import FORMATS
 from train.export.source import find_checkpoint, open_run
-from train.loop import train
 from train.options.config import Config
 from train.setup import prepare
 from train.state.checkpoint import save_progress, verify
 from train.state.folder import checkpoint_folder
-from train.state.stop import StopSignal
 
 RANK, ALPHA = 2, 5.0
 LORA = "lora/pytorch_lora_weights.safetensors"
@@ -49,14 +49,12 @@ def small_config(small_config: Callable[..., Config]) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="module")
-def trained(mice: Path, small_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def trained(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """`trained(**options)`: the folder of a finished run."""
 
     def run(**options: object) -> Path:
-        folder = tmp_path_factory.mktemp("runs") / "mice-001"
-        config = small_config(mice, **{n.replace("__", "."): v for n, v in options.items()})
-        train(prepare(config), folder, state=None, stop=StopSignal())
-        return folder
+        config = small(**{n.replace("__", "."): v for n, v in options.items()})
+        return run_to_end(config, tmp_path_factory.mktemp("runs") / "mice-001").folder
 
     return run
 
@@ -87,9 +85,8 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def earlier(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of step 2, in kohya's format too, and put into FaceLift beside it; nothing may change it."""
     folder = tmp_path_factory.mktemp("earlier")
-    (folder / "FaceLift" / "mvdiffusion").mkdir(parents=True)
-    (folder / "FaceLift" / "inference.py").touch()
-    given = ["--step", "2", "--output", str(folder / "mice"), "--lora", "kohya", "--into", str(folder / "FaceLift")]
+    facelift = write_facelift(folder / "FaceLift")
+    given = ["--step", "2", "--output", str(folder / "mice"), "--lora", "kohya", "--into", str(facelift)]
     assert main([str(run), *given, "--device=cpu"]) == 0
     return folder / "mice"
 
@@ -316,9 +313,8 @@ def test_the_card_s_commands_work_where_it_lies(
     exported: Path, mice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(exported)
-    names = {"FACELIFT": tmp_path / "FaceLift", "VIEWS": tmp_path / "views", "PICTURE.png": next(mice.rglob("cam_000.png"))}
-    (names["FACELIFT"] / "mvdiffusion").mkdir(parents=True)
-    (names["FACELIFT"] / "inference.py").touch()
+    facelift = write_facelift(tmp_path / "FaceLift")
+    names = {"FACELIFT": facelift, "VIEWS": tmp_path / "views", "PICTURE.png": next(mice.rglob("cam_000.png"))}
     programs: Mapping[str, Callable[[list[str]], int]] = {"train.export": main, "train.sample": sample.main}
     commands = "".join(blocks(exported, "bash")).splitlines()
     assert len(commands) == 3
@@ -329,7 +325,7 @@ def test_the_card_s_commands_work_where_it_lies(
         assert (python, m) == ("python", "-m")
         assert programs[program]([*rest, "--steps=1", "--device=cpu"] if program == "train.sample" else rest) == 0
     assert len(list(tmp_path.glob("views/*/*.png"))) == 6
-    assert sorted(p.name for p in names["FACELIFT"].rglob("*")) == ["inference.py", "mvdiffusion"], "undone"
+    assert sorted(p.name for p in facelift.rglob("*")) == ["inference.py", "mvdiffusion"], "undone"
     snippets = blocks(exported, "python")
     assert len(snippets) == 2
     for block in snippets:
@@ -432,12 +428,11 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(
     damage: Callable[[Path], object],
     reason: str,
     step: str,
-    capsys: pytest.CaptureFixture[str],
+    error_of: Callable[..., str],
 ) -> None:
     broken = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export", "tensorboard")))
     damage(checkpoint_folder(broken, 4))
-    assert main([str(broken), "--step", step, "--output", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
+    said = error_of(main, broken, "--step", step, "--output", tmp_path / "out")
     assert f"checkpoints/step-000004: is damaged ({reason}" in said and "; --step takes another: 2" in said
     assert not (tmp_path / "out").exists()
 
@@ -471,18 +466,11 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(
     ],
 )
 def test_what_cannot_be_exported_is_refused_in_one_line(
-    run: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, options: list[str], message: str, error_of: Callable[..., str]
 ) -> None:
-    (tmp_path / "FaceLift" / "mvdiffusion").mkdir(parents=True)
-    (tmp_path / "FaceLift" / "inference.py").touch()
-    names = {"RUN": run, "OUT": tmp_path / "out", "FACELIFT": tmp_path / "FaceLift"}
+    names = {"RUN": run, "OUT": tmp_path / "out", "FACELIFT": write_facelift(tmp_path / "FaceLift")}
     before = [sorted(folder.rglob("*")) for folder in (run, tmp_path)]
-    try:
-        code: object = main([filled(option, names) for option in options])
-    except SystemExit as stopped:
-        code = stopped.code
-    said = capsys.readouterr().err
-    assert code == 2 and filled(message, names) in said and said.count("\n") == 1
+    assert filled(message, names) in error_of(main, *(filled(option, names) for option in options))
     assert [sorted(folder.rglob("*")) for folder in (run, tmp_path)] == before
 
 
@@ -515,22 +503,21 @@ def redescribe(export: Path, **what: object) -> None:
     ],
 )
 def test_an_export_that_is_spoilt_is_refused(
-    run: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str, error_of: Callable[..., str]
 ) -> None:
     spoilt = Path(shutil.copytree(run / "export", tmp_path / "export"))
     spoil(spoilt)
-    assert main([str(spoilt), "--output", str(tmp_path / "out"), "--lora", "kohya", "--device=cpu"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {message}".replace("EXPORT", str(spoilt))) and said.count("\n") == 1
+    error = error_of(main, spoilt, "--output", tmp_path / "out", "--lora", "kohya", "--device=cpu")
+    assert error.startswith(f"error: {message}".replace("EXPORT", str(spoilt)))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_without_room_for_the_merged_pipeline_is_refused_first(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_of: Callable[..., str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1000))
-    assert main([str(run), "--output", str(tmp_path / "out"), "--pipeline", "--device=cpu"]) == 2
-    assert "GB free; the merged pipeline folder takes about 0.0 GB" in capsys.readouterr().err
+    error = error_of(main, run, "--output", tmp_path / "out", "--pipeline", "--device=cpu")
+    assert "GB free; the merged pipeline folder takes about 0.0 GB" in error
 
 
 def test_the_help_has_examples() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from softprompt.errors import InputError, RunError
 from softprompt.prompt.embeddings import save_prompt
+from tests.models import write_facelift
 from train.export import facelift as facelift_module
 from train.export.__main__ import main
 from train.export.facelift import CHECK_XFORMERS, FACELIFT_MODEL, FACELIFT_PROMPT, how_to_use, put_in, undo
@@ -83,13 +84,13 @@ def facelift_repository(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     without = {"everything": [], "no pipeline": [FACELIFT_MODEL], "no prompt": [FACELIFT_PROMPT]}
     kept = {n: c for n, c in EVERYTHING.items() if not n.startswith(tuple(without.get(request.param, PLACES)))}
     kept = {} if request.param == "nothing" else kept
-    return write(tmp_path / "FaceLift", {"inference.py": b"", "mvdiffusion/__init__.py": b"", **kept})
+    return write(write_facelift(tmp_path / "FaceLift"), kept)
 
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
     """FaceLift's repository with its own prompt and pipeline."""
-    return write(tmp_path / "whole", {"inference.py": b"", "mvdiffusion/__init__.py": b"", **EVERYTHING})
+    return write(write_facelift(tmp_path / "whole"), EVERYTHING)
 
 
 def is_in(repository: Path, export: Path, *, pipeline: bool = True) -> bool:

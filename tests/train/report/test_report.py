@@ -197,12 +197,10 @@ def test_a_report_of_real_weights_names_their_folder_and_the_prompt_it_began_wit
         (lambda run: (run / "export" / "clr_embeds.safetensors").write_bytes(b"x"), r"clr_embeds\.safetensors"),
     ],
 )
-def test_what_cannot_be_reported_is_refused_in_a_line(copy, capsys, spoil, said):
+def test_what_cannot_be_reported_is_refused_in_a_line(copy, error_of, spoil, said):
     spoil(copy)
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
-    assert main([str(copy)]) == 2
-    error = capsys.readouterr().err
-    assert re.search(said, error) and error.count("\n") == 1
+    assert re.search(said, error_of(main, copy))
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 
