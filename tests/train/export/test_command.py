@@ -200,7 +200,7 @@ def with_diffusers_from_kohya(folder: Path) -> UNet2DConditionModel:
 
 
 def with_kohya_by_hand(folder: Path) -> UNet2DConditionModel:
-    """As kohya's scripts do: the name of each layer with _ for ., and up @ down * alpha / rank added to its weight."""
+    """The UNet as kohya's scripts change it: up @ down * alpha / rank is added to each layer's weight; its name has _ for ."""
     unet, lora = load_unet(MICRO_MODEL / "unet"), load_file(folder / "lora_kohya.safetensors")
     with torch.no_grad():
         for name, layer in unet.named_modules():

@@ -16,7 +16,7 @@ SAME = ("steps of 2 objects", "steps of 4 objects", "steps of 8 objects", "24 GB
 """Checks that differ from one that is tried in a number alone, or have nothing to do where there is one device."""
 ON_A_GPU_ALONE = {name for name in CHECKS if "alone" in name and name != "ours alone"}
 ON_A_GPU_ALONE |= {"fp16", "fp16's gradient scaler", "out of memory"}
-"""What has nothing to measure on a CPU; it says so, and never passes."""
+"""Checks with nothing to measure on a CPU: they are skipped, and never pass."""
 DONE: set[str] = set()
 """Checks that this process has done: the tests may be shared out between several."""
 

@@ -35,7 +35,7 @@ def refused(error_of: Callable[..., str]) -> Run:
 
 @pytest.fixture(scope="session")
 def encoder() -> Encoder:
-    """The embedded model's."""
+    """The embedded model's text encoder."""
     return open_encoder("micro")
 
 
@@ -50,7 +50,7 @@ def random_prompt(views: int = 6, width: int = 8, seed: int = 0) -> torch.Tensor
 
 
 def saved(path: Path, prompt: torch.Tensor) -> Path:
-    """As FaceLift has it: a bare tensor, and nothing beside it."""
+    """Write a prompt as FaceLift has it: a bare tensor, without a JSON file beside it."""
     if path.suffix == ".pt":
         torch.save(prompt.half(), path)
     else:
