@@ -212,7 +212,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda file, lora: file.write_bytes(b"no weights"), "cannot be loaded into "),
         (lambda file, lora: file.unlink(), "cannot be loaded into "),
@@ -226,14 +226,14 @@ def test_a_lora_that_is_damaged_or_of_another_model_is_refused(
     picture: Path,
     tmp_path: Path,
     spoil: Callable[[Path, dict[str, torch.Tensor]], object],
-    said: str,
+    message: str,
     error_of: Callable[..., str],
 ) -> None:
     export = Path(shutil.copytree(run / "export", tmp_path / "export"))
     file = export / "lora" / LORA_WEIGHTS
     spoil(file, load_file(file))
     given = [f"--pictures=[{picture}]", f"--export={export}", f"--output={tmp_path / 'views'}", *QUICK]
-    assert re.fullmatch(rf"error: {export / 'lora'}: .*{said}.*", error_of(main, *given))
+    assert re.fullmatch(rf"error: {export / 'lora'}: .*{message}.*", error_of(main, *given))
     assert not (tmp_path / "views").exists()
 
 
@@ -279,8 +279,8 @@ def test_pictures_are_given_as_a_shell_gives_them(
 def test_help_says_how_pictures_are_given(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(argv)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "(a.png b.png), a pattern in quotes ('mice/*.png'), or a list ('[a.png, b.png]')" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(a.png b.png), a pattern in quotes ('mice/*.png'), or a list ('[a.png, b.png]')" in printed
 
 
 def test_a_pattern_that_finds_nothing_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from train.compare.tables import (
     views_table,
 )
 from train.log.series import display_name
-from train.report.charts import COLOURS, INK, LARGEST_TILE, blank, cut_strips, data_uri, make_logarithmic, to_svg
+from train.report.charts import COLOURS, INK, LARGEST_TILE, blank, cut_strips, make_logarithmic, strip_row, to_svg
 from train.report.template import write_page
 
 BASELINE = "#808080"
@@ -217,8 +217,7 @@ def grid(comparison: Comparison, results: Sequence[RunResult]) -> dict[str, Any]
 
 
 def _row(name: str, strip: Image.Image, b: int) -> dict[str, Any]:
-    alt = f"Object {b + 1}, views: {name}"
-    return {"name": name, "uri": data_uri(strip), "alt": alt, "width": strip.width, "height": strip.height}
+    return strip_row(name, strip, alt=f"Object {b + 1}, views: {name}")
 
 
 def strips(result: RunResult) -> list[dict[str, Image.Image]]:

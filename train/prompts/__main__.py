@@ -39,9 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no command {name!r}; expected one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         return BAD_INPUT
     parser, command = COMMANDS[name]
-    given = parser().parse_args(rest)
-    line = shlex.join(["python", "-m", "train.prompts", *argv])
-    return run_command(lambda: command(given, line), interrupted="interrupted; nothing was written")
+    given = parser().parse_args(rest, argparse.Namespace(command=shlex.join(["python", "-m", "train.prompts", *argv])))
+    return run_command(lambda: command(given), interrupted="interrupted; nothing was written")
 
 
 def _show_parser() -> PlainParser:
@@ -66,7 +65,7 @@ def _show_parser() -> PlainParser:
     return parser
 
 
-def show(given: argparse.Namespace, command: str) -> int:
+def show(given: argparse.Namespace) -> int:
     """Print and draw. Raises: InputError for a name that is no prompt, or a page that would replace another file."""
     from train.prompts.report import Phrases, inspect, print_report, write_prompts_page
     from train.prompts.sources import open_encoder, read_phrases
@@ -79,7 +78,7 @@ def show(given: argparse.Namespace, command: str) -> int:
         texts = read_phrases(given.phrases, subject=given.subject, angle=given.angle)
         phrases = Phrases(texts, open_encoder(given.model).embed(texts))
     shown = inspect(sources, phrases)
-    write_prompts_page(shown, output, command)
+    write_prompts_page(shown, output, given.command)
     print_report(shown)
     print(f"page       {output}")
     return 0
@@ -97,9 +96,8 @@ def _check_parser() -> PlainParser:
     return parser
 
 
-def check(given: argparse.Namespace, command: str) -> int:
+def check(given: argparse.Namespace) -> int:
     """Compare a file with a model's configuration and text encoder. Raises: InputError with the cause if it does not fit."""
-    del command
     from softprompt.prompt.embeddings import load_prompt
     from train.prompts.sources import TOY, has_toy_encoder, model_folder, model_takes, open_file
 
@@ -153,9 +151,8 @@ def _make_parser() -> PlainParser:
     return parser
 
 
-def make(given: argparse.Namespace, command: str) -> int:
+def make(given: argparse.Namespace) -> int:
     """Encode and write. Raises: InputError for texts that cannot be encoded, or a reference that is not reproduced."""
-    del command
     from train.prompts.make import metadata, reproduce
     from train.prompts.output import refuse_output, write
     from train.prompts.sources import TOY, fill_in, model_takes, open_encoder, open_file
@@ -219,9 +216,8 @@ def _mix_parser() -> PlainParser:
     return parser
 
 
-def mix(given: argparse.Namespace, command: str) -> int:
+def mix(given: argparse.Namespace) -> int:
     """Interpolate and write. Raises: InputError for prompts that cannot be mixed, or a position outside the path."""
-    del command
     import torch
 
     from softprompt.prompt.soft_prompt import point_on_path
@@ -274,9 +270,8 @@ def _convert_parser() -> PlainParser:
     return parser
 
 
-def convert(given: argparse.Namespace, command: str) -> int:
+def convert(given: argparse.Namespace) -> int:
     """Rewrite. Raises: InputError for a file that is no prompt, or cannot be written."""
-    del command
     from train.prompts.output import convert as rewrite
 
     for sentence in rewrite(Path(given.given), Path(given.output), overwrite=given.overwrite):
@@ -307,7 +302,7 @@ def _open_all(given: argparse.Namespace) -> list["Source"]:
     return open_all(given.prompts, model=given.model, subject=given.subject, angle=given.angle)
 
 
-Command = tuple[Callable[[], PlainParser], Callable[[argparse.Namespace, str], int]]
+Command = tuple[Callable[[], PlainParser], Callable[[argparse.Namespace], int]]
 COMMANDS: dict[str, Command] = {
     "show": (_show_parser, show),
     "check": (_check_parser, check),

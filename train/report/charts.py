@@ -101,6 +101,11 @@ def data_uri(strip: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
+def strip_row(name: str, strip: Image.Image, *, alt: str) -> dict[str, Any]:
+    """A strip of tiles with its name, as the macro `strips` of parts.html.jinja draws it. alt: a text in its place."""
+    return {"name": name, "uri": data_uri(strip), "alt": alt, "width": strip.width, "height": strip.height}
+
+
 def matrix_cells(cosines: "Tensor", least: float) -> list[list[dict[str, float]]]:
     """The cells of a matrix of cosines, shaded from `least` (none) to 1 (full). cosines: [V, V]."""
     return [[{"cosine": c, "ink": (c - least) / ((1 - least) or 1)} for c in row] for row in cosines.tolist()]

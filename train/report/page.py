@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from PIL import Image
 
 from train.export.facelift import into_facelift
 from train.log.series import ABLATION_PSNR, ABLATION_SSIM, HANDED_ON, VIEWS_FOLLOW, display_name
 from train.options.groups import MICRO
 from train.prompts.measure import drift, in_ranges, measure
-from train.report.charts import chart, cut_strips, data_uri, matrix_cells
+from train.report.charts import chart, cut_strips, matrix_cells, strip_row
 from train.report.figures import panels
 from train.report.read import Story
 from train.report.template import refuse_other_page, write_page
@@ -234,19 +233,12 @@ def _rows(tiles: Path | None, names: Sequence[str], story: Story, most: int | No
         return []
     objects = cut_strips(tiles, views=len(story.slots), rows=len(names))[:most]
     return [
-        [_strip(name, strip, number) for name, strip in zip(names, strips, strict=True)]
+        [
+            strip_row(label, strip, alt=f"Object {number}: {label}")
+            for label, strip in zip(map(display_name, names), strips, strict=True)
+        ]
         for number, strips in enumerate(objects, start=1)
     ]
-
-
-def _strip(name: str, strip: Image.Image, number: int) -> dict[str, Any]:
-    return {
-        "name": display_name(name),
-        "uri": data_uri(strip),
-        "alt": f"Object {number}: {display_name(name)}",
-        "width": strip.width,
-        "height": strip.height,
-    }
 
 
 def _place(given: str, embedded: str) -> str:

@@ -54,15 +54,15 @@ def test_a_list_from_another_machine_is_read_and_named(herd: Path, capsys: pytes
     (herd / "list.txt").write_text("".join(f"/elsewhere/{name}\n" for name in names))
     argv = [f"--data.train={herd / 'list.txt'}", f"--size={SIZE}", f"--output={tmp_path / 'doctor'}"]
     assert main(argv) == 0
-    said = capsys.readouterr().out
-    assert said.count(f"WARNING    {herd / 'list.txt'}: its 12 absolute paths are another machine's") == 1
+    printed = capsys.readouterr().out
+    assert printed.count(f"WARNING    {herd / 'list.txt'}: its 12 absolute paths are another machine's") == 1
     shutil.rmtree(herd / names[0])
     assert main(argv) == 2
     assert "beside the list are 11 of its 12 folders" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("inside", "said"),
+    ("inside", "message"),
     [
         ([], "no samples in 0 sub-folders, no pictures"),
         (["a/", "b/"], "no samples in 2 sub-folders"),
@@ -70,19 +70,19 @@ def test_a_list_from_another_machine_is_read_and_named(herd: Path, capsys: pytes
     ],
 )
 def test_a_folder_without_samples_is_an_error_in_one_line(
-    tmp_path: Path, error_of: Callable[..., str], inside: list[str], said: str
+    tmp_path: Path, error_of: Callable[..., str], inside: list[str], message: str
 ) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     for name in inside:
         (folder / name).mkdir() if name.endswith("/") else Image.new("RGBA", (8, 8)).save(folder / name)
     error = error_of(main, f"--data.train={folder}", f"--output={tmp_path / 'doctor'}")
-    assert error.startswith("error: --data.train: ") and said in error
+    assert error.startswith("error: --data.train: ") and message in error
     assert not (tmp_path / "doctor").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ([], "data.train"),
         (["--data.train=x", "--siz=3"], "unknown option 'siz'; did you mean 'size'?"),
@@ -93,6 +93,6 @@ def test_a_folder_without_samples_is_an_error_in_one_line(
     ],
 )
 def test_bad_options_are_errors_in_one_line(
-    options: list[str], said: str, error_of: Callable[..., str], tmp_path: Path
+    options: list[str], message: str, error_of: Callable[..., str], tmp_path: Path
 ) -> None:
-    assert said in error_of(main, *options, f"--output={tmp_path / 'doctor'}")
+    assert message in error_of(main, *options, f"--output={tmp_path / 'doctor'}")

@@ -116,8 +116,8 @@ def test_the_newest_checkpoint_is_what_the_run_itself_exported(run: Path, export
 
 
 def test_an_earlier_checkpoint_gives_the_views_of_its_step(run: Path, earlier: Path, mice: Path, tmp_path: Path) -> None:
-    said, picture = described(earlier), min((mice / "val").glob("*/cam_000.png"))
-    assert (said["steps"], said["position"]) == (2, 0.5)
+    description, picture = described(earlier), min((mice / "val").glob("*/cam_000.png"))
+    assert (description["steps"], description["position"]) == (2, 0.5)
     quick = ["--steps=2", "--guidance_scale=1.5", "--eta=0", "--device=cpu"]
     assert sample.main([f"--pictures=[{picture}]", f"--export={earlier}", f"--output={tmp_path / 'views'}", *quick]) == 0
     tiles = pixels(run / "previews" / "tiles-step-000002.png")
@@ -342,9 +342,9 @@ def test_an_export_that_lies_alone_has_a_card_without_picture_and_results(
 ) -> None:
     alone = Path(shutil.copytree(run / "export", tmp_path / "a" / "b" / "alone"))
     assert main([str(alone), "--output", str(tmp_path / "out"), "--device=cpu"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for what in ("a picture", "results"):
-        assert f"WARNING    the model card is without {what}: {alone} lies in no run's folder" in said
+        assert f"WARNING    the model card is without {what}: {alone} lies in no run's folder" in printed
     assert (tmp_path / "out" / "clr_embeds.safetensors").read_bytes() == (alone / "clr_embeds.safetensors").read_bytes()
     assert same_lora(tmp_path / "out", alone) and described(tmp_path / "out") == described(alone)
     text = (tmp_path / "out" / "README.md").read_text()
@@ -409,8 +409,8 @@ def test_an_alpha_that_a_converter_loses_is_found_and_nothing_is_left(
 
     monkeypatch.setitem(FORMATS, "kohya", replace(FORMATS["kohya"], write=converter_alone))
     assert main([str(run), "--output", str(tmp_path / "out"), "--lora", "kohya", "--device=cpu"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: export: lora_kohya.safetensors read back differs from the model in memory by 0.")
+    error = capsys.readouterr().err
+    assert error.startswith("error: export: lora_kohya.safetensors read back differs from the model in memory by 0.")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -432,8 +432,8 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(
 ) -> None:
     broken = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export", "tensorboard")))
     damage(checkpoint_folder(broken, 4))
-    said = error_of(main, broken, "--step", step, "--output", tmp_path / "out")
-    assert f"checkpoints/step-000004: is damaged ({reason}" in said and "; --step takes another: 2" in said
+    error = error_of(main, broken, "--step", step, "--output", tmp_path / "out")
+    assert f"checkpoints/step-000004: is damaged ({reason}" in error and "; --step takes another: 2" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -521,5 +521,5 @@ def test_a_disk_without_room_for_the_merged_pipeline_is_refused_first(
 
 
 def test_the_help_has_examples() -> None:
-    said = make_parser().format_help()
-    assert said.count("python -m train.export ") >= 5 and "--undo ../FaceLift" in said
+    printed = make_parser().format_help()
+    assert printed.count("python -m train.export ") >= 5 and "--undo ../FaceLift" in printed

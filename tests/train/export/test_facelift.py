@@ -137,9 +137,9 @@ def test_a_prompt_alone_is_not_left_beside_another_export_s_pipeline(
 ) -> None:
     before = tree(facelift_repository)
     put_in(facelift_repository, export, with_pipeline=True)
-    said = put_in(facelift_repository, other, with_pipeline=False)
+    lines = put_in(facelift_repository, other, with_pipeline=False)
     assert is_in(facelift_repository, other, pipeline=False) and any(
-        "it belonged to an earlier prompt" in line for line in said
+        "it belonged to an earlier prompt" in line for line in lines
     )
     ours = ("mvdiffusion/data", "mvdiffusion/data.no-original")  # where there was no prompt either
     assert {n: c for n, c in tree(facelift_repository).items() if not n.startswith(ours)} == {
@@ -293,8 +293,8 @@ def test_a_disk_without_room_for_the_pipeline_is_refused(whole: Path, export: Pa
 
 
 def test_a_prompt_without_its_lora_is_told_of(whole: Path, export: Path) -> None:
-    said = "\n".join(put_in(whole, export, with_pipeline=False))
-    assert "WARNING    the LoRA is not in it" in said and "--pipeline" in said
+    text = "\n".join(put_in(whole, export, with_pipeline=False))
+    assert "WARNING    the LoRA is not in it" in text and "--pipeline" in text
     assert not any("WARNING" in line for line in put_in(whole, export, with_pipeline=True))
     shutil.rmtree(export / "lora")
     assert not any("WARNING" in line for line in put_in(whole, export, with_pipeline=False))
@@ -309,8 +309,8 @@ def test_a_prompt_of_the_micro_model_is_told_of(whole: Path, tmp_path: Path) -> 
 def test_what_facelift_needs_for_these_views_is_told_with_the_command_that_checks_it(
     whole: Path, export: Path, with_pipeline: bool
 ) -> None:
-    (said,) = [line for line in put_in(whole, export, with_pipeline=with_pipeline) if "xformers" in line]
-    assert said.startswith("mind       ") and CHECK_XFORMERS in said and "sparse_mv_attention" in said
+    (text,) = [line for line in put_in(whole, export, with_pipeline=with_pipeline) if "xformers" in line]
+    assert text.startswith("mind       ") and CHECK_XFORMERS in text and "sparse_mv_attention" in text
 
 
 @pytest.mark.parametrize("flag", ["sparse_mv_attention", "multiview_attention"])

@@ -52,7 +52,7 @@ def test_a_wrapper_s_prefix_is_taken_off_and_said(
         found = open_lora(pipeline, wrapped, torch.float32).unet.state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], weight) for name, weight in expected.items())
     job = make_job(init_from=str(wrapped))
-    assert "WARNING" in (said := capsys.readouterr().err) and "named as " in said
+    assert "WARNING" in (printed := capsys.readouterr().err) and "named as " in printed
     assert any("weights    " in note and "taken off" in note for note in job.notes)
     begun = job.pipeline.unet.state_dict()
     assert all(torch.equal(begun[name], weight) for name, weight in expected.items() if ".lora_" in name)

@@ -309,12 +309,12 @@ def test_an_export_that_reads_back_otherwise_is_none_and_the_earlier_one_stays(
         "nan": (write_module, "load_prompt", lambda *a, **k: load_prompt(*a, **k) * float("nan")),
     }
     monkeypatch.setattr(*spoilt[broken])
-    said = (
+    message = (
         r"export: clr_embeds\.pt and lora read back differs .* more than export\.tolerance 0\.0001\. It is kept as "
         r"\S*/export\.unverified for inspection"
     )
     (tmp_path / "export.unverified" / "lora").mkdir(parents=True)  # what an earlier failure left is no hindrance
-    with pytest.raises(RunError, match=said):
+    with pytest.raises(RunError, match=message):
         model.export(tmp_path / "export")
     assert contents(tmp_path / "export") == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "export.unverified"]
@@ -345,13 +345,13 @@ def test_a_pipeline_that_reads_back_otherwise_is_kept_aside_and_prompt_and_lora_
     for name in ("pipeckpts.unverified", ".pipeckpts.partial-new"):  # what an earlier failure left is no hindrance
         (first_step / name).mkdir()
         (first_step / name / "old").touch()
-    said = (
+    message = (
         r"export: pipeckpts read back differs .* more than export\.tolerance 0\.0001\. It is kept as "
         r"\S*/export/pipeckpts\.unverified for inspection"
     )
     with monkeypatch.context() as patch:
         patch.setattr(write_module, "save_pipeline", broken)
-        with pytest.raises(RunError, match=said):
+        with pytest.raises(RunError, match=message):
             model.export_pipeline(first_step)
     after = contents(first_step)
     aside = {name: content for name, content in after.items() if name.startswith("pipeckpts.unverified/")}

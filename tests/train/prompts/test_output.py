@@ -64,8 +64,8 @@ def test_prompts_that_cannot_be_mixed_are_errors_in_one_line(
 
 def test_converting_there_and_back_changes_nothing(facelift: Path, tmp_path: Path, run: Run) -> None:
     there, back = tmp_path / "a.safetensors", tmp_path / "b.pt"
-    said = run("convert", facelift / "clr_embeds.pt", there)
-    assert "found" in said and "6 views x 77 tokens x 1024, float16" in said
+    printed = run("convert", facelift / "clr_embeds.pt", there)
+    assert "found" in printed and "6 views x 77 tokens x 1024, float16" in printed
     run("convert", there, back)
     stored = torch.load(back, weights_only=True)
     assert stored.dtype == torch.float16 and torch.equal(stored, torch.load(facelift / "clr_embeds.pt", weights_only=True))
@@ -114,8 +114,8 @@ def test_folders_of_other_numbers_of_views_are_converted(tmp_path: Path, run: Ru
     folder.mkdir()
     for seed, name in enumerate(("clr_embeds", "normal_embeds")):
         saved(folder / f"{name}.pt", random_prompt(views=7, seed=seed))
-    said = run("convert", folder, tmp_path / "out")
-    assert "clr_embeds.pt of color pictures: 7 views x 77" in said and "normal_embeds.pt of normal maps" in said
+    printed = run("convert", folder, tmp_path / "out")
+    assert "clr_embeds.pt of color pictures: 7 views x 77" in printed and "normal_embeds.pt of normal maps" in printed
     for seed, name in enumerate(("clr_embeds", "normal_embeds")):
         found = load_prompt(tmp_path / "out" / f"{name}.safetensors", num_views=7)
         assert torch.equal(found, random_prompt(views=7, seed=seed).half().float())
