@@ -59,7 +59,7 @@ class Options(Checked):
     lora_strength: float = 1.0
     """0 is the pretrained model, 1 the adapted one."""
     rise: Literal["none", "linear", "square", "fourth", "step"] = "none"
-    """How what is adapted rises along the sampling steps, from the pretrained model at the noisiest: with the share of the
+    """How the adaptation rises along the sampling steps, from the pretrained model at the noisiest: with the share of the
     steps that are done, its square, its fourth power, or all at once when it is 0.6. Layout and shape stay nearer to the
     pretrained model's; sampling takes up to twice as long."""
     rows: Literal["one", "strengths", "path", "ablation", "rises"] = "one"
@@ -189,8 +189,8 @@ def _sample(options: Options) -> int:
     print("\n".join([note, *(f"weights    {note}" for note in pipeline.notes)]))
     if opaque:
         print(
-            f"WARNING    {len(opaque)} pictures have no transparency, e.g. {opaque[0]}: what is behind the object is taken for "
-            f"part of it. Remove the background first, as for training"
+            f"WARNING    {len(opaque)} pictures have no transparency, e.g. {opaque[0]}: their background is taken for part of "
+            f"the object. Remove the background first, as for training"
         )
     colour = torch.tensor(BACKGROUNDS[options.background])
     with writing_to(f"output: {options.output}"), new_folder(options.output) as partial:

@@ -184,7 +184,7 @@ def _write(source: "Source", given: argparse.Namespace) -> list[str]:
 
     pipeline, prompt, tolerance = source.pipeline, source.prompt, source.tolerance
     if given.lora and not has_lora(pipeline.unet):
-        raise InputError(f"--lora: {source.folder} has none (lora.rank 0); what it learned is in the prompt")
+        raise InputError(f"--lora: {source.folder} has no LoRA (lora.rank 0); only its prompt was trained")
     size = folder_size(pipeline.folder) if given.pipeline else 0
     if (disk := lack_of_space(given.output, size)) is not None:
         raise InputError(f"--output: {disk}; the merged pipeline folder takes about {size / 1e9:.1f} GB")

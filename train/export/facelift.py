@@ -32,9 +32,9 @@ def put_in(facelift: Path, export: Path, *, with_pipeline: bool) -> list[str]:
     """Put an export's prompt, and where asked for its merged pipeline folder, into FaceLift's repository.
 
     Without it the pipeline folder is FaceLift's own again, where an earlier call put another there: a prompt belongs to a
-    model. What is copied is compared with what it was copied from before it takes its place.
+    model. Each copy is compared with its original before it takes its place.
     Returns: the changes, then warnings, in lines.
-    Raises: InputError where `facelift` is not FaceLift's repository, or the export has not what is asked for or does not fit.
+    Raises: InputError where `facelift` is not FaceLift's repository, or the export lacks a wanted part or does not fit.
     """
     refuse_another_folder(facelift)
     wanted = {FACELIFT_PROMPT: export / "clr_embeds.pt"}
@@ -76,7 +76,7 @@ def undo(facelift: Path) -> list[str]:
             f"--undo: {facelift} holds nothing that --into put there (no {Path(FACELIFT_PROMPT).name}.original or "
             f".no-original); likely it was undone already"
         )
-    return [f"put back   {_put_back(facelift, place)}" for place in found] or ["taken away what a killed --into had begun with"]
+    return [f"put back   {_put_back(facelift, place)}" for place in found] or ["removed the partial copies of a killed --into"]
 
 
 def refuse_another_folder(facelift: Path) -> None:
@@ -178,7 +178,7 @@ def _staged(facelift: Path, place: str, ours: Path) -> Path:
 
 
 def _differing(ours: Path, copy: Path) -> list[Path]:
-    """Files that are not the same in both."""
+    """Files that differ between the two."""
     if ours.is_file():
         return [] if filecmp.cmp(ours, copy, shallow=False) else [ours]
     names = {file.relative_to(folder) for folder in (ours, copy) for file in folder.rglob("*") if not file.is_dir()}
@@ -200,7 +200,7 @@ def _set_aside(facelift: Path, place: str) -> str:
 
 
 def _clean(facelift: Path) -> bool:
-    """Remove what a call that was killed left half-written. Returns: whether there was anything."""
+    """Remove the partial copies of a killed call. Returns: whether there were any."""
     targets = [facelift / place for place in (FACELIFT_PROMPT, FACELIFT_MODEL)]
     folders = [(target.name, folder) for target in targets for folder in (facelift, *_up_to(facelift, target.parent))]
     left_over = [path for name, folder in folders for path in folder.glob(f".*{name}.partial-*")]
@@ -236,12 +236,12 @@ def _put_back(facelift: Path, place: str) -> str:
 
 
 def _missing(facelift: Path, target: Path) -> Path | None:
-    """The topmost of a place and the folders it is in that was not there before; None where it was, or nothing was put in."""
+    """The topmost of a place and its folders that `put_in` made; None where all existed before, or nothing was put in."""
     return next((path for path in _up_to(facelift, target) if _no_original(path).exists()), None)
 
 
 def _up_to(facelift: Path, path: Path) -> list[Path]:
-    """A path and the folders that it is in, below FaceLift's."""
+    """A path and its folders, up to but without FaceLift's."""
     return [one for one in (path, *path.parents) if one != facelift and one.is_relative_to(facelift)]
 
 
@@ -254,7 +254,7 @@ def _no_original(path: Path) -> Path:
 
 
 def _take_away(path: Path) -> None:
-    """A file, link or folder, where there is one."""
+    """Remove a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         remove_folder(path)
     else:

@@ -71,8 +71,7 @@ def open_lora(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
 
 @contextmanager
 def _with_plain_names(folder: Path) -> Iterator[Path]:
-    """An export: itself; where its LoRA was saved from a compiled or wrapped UNet, a copy under the UNet's own names for the
-    time of the block."""
+    """The export, or, if its LoRA was saved from a compiled or wrapped UNet, a temporary copy with the UNet's own names."""
     file = folder / "lora" / LORA_WEIGHTS
     stored = load_file(file) if file.is_file() else {}
     plain = _plain(stored, file)
@@ -127,7 +126,7 @@ def start_from(folder: Path, adapted: AdaptedModel, position: float) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """A model with what it has learned, in float32, and where it comes from."""
+    """A model with its trained prompt and LoRA, in float32, and their origin."""
 
     folder: Path
     """Checkpoint or export that it was read from."""
@@ -151,7 +150,7 @@ class Source:
 
     @property
     def tolerance(self) -> float:
-        """Largest difference allowed between views in memory and of what is read back."""
+        """Largest difference allowed between the views of the model in memory and of the files read back."""
         return (ExportConfig() if self.config is None else self.config.export).tolerance
 
 

@@ -37,7 +37,7 @@ def open_run(run: Path, which: str, *, model: str | None, unet: str | None = Non
 
     which: `newest`, `best` (of the lowest validation loss) or a step. model, unet: folders of the pipeline and of the UNet used
     instead of its own; None: those of the run.
-    Raises: InputError for a step that there is not, a damaged checkpoint, or another model than the run's.
+    Raises: InputError for a step without a checkpoint, a damaged checkpoint, or another model than the run's.
     """
     folder = find_checkpoint(run, which)
     try:

@@ -93,8 +93,7 @@ def describe(config: Config, *, position: float, step: int, last: Mapping[str, A
 
 
 def write_prompt_and_lora(pipeline: Pipeline, prompt: Tensor, folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Into a folder that is there: the prompt as FaceLift loads it and in float32, and the LoRA, where there is one, as
-    diffusers loads it."""
+    """Write into an existing folder: the prompt as FaceLift loads it and in float32, and the LoRA, if any, for diffusers."""
     save_prompt(prompt, folder / "clr_embeds.safetensors", metadata=metadata)
     save_prompt(prompt, folder / "clr_embeds.pt", metadata=metadata)
     if has_lora(pipeline.unet):
@@ -181,7 +180,7 @@ def within(found: float, tolerance: float, what: str) -> float:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raises: InputError when the disk of `folder` has not room for a run of `needed` bytes, what it holds already included."""
+    """Raises: InputError when a run of `needed` bytes, those already in `folder` included, does not fit on its disk."""
     more = max(0, needed - folder_size(folder))
     if (disk := lack_of_space(folder, more)) is not None:
         raise InputError(
@@ -203,7 +202,7 @@ def _adapter_metadata(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _replace(folder: Path, new: Path) -> None:
-    """Move what is new into `folder`; what an earlier export left there goes, all else (best/) stays."""
+    """Move the new export into `folder` in place of an earlier one; all else there (best/) stays."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("lora", "pipeckpts"):  # also where the new export has none: it would not belong to the new prompt
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -64,7 +64,7 @@ def precision(setting: Setting, name: str) -> list[Row]:
     found, expected = _numbers(job), json.loads(setting.reference.read_text(encoding="utf-8"))
     most_loss, most_view = TOLERANCES[name]
     losses = [abs(a / b - 1) for a, b in zip(found["loss"], expected["loss"], strict=True)]
-    # Of the first measurement after an update: it is a square, so twice the tolerance.
+    # From the first measurement after an update on; the KL is a square, so its relative difference is larger.
     later = [abs(a / b - 1) for a, b in zip(found["kl"][1:], expected["kl"][1:], strict=True)]
     views = torch.tensor(found["views"]) - torch.tensor(expected["views"])
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in job.adapted.all_trainable().values()}

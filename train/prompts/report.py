@@ -99,7 +99,7 @@ def rows(one: Shown) -> list[tuple[str, str]]:
     least, most = (f"{float(norm):.1f}" for norm in m.norms.aminmax())
     found = [("shape", source.shape)]
     if source.toy:
-        found.append(("encoder", f"{TOY}: of use only with the embedded model"))
+        found.append(("encoder", f"{TOY}: fits only the embedded model"))
     found += [("norms", f"a token's is {least} to {most}, mean {float(m.norms.mean()):.1f}"), ("view", _view_line(m))]
     if one.words is not None:
         how = "by its texts" if source.words is not None else "by their similarity"

@@ -59,7 +59,7 @@ class Source:
 
     @property
     def shape(self) -> str:
-        """Shape and dtype in words."""
+        """Shape and dtype as text."""
         views, tokens, width = self.prompt.shape
         return f"{views} views x {tokens} tokens x {width}, {self.dtype}"
 
@@ -143,7 +143,7 @@ def fill_in(
     """The texts of a template's name, or of a text with {view}, one a view.
 
     angles: for {angle}, one for all views or one each. problem: how an error begins, if not with --text.
-    Raises: InputError for what is neither.
+    Raises: InputError for a text that is neither.
     """
     if text not in TEMPLATES and "{" not in text:
         near = difflib.get_close_matches(text, TEMPLATES, n=1)

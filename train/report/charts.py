@@ -42,7 +42,7 @@ def blank(*, width: float, height: float) -> "tuple[Figure, Axes]":
 
 
 def make_logarithmic(axes: "Axes") -> None:
-    """The y axis, with its numbers written out; what is drawn must be positive. Over a wide range each power of ten alone."""
+    """Make the y axis logarithmic, its numbers written out (over a wide range powers of ten). Values must be positive."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")

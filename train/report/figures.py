@@ -82,7 +82,7 @@ PANELS = (
 def panels(story: Story) -> list[tuple[Panel, str]]:
     """The figures for which the run has points, as SVG."""
     extra = sorted({name for point in story.training for name in point if name.startswith("objective/")})
-    objectives = [Panel("Objectives", tuple((name, name.removeprefix("objective/")) for name in extra), "Of each step.")]
+    objectives = [Panel("Objectives", tuple((name, name.removeprefix("objective/")) for name in extra), "At each step.")]
     found = []
     for panel in (*PANELS, *(objectives if extra else [])):
         if curves := _curves(panel, story):

@@ -228,7 +228,7 @@ def commands(story: Story) -> list[tuple[str, str]]:
 
 
 def _rows(tiles: Path | None, names: Sequence[str], story: Story, most: int | None = None) -> list[list[dict[str, Any]]]:
-    """Strips of pictures for each object, the first `most` of them; none where there is no file, or it is of other rows."""
+    """Strips of pictures for each object, the first `most` of them; none without a file, or if its rows are others."""
     if tiles is None:
         return []
     objects = cut_strips(tiles, views=len(story.slots), rows=len(names))[:most]

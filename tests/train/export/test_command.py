@@ -490,7 +490,7 @@ def redescribe(export: Path, **what: object) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda e: shutil.rmtree(e / "lora"), "--lora: EXPORT has none (lora.rank 0); what it learned is in the prompt"),
+        (lambda e: shutil.rmtree(e / "lora"), "--lora: EXPORT has no LoRA (lora.rank 0); only its prompt was trained"),
         (lambda e: (e / LORA).write_bytes(b"no weights"), "EXPORT/lora: cannot be loaded into "),
         (lambda e: save_file({n: w * float("nan") for n, w in lora_of(e).items()}, e / LORA), "EXPORT/lora: "),
         (lambda e: (e / "clr_embeds.json").write_text("{}"), "EXPORT/clr_embeds.json: origin, model, licence, waypoints, "),
