@@ -63,6 +63,30 @@ def new_file(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing_to(place: str | Path) -> Iterator[None]:
+    """Around a block that writes. place: the path, or the option and the path, for the error.
+
+    Raises: InputError in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{place}: cannot be written ({error}); likely read-only, or its disk is full") from error
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder and its sub-folders; 0 where there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def lack_of_space(folder: Path, needed: int) -> str | None:
+    """How much space is free on the disk that `folder` is or will be on, for an error; None where `needed` bytes fit."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    return f"{existing} has {free / 1e9:.1f} GB free" if free < needed else None
+
+
 def remove_folder(path: str | Path) -> None:
     """Remove a folder so that a kill in the middle leaves none that looks whole."""
     path = Path(path)

@@ -39,6 +39,13 @@ def perturb(parameters: Iterable[Tensor], scale: float = 0.1) -> None:
             parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
+def write_facelift(folder: Path) -> Path:
+    """A new folder that `train.export --into` takes for FaceLift's repository."""
+    (folder / "mvdiffusion").mkdir(parents=True)
+    (folder / "inference.py").touch()
+    return folder
+
+
 def write_mice(folder: Path, *, train: int, val: int) -> Path:
     """Embedded mice as PNG samples of 64x64 pixels: so many in `train`, so many others in `val`.
 

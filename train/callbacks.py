@@ -33,7 +33,7 @@ from train.evaluation.evaluator import averaged, preview_series
 from train.evaluation.prompt_metrics import prompt_series
 from train.export import write
 from train.log.grids import preview_grid, preview_tiles
-from train.log.series import FILE, in_words, is_ablation, read_series
+from train.log.series import FILE, display_name, is_ablation, read_series
 from train.state.checkpoint import save_checkpoint, save_progress
 from train.state.run import Job, Run
 from train.step import KL_TIMESTEP_GROUPS, StepResult
@@ -280,7 +280,7 @@ def log_summary(run: Run, options: Mapping[str, object]) -> None:
             return
         shown = run.shown or job.evaluator.preview(prompt, None)
         rows = job.evaluator.ablation(prompt, shown)
-    labelled = [("truth", shown.truth), *((in_words(name), views) for name, views in rows.items())]
+    labelled = [("truth", shown.truth), *((display_name(name), views) for name, views in rows.items())]
     run.logger.picture(run.step, "ablation", preview_grid(labelled, shown.pictures, shown.names))
     run.logger.tiles(run.step, "ablation-tiles", preview_tiles([views for _, views in labelled], shown.pictures))
     run.logger.scalars(run.step, ablation_series(rows, shown.truth))

@@ -17,6 +17,13 @@ def dtype_of(precision: str) -> "torch.dtype":
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def choose_device(wanted: str) -> "torch.device":
+    """The device for auto, cpu or cuda: CUDA where there is one, unless it is cpu."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
+
+
 def choose_precision(wanted: str, asked: str, *, group: str = "train.") -> tuple[str, str]:
     """Precision for a device (auto, cpu, cuda) and a precision (auto, fp32, bf16, fp16) here, and a note for the user.
 
@@ -24,13 +31,13 @@ def choose_precision(wanted: str, asked: str, *, group: str = "train.") -> tuple
     """
     import torch
 
-    precision, cuda = asked, torch.cuda.is_available()
-    if wanted == "cuda" and not cuda:
+    precision = asked
+    if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"{group}device: is cuda; this machine has no CUDA device that torch {torch.__version__} can use. Likely a CPU "
             f"build of torch, or no driver; use --{group}device cpu or auto"
         )
-    on_cuda = cuda and wanted != "cpu"
+    on_cuda = choose_device(wanted).type == "cuda"
     if precision == "fp16" and not on_cuda:
         raise InputError(f"{group}precision: is fp16, which needs a CUDA device; expected fp32 or bf16 on a CPU")
     if precision == "auto":

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Literal
 import yaml
 
 from softprompt.errors import InputError, base_of
-from softprompt.files import new_folder, read_json, refuse_taken
+from softprompt.files import new_folder, refuse_taken, writing_to
 from train.cli import Parser, run_command
+from train.options.checks import FROM_1, UNIT, Checked, option
 from train.options.groups import MICRO
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Options of the command."""
 
     pictures: list[str]
@@ -58,7 +59,7 @@ class Options:
     lora_strength: float = 1.0
     """0 is the pretrained model, 1 the adapted one."""
     rise: Literal["none", "linear", "square", "fourth", "step"] = "none"
-    """How what is adapted rises along the sampling steps, from the pretrained model at the noisiest: with the share of the
+    """How the adaptation rises along the sampling steps, from the pretrained model at the noisiest: with the share of the
     steps that are done, its square, its fourth power, or all at once when it is 0.6. Layout and shape stay nearer to the
     pretrained model's; sampling takes up to twice as long."""
     rows: Literal["one", "strengths", "path", "ablation", "rises"] = "one"
@@ -68,9 +69,9 @@ class Options:
     guidance_scale: float = 3.0
     """1 is none. The default, and that of steps and eta, are of FaceLift's inference; a run's previews have those of its
     `monitor` options."""
-    steps: int = 50
+    steps: int = option(50, FROM_1)
     """DDIM steps."""
-    eta: float = 1.0
+    eta: float = option(1.0, UNIT)
     """0 is deterministic DDIM, 1 as noisy as DDPM."""
     seed: int = 0
     """Seed of all noise."""
@@ -85,10 +86,7 @@ class Options:
     views are those at full strength."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps: is {self.steps}; expected 1 or more")
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"eta: is {self.eta}; expected 0 to 1")
+        super().__post_init__()
         if not self.pictures:
             raise InputError("pictures: is empty; expected pictures, or folders of them")
         if self.rows == "rises" and self.rise != "none":
@@ -108,7 +106,7 @@ class Case:
     lora: float
     """Strength of the LoRA."""
     shown: bool = True
-    """Whether its views are also written one by one."""
+    """Whether to also write its views one by one."""
     annealed: "Annealed | None" = None
     """How it rises from the pretrained model; None: it is the same in all steps."""
 
@@ -166,9 +164,9 @@ def _sample(options: Options) -> int:
     from tqdm import tqdm
 
     from softprompt.data.pictures import BACKGROUNDS, composite, load_picture
-    from softprompt.micro import MICRO_MODEL
     from softprompt.model.loading import load_pipeline
-    from train.device import choose_precision, dtype_of, quiet_libraries
+    from train.build import pipeline_folder
+    from train.device import choose_device, choose_precision, dtype_of, quiet_libraries
     from train.export.read import open_lora
 
     quiet_libraries(True)
@@ -176,10 +174,9 @@ def _sample(options: Options) -> int:
     refuse_taken(Path(options.output))  # before anything long
     if options.export is not None:
         _refuse_another_model(options.model, options.unet, Path(options.export))
-    precision, said = choose_precision(options.device, options.precision, group="")
-    on_gpu = torch.cuda.is_available() and options.device != "cpu"
-    folder = MICRO_MODEL if options.model == MICRO else Path(options.model)
-    pipeline = load_pipeline(folder, unet=options.unet, dtype=dtype_of(precision)).to("cuda" if on_gpu else "cpu")
+    precision, note = choose_precision(options.device, options.precision, group="")
+    pipeline = load_pipeline(pipeline_folder(options.model), unet=options.unet, dtype=dtype_of(precision))
+    pipeline = pipeline.to(choose_device(options.device))
     longest = len(pipeline.scheduler.alphas_cumprod)
     if options.steps > longest:
         raise InputError(f"steps: is {options.steps}; the model was trained with {longest} timesteps, expected as many at most")
@@ -189,42 +186,37 @@ def _sample(options: Options) -> int:
     pipeline.unet.eval()
     loaded = {name: load_picture(file, pipeline.picture_size) for name, file in files.items()}
     opaque = [name for name, picture in loaded.items() if bool((picture[3] == 255).all())]
-    print("\n".join([said, *(f"weights    {note}" for note in pipeline.notes)]))
+    print("\n".join([note, *(f"weights    {note}" for note in pipeline.notes)]))
     if opaque:
         print(
-            f"WARNING    {len(opaque)} pictures have no transparency, e.g. {opaque[0]}: what is behind the object is taken for "
-            f"part of it. Remove the background first, as for training"
+            f"WARNING    {len(opaque)} pictures have no transparency, e.g. {opaque[0]}: their background is taken for part of "
+            f"the object. Remove the background first, as for training"
         )
     colour = torch.tensor(BACKGROUNDS[options.background])
-    try:
-        with new_folder(options.output) as partial:
-            for name, picture in tqdm(loaded.items(), unit="picture", delay=2, disable=not sys.stderr.isatty()):
-                given = composite(picture, colour)
-                _write(partial, name, given, cases, [sample(pipeline, case, given, options) for case in cases])
-    except OSError as error:
-        raise InputError(f"output: {options.output}: cannot be written ({error}); likely its disk is full") from error
+    with writing_to(f"output: {options.output}"), new_folder(options.output) as partial:
+        for name, picture in tqdm(loaded.items(), unit="picture", delay=2, disable=not sys.stderr.isatty()):
+            given = composite(picture, colour)
+            _write(partial, name, given, cases, [sample(pipeline, case, given, options) for case in cases])
     print(f"made       {options.output}: {', '.join(files)}; {len(cases)} x {pipeline.num_views} views each")
     return 0
 
 
 def _refuse_another_model(model: str, unet: str | None, export: Path) -> None:
-    """A forgotten --model would be the embedded one, whose prompts have the shape of a real one's; a forgotten --unet another.
+    """Raises: InputError where an export belongs to another model or UNet, or the folder is no export.
 
-    Raises: InputError for that, or where the folder is no export.
+    Without --model the embedded model would be used, whose prompts have the same shape as FaceLift's.
     """
     from train.export.read import refuse_another_unet
-    from train.state.folder import exported_prompt
+    from train.state.folder import DESCRIPTION, exported_prompt, read_description
 
     exported_prompt(export, option="export")
-    about = export / "clr_embeds.json"
-    if not about.is_file():
+    if not (export / DESCRIPTION).is_file():
         return
-    said = read_json(about, what="what a run says of its prompt")
-    if model == MICRO:
-        trained_from = said.get("model", MICRO)
-        if trained_from != MICRO:
-            raise InputError(f"model: is {MICRO}; {export} was trained from {trained_from}: give that with --model")
-    refuse_another_unet(unet, said.get("unet"), export)
+    description = read_description(export)
+    trained_from = description.get("model", MICRO)
+    if model == MICRO and trained_from != MICRO:
+        raise InputError(f"model: is {MICRO}; {export} was trained from {trained_from}: give that with --model")
+    refuse_another_unet(unet, description.get("unet"), export)
 
 
 def find_pictures(given: Sequence[str]) -> dict[str, Path]:
@@ -261,14 +253,14 @@ def find_pictures(given: Sequence[str]) -> dict[str, Path]:
 
 
 def _is_picture(path: Path) -> bool:
-    """By its name; hidden files are none."""
+    """Whether a file is a picture, by its name; hidden files are not."""
     from softprompt.data.decode import SUFFIXES
 
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def make_cases(options: Options, pipeline: "Pipeline") -> list[Case]:
-    """The rows that are asked for. Raises: InputError for a prompt that does not fit the model."""
+    """The rows that the options ask for. Raises: InputError for a prompt that does not fit the model."""
     import torch
 
     from softprompt.model.sampling import RISES, Annealed
@@ -345,7 +337,7 @@ def sample(pipeline: "Pipeline", case: Case, picture: "Tensor", options: Options
     from softprompt.model.sampling import sample_views
     from train.export.write import has_lora
 
-    if has_lora(pipeline) and case.lora != 0:
+    if has_lora(pipeline.unet) and case.lora != 0:
         pipeline.unet.set_adapters(["default"], weights=[case.lora])
     with adapters_off(pipeline.unet) if case.lora == 0 else nullcontext():
         return sample_views(

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 
 from tests.browser import MISSING, PROGRAM, Browser, Seen, check
 from tests.models import write_mice, write_smallest_model
+from tests.runs import exit_code
 from train import callbacks
 from train.options.command_line import parse
 from train.options.config import Config
@@ -104,6 +105,19 @@ def small(small_config: Callable[..., Config], mice: Path) -> Callable[..., Conf
 def make_job(small: Callable[..., Config]) -> Callable[..., Job]:
     """`make_job(**{"train.steps": 2})`: the smallest run, prepared."""
     return lambda **options: prepare(small(**options))
+
+
+@pytest.fixture
+def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`error_of(main, *argv)`: the one line with which a command refuses its options or files, with exit code 2."""
+
+    def call(main: Callable[[list[str]], int], *argv: object) -> str:
+        assert exit_code(main, argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
+        return error.removesuffix("\n")
+
+    return call
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from softprompt.model.loading import load_pipeline
 from softprompt.model.sampling import RISES
 from softprompt.prompt.embeddings import load_prompt
 from tests.pictures import ONE_LEVEL, levels_apart, pixels
-from tests.runs import exit_code, run_to_end
+from tests.runs import run_to_end
 from train.export.write import LORA_WEIGHTS
 from train.options.config import Config
 from train.sample import Options, find_pictures, main, make_cases
@@ -164,13 +164,13 @@ def test_a_picture_without_transparency_is_told_of(picture: Path, tmp_path: Path
 
 
 def test_an_export_of_another_model_is_not_sampled_with_the_embedded_one(
-    run: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, picture: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
     export = Path(shutil.copytree(run / "export", tmp_path / "export"))
     about = export / "clr_embeds.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"model": "pipeckpts"}))
-    assert main([f"--pictures=[{picture}]", f"--export={export}", f"--output={tmp_path / 'views'}"]) == 2
-    assert capsys.readouterr().err == f"error: model: is micro; {export} was trained from pipeckpts: give that with --model\n"
+    error = error_of(main, f"--pictures=[{picture}]", f"--export={export}", f"--output={tmp_path / 'views'}")
+    assert error == f"error: model: is micro; {export} was trained from pipeckpts: give that with --model"
 
 
 @pytest.mark.parametrize(
@@ -203,18 +203,16 @@ def test_an_export_of_another_model_is_not_sampled_with_the_embedded_one(
     ],
 )
 def test_what_cannot_be_sampled_is_refused_in_one_line(
-    run: Path, picture: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    run: Path, picture: Path, options: list[str], message: str, error_of: Callable[..., str]
 ) -> None:
     argv = [option.replace("PICTURE", str(picture)).replace("RUN", str(run)) for option in options]
     before = sorted(run.rglob("*"))
-    code = exit_code(main, ["--device=cpu", "--steps=1", *argv])
-    said = capsys.readouterr().err
-    assert code == 2 and message in said and said.count("\n") == 1
+    assert message in error_of(main, "--device=cpu", "--steps=1", *argv)
     assert sorted(run.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda file, lora: file.write_bytes(b"no weights"), "cannot be loaded into "),
         (lambda file, lora: file.unlink(), "cannot be loaded into "),
@@ -228,15 +226,15 @@ def test_a_lora_that_is_damaged_or_of_another_model_is_refused(
     picture: Path,
     tmp_path: Path,
     spoil: Callable[[Path, dict[str, torch.Tensor]], object],
-    said: str,
-    capsys: pytest.CaptureFixture[str],
+    message: str,
+    error_of: Callable[..., str],
 ) -> None:
     export = Path(shutil.copytree(run / "export", tmp_path / "export"))
     file = export / "lora" / LORA_WEIGHTS
     spoil(file, load_file(file))
     given = [f"--pictures=[{picture}]", f"--export={export}", f"--output={tmp_path / 'views'}", *QUICK]
-    assert main(given) == 2 and not (tmp_path / "views").exists()
-    assert re.fullmatch(rf"error: {export / 'lora'}: .*{said}.*\n", capsys.readouterr().err)
+    assert re.fullmatch(rf"error: {export / 'lora'}: .*{message}.*", error_of(main, *given))
+    assert not (tmp_path / "views").exists()
 
 
 @pytest.mark.parametrize(
@@ -281,8 +279,8 @@ def test_pictures_are_given_as_a_shell_gives_them(
 def test_help_says_how_pictures_are_given(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(argv)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "(a.png b.png), a pattern in quotes ('mice/*.png'), or a list ('[a.png, b.png]')" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(a.png b.png), a pattern in quotes ('mice/*.png'), or a list ('[a.png, b.png]')" in printed
 
 
 def test_a_pattern_that_finds_nothing_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 Times ways of training against each other in one run, each in turn; or counts what they take, where the machine is too small.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from softprompt.errors import InputError
-from softprompt.files import new_file
+from softprompt.files import folder_size, refuse_taken, write_json, writing_to
 from train.cli import Parser, run_command
+from train.options.checks import FROM_1, POSITIVE, Check, Checked, option
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Options of the command."""
 
     size: Literal["tiny", "micro", "medium", "sd21"] = "micro"
@@ -32,17 +31,17 @@ class Options:
     write_pipeline: str | None = None
     """Instead of measuring, write a complete pipeline folder of this size and random weights to this folder, new or empty: to
     try on a machine what is done with FaceLift's (sd21 takes 8 GB)."""
-    picture: int | None = None
+    picture: int | None = option(None, Check(lambda side: side > 0 and side % 64 == 0, "a multiple of 64"))
     """With write_pipeline: side of its pictures in pixels, a multiple of 64; null: 512 for sd21, 64 for medium and micro."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of frozen weights and arithmetic; auto: as in training."""
-    batch_size: int = 1
+    batch_size: int = option(1, FROM_1)
     """Objects a step."""
-    rank: int = 16
+    rank: int = option(16, FROM_1)
     """Rank of the LoRA."""
-    repeats: int = 5
+    repeats: int = option(5, FROM_1)
     """Rounds of four steps of each way; the median counts."""
     facelift: bool = True
     """Also measure FaceLift's own way of training, which takes 16 bytes of memory a weight."""
@@ -54,7 +53,7 @@ class Options:
     """Also list the ten kernels in which the last way spends most of its time."""
     compile: bool = False
     """torch.compile for the transformer blocks, in all ways but FaceLift's."""
-    tflops: float | None = None
+    tflops: float | None = option(None, POSITIVE)
     """With --count: TFLOP/s of a GPU, for the shortest time that a step can take on it."""
     objects: list[int] = field(default_factory=lambda: [10, 100, 1000, 10_000, 100_000])
     """With --growth: numbers of objects in the cache, rising; 100,000 take a quarter of an hour."""
@@ -62,15 +61,9 @@ class Options:
     """JSON file of all numbers; with --growth also a picture beside it."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "rank", "repeats"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: is {getattr(self, name)}; expected 1 or more")
-        if not self.objects or any(a >= b for a, b in pairwise([0, *self.objects])):
-            raise InputError(f"objects: is {self.objects}; expected rising numbers from 1 up, e.g. '[10, 100, 1000]'")
-        if self.picture is not None and (self.picture < 1 or self.picture % 64):
-            raise InputError(f"picture: is {self.picture}; expected a multiple of 64")
-        if self.tflops is not None and self.tflops <= 0:
-            raise InputError(f"tflops: is {self.tflops}; expected a positive number")
+        super().__post_init__()
+        rising = bool(self.objects) and all(a < b for a, b in pairwise([0, *self.objects]))
+        self.require("objects", rising, "rising numbers from 1 up, e.g. '[10, 100, 1000]'")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,26 +82,21 @@ def _benchmark(*, count: bool, growth: bool, **given: Any) -> int:
         return _write(options)
     rows = _count(options) if count else _growth(options) if growth else _measure(options)
     if options.output:
-        with new_file(options.output) as partial:
-            partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(options.output, rows)
         print(f"written    {options.output}")
     return 0
 
 
 def _write(options: Options) -> int:
-    from softprompt.files import refuse_taken
     from softprompt.micro.models import write_pipeline
     from train.device import quiet_libraries
 
     quiet_libraries(True)
     folder = Path(options.write_pipeline or "")
     refuse_taken(folder)  # before anything long
-    try:
+    with writing_to(f"write_pipeline: {folder}"):
         write_pipeline(options.size, folder, picture=options.picture)
-    except OSError as error:
-        raise InputError(f"write_pipeline: {folder}: cannot be written ({error}); likely its disk is full") from error
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"written    {folder}: a pipeline of random weights, {options.size}, {size / 1e6:.0f} MB")
+    print(f"written    {folder}: a pipeline of random weights, {options.size}, {folder_size(folder) / 1e6:.0f} MB")
     return 0
 
 
@@ -136,20 +124,21 @@ def _start(options: Options) -> tuple["Setting", "Accelerator", str]:
     from accelerate import Accelerator
 
     from train.benchmark.way import Setting
-    from train.device import choose_precision, quiet_libraries
+    from train.device import choose_precision, dtype_of, quiet_libraries
 
-    precision, said = choose_precision(options.device, options.precision, group="")
+    precision, note = choose_precision(options.device, options.precision, group="")
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
     quiet_libraries(True)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    said = f"{said}; torch {torch.__version__}"
-    print(said)
-    setting = Setting(options.size, accelerator.device, dtype, options.batch_size, rank=options.rank, compiled=options.compile)
-    return setting, accelerator, said
+    machine = f"{note}; torch {torch.__version__}"
+    print(machine)
+    setting = Setting(
+        options.size, accelerator.device, dtype_of(precision), options.batch_size, rank=options.rank, compiled=options.compile
+    )
+    return setting, accelerator, machine
 
 
 def _growth(options: Options) -> dict[str, Any]:
-    setting, accelerator, said = _start(options)
+    setting, accelerator, machine = _start(options)
     from train.benchmark.growth import draw, growing_steps, many_objects
     from train.benchmark.steps import adapting_ways
 
@@ -174,11 +163,11 @@ def _growth(options: Options) -> dict[str, Any]:
         picture = Path(options.output).with_suffix(".png")
         draw(objects, steps, picture)
         print(f"drawn      {picture}")
-    return {"options": asdict(options), "machine": said, "objects": [asdict(one) for one in objects], "steps": steps}
+    return {"options": asdict(options), "machine": machine, "objects": [asdict(one) for one in objects], "steps": steps}
 
 
 def _measure(options: Options) -> dict[str, Any]:
-    setting, accelerator, said = _start(options)
+    setting, accelerator, machine = _start(options)
     from train.benchmark.measure import dearest_kernels, matmul_flops, measure
     from train.benchmark.steps import FACELIFT, adapting_ways, facelift_way
 
@@ -209,7 +198,7 @@ def _measure(options: Options) -> dict[str, Any]:
         print(f"\ndearest kernels of {ways[-1].name}, share of all")
     for name, share in kernels.items():
         print(f"{share:7.1%}  {name}")
-    return {"options": asdict(options), "machine": said, "matmul_flops": most, "ways": rows, "kernels": kernels}
+    return {"options": asdict(options), "machine": machine, "matmul_flops": most, "ways": rows, "kernels": kernels}
 
 
 if __name__ == "__main__":

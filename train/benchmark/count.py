@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from softprompt.micro.models import random_pipeline
 from softprompt.model.adapted import AdaptedModel, add_lora
 from softprompt.prompt.soft_prompt import SoftPrompt
-
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+from train.options.groups import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def count_parts(size: str, *, views: int = 6, picture: int | None = None, rank: 
     _, backward_all = _with_backward(lambda: everything(*batch, 0.0))
     pipeline.unet.requires_grad_(False)
 
-    add_lora(pipeline.unet, rank=rank, alpha=float(rank), targets=LORA_TARGETS)
+    add_lora(pipeline.unet, rank=rank, alpha=float(rank), targets=LoraConfig().targets)
     adapted = AdaptedModel(pipeline.unet, prompt).to("meta")
     _, backward_lora = _with_backward(lambda: adapted(*batch, 0.0))
     prompt.requires_grad_(True)

@@ -171,8 +171,8 @@ def adapting_ways(
 
 
 def facelift_way(setting: Setting) -> Way:
-    """As FaceLift's own trainer: every weight, gradient checkpointing, fp16 autocast on a GPU, twelve pictures through the VAE
-    and six through CLIP at each step, min-SNR as it has it."""
+    """FaceLift's own way of training: every weight, gradient checkpointing, fp16 autocast on a GPU, its min-SNR weights, and at
+    each step twelve pictures through the VAE and six through CLIP."""
     pipeline = _pipeline(setting, torch.float32)
     unet, scheduler = pipeline.unet.requires_grad_(True).train(), pipeline.scheduler
     unet.enable_gradient_checkpointing()

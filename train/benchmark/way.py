@@ -1,4 +1,4 @@
-"""A way of training, and what all ways in a benchmark have in common."""
+"""A way of training, and the settings that all ways in a benchmark share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

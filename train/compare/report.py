@@ -4,7 +4,6 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from markupsafe import Markup
@@ -24,12 +23,13 @@ from train.compare.tables import (
     table,
     views_table,
 )
-from train.report.charts import COLOURS, INK, LARGEST_TILE, blank, cut_strips, data_uri, make_logarithmic, to_svg
-from train.report.template import render
+from train.log.series import display_name
+from train.report.charts import COLOURS, INK, LARGEST_TILE, blank, cut_strips, make_logarithmic, strip_row, to_svg
+from train.report.template import write_page
 
 BASELINE = "#808080"
 STYLES = ("-", "--", ":", "-.")
-"""Where there are more variants than colours, and for print."""
+"""Line styles, for more variants than colours, and for print."""
 KINDS = ("truth", "pretrained", "now")
 """Rows of the tiles that a run writes."""
 
@@ -44,11 +44,10 @@ def write_report(
     """
     comparison = plan.comparison
     summaries = [summarise(variant, results, comparison.baseline) for variant in comparison.variants]
-    said = headline(summaries, comparison.baseline)
+    result = headline(summaries, comparison.baseline)
     page = {
         "comparison": comparison,
-        "date": f"{datetime.now().astimezone():%-d %B %Y, %H:%M %Z}",
-        "headline": said,
+        "headline": result,
         "finished": len(results),
         "steps": plan.steps,
         "config": plan.configs[comparison.baseline],
@@ -64,14 +63,13 @@ def write_report(
         "command": command,
         "yaml": comparison_yaml(comparison),
     }
-    with new_file(plan.root / f"{name}.html") as partial:
-        partial.write_text(render("train.compare", page), encoding="utf-8")
+    write_page(plan.root / f"{name}.html", "compare", page)
     for kind, rows in {"results": result_rows(results), "summary": summary_rows(summaries)}.items():
         with new_file(plan.root / f"{name}-{kind}.csv") as partial, partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["variant"])
             writer.writeheader()
             writer.writerows(rows)
-    return said
+    return result
 
 
 def variants_table(comparison: Comparison) -> dict[str, Any]:
@@ -210,7 +208,7 @@ def grid(comparison: Comparison, results: Sequence[RunResult]) -> dict[str, Any]
     ]
     return {
         "objects": objects,
-        "columns": ["input", *(name.replace("_", " ") for name in views(first[lead].final))] if lead else [],
+        "columns": ["input", *(display_name(name) for name in views(first[lead].final))] if lead else [],
         "seeds": ", ".join(f"{name} {first[name].seed}" for name in shown),
         "lead": lead,
         "shrunk_to": LARGEST_TILE if any(found[0]["truth"].height > LARGEST_TILE for found in shown.values()) else None,
@@ -219,8 +217,7 @@ def grid(comparison: Comparison, results: Sequence[RunResult]) -> dict[str, Any]
 
 
 def _row(name: str, strip: Image.Image, b: int) -> dict[str, Any]:
-    alt = f"Object {b + 1}, views: {name}"
-    return {"name": name, "uri": data_uri(strip), "alt": alt, "width": strip.width, "height": strip.height}
+    return strip_row(name, strip, alt=f"Object {b + 1}, views: {name}")
 
 
 def strips(result: RunResult) -> list[dict[str, Image.Image]]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import InputError
-from softprompt.files import read_json
+from softprompt.files import read_json, writing_to
 from train.cli import FAILED, Parser, run_command
+from train.options.checks import FROM_1, Checked, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +28,16 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Options of the command."""
 
     data: Data
-    views: int = 6
+    views: int = option(6, FROM_1)
     """Pictures of an object, cam_000.png and on."""
-    size: int = 512
+    size: int = option(512, FROM_1)
     """Side in pixels at which training reads the pictures: that of the model."""
     output: str = "doctor"
     """Folder of the report, doctor.html and doctor.json; new, empty, or that of an earlier report, which is replaced."""
-
-    def __post_init__(self) -> None:
-        for name in ("views", "size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: is {getattr(self, name)}; expected 1 or more")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,12 +70,12 @@ def read_options(argv: Sequence[str]) -> Options:
 
 def refuse_other_folder(folder: Path) -> None:
     """Raises: InputError if the report's folder holds anything but an earlier report."""
-    from train.doctor.report import MADE_BY
+    from train.report.template import made_by
 
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     report = folder / "doctor.json"
-    if not report.is_file() or read_json(report, what="an earlier report").get("made_by") != MADE_BY:
+    if not report.is_file() or read_json(report, what="an earlier report").get("made_by") != made_by("doctor"):
         raise InputError(f"--output {folder}: holds something else than an earlier report; expected a new or empty folder")
 
 
@@ -96,10 +92,8 @@ def examine(options: Options, folder: Path, command: str) -> int:
     samples = collect(data.train, data.val, num_views=views, size=options.size)
     findings = find(samples, views, options.size)
     report = Report(data.train, data.val, samples, findings, medians(samples, views), not_inspected(samples), command)
-    try:
+    with writing_to(f"--output {folder}"):
         write_report(report, folder)
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot be written ({error}); likely read-only, or its disk is full") from error
     print_report(report)
     print(f"report     {folder / 'doctor.html'}")
     return 0 if report.would_run else FAILED

@@ -7,7 +7,6 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 from PIL import Image
 
 from softprompt.data.decode import decode
-from softprompt.files import new_file, write_json
+from softprompt.files import write_json
 from train.doctor.checks import ERRORS, KINDS, WARNINGS, Finding, ViewNumbers
 from train.doctor.samples import Sample
-from train.report.template import render
+from train.log.series import display_name
+from train.report.template import made_by, write_page
 
-MADE_BY = "softprompt train.doctor"
-"""Marks the JSON file, and with it a folder, as ours."""
 MOST_STRIPS = 60
 """Samples shown with their pictures; each takes about 20 kB of the page."""
 MOST_NAMES = 6
@@ -40,7 +38,7 @@ class Report:
     findings: Sequence[Finding]
     views: Sequence[ViewNumbers]
     not_inspected: Sequence[str]
-    """What could not be checked, and why."""
+    """Checks that were not possible, and why."""
     command: str
     """The command that makes it again."""
 
@@ -61,8 +59,8 @@ class Report:
     def headline(self) -> str:
         """The result in one sentence."""
         counts = {"error": len(self.by_kind.keys() & ERRORS), "warning": len(self.by_kind.keys() & WARNINGS)}
-        said = " and ".join(f"{n} kind{'s' * (n != 1)} of {what}" for what, n in counts.items() if n)
-        return f"Training would {'run; ' + (said or 'nothing was found') if self.would_run else 'not run: ' + said}."
+        kinds = " and ".join(f"{n} kind{'s' * (n != 1)} of {what}" for what, n in counts.items() if n)
+        return f"Training would {'run; ' + (kinds or 'nothing was found') if self.would_run else 'not run: ' + kinds}."
 
     @property
     def inspected(self) -> str:
@@ -98,8 +96,8 @@ def print_report(report: Report) -> None:
             print(f"\n{title:<33} objects")
         for kind, found in rows.items():
             names = _some([report.names(finding) for finding in found], ", ", ", and ")
-            said = f"{kinds[kind].title:<32} {report.count(kind):>6}  {names}"
-            print(textwrap.fill(said, width, initial_indent="  ", subsequent_indent=" " * 43))
+            row = f"{kinds[kind].title:<32} {report.count(kind):>6}  {names}"
+            print(textwrap.fill(row, width, initial_indent="  ", subsequent_indent=" " * 43))
             print(textwrap.fill(kinds[kind].advice, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
     print(f"\n{'view':<14} {'pictures':>8} {'foreground':>11} {'centre: right':>14} {'down':>7}   (medians)")
     for view in report.views:
@@ -114,23 +112,22 @@ def write_report(report: Report, folder: Path) -> None:
     """Write doctor.html and doctor.json into a folder, each whole or not at all."""
     strips, hidden = _strips(report)
     context = {
-        "date": f"{datetime.now().astimezone():%-d %B %Y, %H:%M %Z}",
+        "command": report.command,
         "report": report,
         "kinds": KINDS,
         "errors": ERRORS,
         "strips": strips,
         "hidden": hidden,
-        "view_names": [view.name.replace("_", " ") for view in report.views],
+        "view_names": [display_name(view.name) for view in report.views],
     }
-    with new_file(folder / "doctor.html") as partial:
-        partial.write_text(render("train.doctor", context), encoding="utf-8")
+    write_page(folder / "doctor.html", "doctor", context)
     write_json(folder / "doctor.json", as_json(report))
 
 
 def as_json(report: Report) -> dict[str, Any]:
     """The findings, and the medians of the views; null where there is none."""
     return {
-        "made_by": MADE_BY,
+        "made_by": made_by("doctor"),
         "command": report.command,
         "would_run": report.would_run,
         "objects": {"train": sum(s.is_train for s in report.samples), "val": sum(not s.is_train for s in report.samples)},

@@ -1,1 +1,1 @@
-"""What a run learned, written, read back, and put to use."""
+"""Export of a trained prompt and LoRA: `python -m train.export`."""

@@ -1,7 +1,8 @@
-"""What a run learned, ready to be used elsewhere: `python -m train.export`.
+"""Export a trained prompt and LoRA for use elsewhere: `python -m train.export`.
 
-From any checkpoint, or an export: prompt, LoRA (diffusers, peft, kohya), FaceLift's pipeline folder with the LoRA merged, and a
-model card, each read back and compared before it is called done. And into FaceLift's repository, and out of it again.
+Reads any checkpoint, or an earlier export. Writes prompt, LoRA (diffusers, peft, kohya), FaceLift's pipeline folder with the
+LoRA merged, and a model card; each is read back and compared. Also puts an export into FaceLift's repository, and takes it out
+again.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softprompt.errors import InputError, RunError, base_of
-from softprompt.files import refuse_taken
+from softprompt.files import folder_size, lack_of_space, new_folder, refuse_taken
 from train.cli import PlainParser, run_command
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ LORA_FORMATS = ("peft", "kohya")
 
 
 def make_parser() -> PlainParser:
-    """Of this command."""
+    """The parser of this command."""
     parser = PlainParser(
         prog="python -m train.export",
         description=__doc__,
@@ -44,7 +45,7 @@ def make_parser() -> PlainParser:
         metavar="RUN_OR_EXPORT",
         help="Folder of a run, or of an export, e.g. RUN/export.",
     )
-    parser.add_argument("--step", help="Of a run: newest (default), best (lowest validation loss), or a checkpoint's step.")
+    parser.add_argument("--step", help="The run's checkpoint: newest (default), best (lowest validation loss), or a step.")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="New or empty: for prompt, LoRA, model card.")
     parser.add_argument(
         "--lora",
@@ -52,11 +53,13 @@ def make_parser() -> PlainParser:
         choices=LORA_FORMATS,
         default=[],
         metavar="FORMAT",
-        help="With --output, the LoRA also as peft (lora_peft/) and kohya (lora_kohya.safetensors; ComfyUI, A1111) have it; as "
-        "diffusers has it (lora/) it is always there.",
+        help="With --output: also write the LoRA for peft (lora_peft/) and kohya (lora_kohya.safetensors; ComfyUI, A1111). The "
+        "LoRA for diffusers (lora/) is always written.",
     )
     parser.add_argument(
-        "--pipeline", action="store_true", help="Also FaceLift's pipeline folder with the LoRA merged, as large as the model."
+        "--pipeline",
+        action="store_true",
+        help="Also FaceLift's pipeline folder with the LoRA merged, as large as the model.",
     )
     parser.add_argument("--model", help="Pipeline folder (pipeckpts) that was trained from, where it has moved since.")
     parser.add_argument(
@@ -71,7 +74,7 @@ def make_parser() -> PlainParser:
         metavar="FACELIFT",
         help="FaceLift's repository: the prompt takes its place there, with --pipeline the model too; originals are kept.",
     )
-    parser.add_argument("--undo", type=Path, metavar="FACELIFT", help="Put back what was there before --into; nothing else.")
+    parser.add_argument("--undo", type=Path, metavar="FACELIFT", help="Restore the files from before --into; do nothing else.")
     return parser
 
 
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(given: argparse.Namespace) -> None:
-    """Options that do not go together. Raises: InputError."""
+    """Raises: InputError for options that do not go together."""
     if given.undo is not None:
         if given.source is not None or given.output is not None or given.into is not None:
             raise InputError("--undo: stands alone; it needs no run, --output or --into")
@@ -120,7 +123,7 @@ def _check(given: argparse.Namespace) -> None:
             raise InputError(f"--into: {source} holds no export; {hint} --output FOLDER as well, to write one first")
         for option in ("lora", "model", "unet", "step"):
             if getattr(given, option):
-                raise InputError(f"--{option}: is of what --output writes, which is not given; {source} is put in as it is")
+                raise InputError(f"--{option}: changes what --output writes, which is not given; {source} is put in as it is")
 
 
 def _export(given: argparse.Namespace) -> int:
@@ -135,7 +138,7 @@ def _export(given: argparse.Namespace) -> int:
     if given.output is not None:
         folder = given.output
         source = _open(given)
-        print(_said_of(source))
+        print(_describe(source))
         print("\n".join(_write(source, given)))
     if given.into is not None:
         print("\n".join(put_in(given.into, folder, with_pipeline=given.pipeline)))
@@ -147,15 +150,13 @@ def _export(given: argparse.Namespace) -> int:
 
 def _open(given: argparse.Namespace) -> "Source":
     """Raises: InputError."""
-    import torch
-
-    from train.device import choose_precision, quiet_libraries
+    from train.device import choose_device, choose_precision, quiet_libraries
     from train.export.read import is_run
     from train.export.source import open_export, open_run
 
     quiet_libraries(True)
     choose_precision(given.device, "fp32", group="")  # refuses a device that is not there
-    device = torch.device("cuda" if torch.cuda.is_available() and given.device != "cpu" else "cpu")
+    device = choose_device(given.device)
     if is_run(given.source):
         return open_run(given.source, given.step or "newest", model=given.model, unet=given.unet, device=device)
     if given.step is not None:
@@ -163,37 +164,29 @@ def _open(given: argparse.Namespace) -> "Source":
     return open_export(given.source, model=given.model, unet=given.unet, device=device)
 
 
-def _said_of(source: "Source") -> str:
+def _describe(source: "Source") -> str:
     average = ", the moving average" if source.averaged else ""
-    said = f"source     {source.folder}: step {source.step}, position {source.metadata['position']:g}{average}"
-    return "\n".join([said, *(f"weights    {note}" for note in source.pipeline.notes)])
+    line = f"source     {source.folder}: step {source.step}, position {source.metadata['position']:g}{average}"
+    return "\n".join([line, *(f"weights    {note}" for note in source.pipeline.notes)])
 
 
 def _write(source: "Source", given: argparse.Namespace) -> list[str]:
-    """Write and verify FOLDER. Returns: what was made, in lines. Raises: InputError, RunError."""
+    """Write and verify FOLDER. Returns: a report of it, in lines. Raises: InputError, RunError."""
     import torch
     from tqdm import tqdm
 
-    from softprompt.files import new_folder
     from softprompt.micro.world import MicroWorld
     from softprompt.prompt.embeddings import load_prompt
     from train.export.card import write_card
     from train.export.lora import FORMATS, verify_lora
-    from train.export.write import (
-        full_disk,
-        full_float32,
-        has_lora,
-        verify,
-        write_pipeline,
-        write_prompt_and_lora,
-    )
+    from train.export.write import full_float32, has_lora, verify, write_pipeline, write_prompt_and_lora
     from train.setup import FIRST_HELD_OUT
 
     pipeline, prompt, tolerance = source.pipeline, source.prompt, source.tolerance
-    if given.lora and not has_lora(pipeline):
-        raise InputError(f"--lora: {source.folder} has none (lora.rank 0); what it learned is in the prompt")
-    size = sum(file.stat().st_size for file in pipeline.folder.rglob("*") if file.is_file()) if given.pipeline else 0
-    if (disk := full_disk(given.output, size)) is not None:
+    if given.lora and not has_lora(pipeline.unet):
+        raise InputError(f"--lora: {source.folder} has no LoRA (lora.rank 0); only its prompt was trained")
+    size = folder_size(pipeline.folder) if given.pipeline else 0
+    if (disk := lack_of_space(given.output, size)) is not None:
         raise InputError(f"--output: {disk}; the merged pipeline folder takes about {size / 1e9:.1f} GB")
     # Any picture shows a difference: this one is always there, the run's own may have moved.
     picture = MicroWorld("mice", FIRST_HELD_OUT, 1, size=pipeline.picture_size).load(0)[0, :3] / 255

@@ -5,13 +5,11 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
 
 from softprompt import __version__
 from softprompt.errors import RunError
@@ -22,8 +20,8 @@ from train.export.write import has_lora
 from train.log.series import OUTCOMES, is_evaluation, read_series
 from train.options.config import Config, option_values
 from train.options.groups import MICRO
+from train.report.template import render
 
-TEMPLATE = "card.md.jinja"
 PICTURE = "views.png"
 FACELIFT = "wlyu/OpenFaceLift"
 """FaceLift's weights on the Hub."""
@@ -33,7 +31,7 @@ FACELIFT_LICENCE = "https://github.com/weijielyu/FaceLift/blob/main/Adobe%20Rese
 def write_card(source: Source, folder: Path) -> list[str]:
     """Write README.md, and beside it the run's newest preview grid up to that step, into an export that is otherwise whole.
 
-    Returns: what it is without, each with the reason, in words. Raises: RunError when it is read back another.
+    Returns: the parts that it lacks, each with the reason. Raises: RunError when it reads back differently.
     """
     without = []
     picture, rows = newest_grid(source), results(source)
@@ -45,9 +43,8 @@ def write_card(source: Source, folder: Path) -> list[str]:
     if not rows:
         without.append(_reason("results", source, "its metrics.jsonl holds no evaluation up to this step"))
     data = front_matter(source, has_picture=picture is not None)
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    template = environment.from_string((files("train.export") / TEMPLATE).read_text(encoding="utf-8"))
-    body = template.render(_context(source, folder, rows, None if picture is None else _step_of(picture)))
+    context = _context(source, folder, rows, None if picture is None else _step_of(picture))
+    body = render("export/card.md.jinja", context, escape=False)
     file = folder / "README.md"
     with new_file(file) as partial:
         partial.write_text(f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n", encoding="utf-8")
@@ -57,7 +54,7 @@ def write_card(source: Source, folder: Path) -> list[str]:
 
 
 def front_matter(source: Source, *, has_picture: bool) -> ModelCardData:
-    """What the Hub lists a model by."""
+    """The metadata by which the Hub lists a model."""
     micro = source.metadata["model"] == MICRO
     licence: dict[str, Any] = (
         {"license": "apache-2.0"}
@@ -67,7 +64,7 @@ def front_matter(source: Source, *, has_picture: bool) -> ModelCardData:
     base: dict[str, Any] = {} if micro else {"base_model": FACELIFT, "base_model_relation": "adapter"}
     grid = {"text": "true views, pretrained and adapted ones", "output": {"url": PICTURE}}
     shown: dict[str, Any] = {"widget": [grid]} if has_picture else {}
-    lora = ["lora"] if has_lora(source.pipeline) else []
+    lora = ["lora"] if has_lora(source.pipeline.unet) else []
     return ModelCardData(
         **base,
         library_name="diffusers",
@@ -85,7 +82,7 @@ def newest_grid(source: Source) -> Path | None:
 
 
 def results(source: Source) -> list[tuple[str, float, float, int]]:
-    """(what, at step 0, now, step of that) of each outcome that was measured at both ends, up to the step that is exported."""
+    """(name, value at step 0, newest value, its step) of each outcome, up to the exported step, if measured at both."""
     points = [] if source.run is None else [p for p in read_series(source.run) if is_evaluation(p) and p["step"] <= source.step]
     found = []
     for name, words in {**OUTCOMES, "loss/original": "loss on the original domain"}.items():
@@ -116,7 +113,7 @@ def _context(source: Source, folder: Path, rows: list[tuple[str, float, float, i
         "picture": PICTURE if grid_step is not None else None,
         "grid_step": grid_step,
         "rows": [(words, f"{before:.4g}", f"{now:.4g}", step) for words, before, now, step in rows],
-        "lora": source.pipeline.unet.peft_config["default"] if has_lora(source.pipeline) else None,
+        "lora": source.pipeline.unet.peft_config["default"] if has_lora(source.pipeline.unet) else None,
         "has": {name: (folder / form.path).exists() for name, form in FORMATS.items()},
         "pipeline": (folder / "pipeckpts").is_dir(),
         "unet": 'MICRO_MODEL / "unet"' if micro else '"PIPECKPTS/unet"',
@@ -149,5 +146,5 @@ def _public(value: Any) -> Any:
 
 
 def _cell(value: Any) -> str:
-    """In a table of Markdown."""
+    """A value as a cell of a Markdown table."""
     return (value if isinstance(value, str) else json.dumps(value)).replace("|", "\\|").replace("\n", " ")

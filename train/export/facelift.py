@@ -1,4 +1,4 @@
-"""An export put where FaceLift's own code looks, and taken away again.
+"""Puts an export where FaceLift's own code looks, and takes it away again.
 
 The original of each place is kept beside it: as NAME.original, or, where there was nothing, as an empty NAME.no-original. It is
 there before anything of ours takes the place, and goes last, so whatever is killed can be done again, or undone.
@@ -12,28 +12,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from softprompt.errors import InputError, RunError
-from softprompt.files import new_folder, read_json, remove_folder
+from softprompt.files import folder_size, lack_of_space, new_folder, read_json, remove_folder
 from train.options.groups import MICRO
+from train.state.folder import read_description
 
 FACELIFT_PROMPT = "mvdiffusion/data/fixed_prompt_embeds_6view/clr_embeds.pt"
 """Where FaceLift's training and inference look for the prompt; the path is written into its code."""
 FACELIFT_MODEL = "checkpoints/mvdiffusion/pipeckpts"
 """Where FaceLift's inference looks for the pipeline folder."""
 CHECK_XFORMERS = 'python -c "import xformers.ops"'
-"""To be run in FaceLift's environment: ends without a word where its sparse attention can work."""
+"""Command for FaceLift's environment: it ends without an error where sparse attention can work."""
 _ITS_OWN = ("inference.py", "mvdiffusion")
-"""By which FaceLift's repository is known."""
+"""Names that identify FaceLift's repository."""
 _WEIGHTS = "checkpoints/gslrm"
-"""Where this is missing FaceLift's inference downloads all its weights first, over what lies at FACELIFT_MODEL."""
+"""Where this folder is missing, FaceLift's inference first downloads all its weights, and overwrites FACELIFT_MODEL."""
 
 
 def put_in(facelift: Path, export: Path, *, with_pipeline: bool) -> list[str]:
     """Put an export's prompt, and where asked for its merged pipeline folder, into FaceLift's repository.
 
     Without it the pipeline folder is FaceLift's own again, where an earlier call put another there: a prompt belongs to a
-    model. What is copied is compared with what it was copied from before it takes its place.
-    Returns: what was done, and what to mind, in lines.
-    Raises: InputError where `facelift` is not FaceLift's repository, or the export has not what is asked for or does not fit.
+    model. Each copy is compared with its original before it takes its place.
+    Returns: the changes, then warnings, in lines.
+    Raises: InputError where `facelift` is not FaceLift's repository, or the export lacks a wanted part or does not fit.
     """
     refuse_another_folder(facelift)
     wanted = {FACELIFT_PROMPT: export / "clr_embeds.pt"}
@@ -63,7 +64,7 @@ def put_in(facelift: Path, export: Path, *, with_pipeline: bool) -> list[str]:
 
 
 def undo(facelift: Path) -> list[str]:
-    """Put back what was there before `put_in`, however often it was called. Returns: what was done, in lines.
+    """Put back what was there before `put_in`, however often it was called. Returns: the changes, in lines.
 
     Raises: InputError where nothing was put in, or `facelift` is not FaceLift's repository.
     """
@@ -75,7 +76,7 @@ def undo(facelift: Path) -> list[str]:
             f"--undo: {facelift} holds nothing that --into put there (no {Path(FACELIFT_PROMPT).name}.original or "
             f".no-original); likely it was undone already"
         )
-    return [f"put back   {_put_back(facelift, place)}" for place in found] or ["taken away what a killed --into had begun with"]
+    return [f"put back   {_put_back(facelift, place)}" for place in found] or ["removed the partial copies of a killed --into"]
 
 
 def refuse_another_folder(facelift: Path) -> None:
@@ -117,11 +118,11 @@ def into_facelift(export: Path) -> str:
 
 
 def _check(facelift: Path, export: Path, wanted: Mapping[str, Path]) -> list[str]:
-    """Look whether an export can be put in. Returns: what to mind, in lines. Raises: InputError."""
+    """Check that an export can be put in. Returns: warnings, in lines. Raises: InputError."""
     from softprompt.prompt.embeddings import load_prompt  # torch, which --undo should not wait for
 
     prompt, warnings = load_prompt(wanted[FACELIFT_PROMPT]), []
-    model, theirs = read_json(export / "clr_embeds.json", what="what a run says of its prompt").get("model"), None
+    model, theirs = read_description(export).get("model"), None
     if FACELIFT_MODEL in wanted:
         config = wanted[FACELIFT_MODEL] / "unet" / "config.json"
         if not config.is_file():
@@ -134,10 +135,9 @@ def _check(facelift: Path, export: Path, wanted: Mapping[str, Path]) -> list[str
                 f"WARNING    {facelift / _WEIGHTS} is not there: FaceLift's inference will download its weights, its own "
                 f"pipeline folder over this one. Let it do so first: --undo, run its inference once, then --into again"
             )
-        size = sum(file.stat().st_size for file in wanted[FACELIFT_MODEL].rglob("*") if file.is_file())
-        free = shutil.disk_usage(facelift).free
-        if free < size:
-            raise InputError(f"--into: {facelift} has {free / 1e9:.1f} GB free; the pipeline folder takes {size / 1e9:.1f} GB")
+        size = folder_size(wanted[FACELIFT_MODEL])
+        if (disk := lack_of_space(facelift, size)) is not None:
+            raise InputError(f"--into: {disk}; the pipeline folder takes {size / 1e9:.1f} GB")
     else:
         theirs = facelift / FACELIFT_MODEL
         original = theirs.with_name(f"{theirs.name}.original")
@@ -178,7 +178,7 @@ def _staged(facelift: Path, place: str, ours: Path) -> Path:
 
 
 def _differing(ours: Path, copy: Path) -> list[Path]:
-    """Files that are not the same in both."""
+    """Files that differ between the two."""
     if ours.is_file():
         return [] if filecmp.cmp(ours, copy, shallow=False) else [ours]
     names = {file.relative_to(folder) for folder in (ours, copy) for file in folder.rglob("*") if not file.is_dir()}
@@ -186,7 +186,7 @@ def _differing(ours: Path, copy: Path) -> list[Path]:
 
 
 def _set_aside(facelift: Path, place: str) -> str:
-    """Keep what is at a place before anything of ours is, unless that was done already. Returns: what is kept, in words."""
+    """Keep the original of a place, unless an earlier call did. Returns: a description of what is kept."""
     target = facelift / place
     original = _original(target)
     if not os.path.lexists(original) and _missing(facelift, target) is None:
@@ -200,7 +200,7 @@ def _set_aside(facelift: Path, place: str) -> str:
 
 
 def _clean(facelift: Path) -> bool:
-    """Remove what a call that was killed left half-written. Returns: whether there was anything."""
+    """Remove the partial copies of a killed call. Returns: whether there were any."""
     targets = [facelift / place for place in (FACELIFT_PROMPT, FACELIFT_MODEL)]
     folders = [(target.name, folder) for target in targets for folder in (facelift, *_up_to(facelift, target.parent))]
     left_over = [path for name, folder in folders for path in folder.glob(f".*{name}.partial-*")]
@@ -215,7 +215,7 @@ def _was_put_in(facelift: Path, place: str) -> bool:
 
 
 def _put_back(facelift: Path, place: str) -> str:
-    """Returns: what was done, in words."""
+    """Restore a place. Returns: a description of the change."""
     target = facelift / place
     original = _original(target)
     if os.path.lexists(original):
@@ -236,12 +236,12 @@ def _put_back(facelift: Path, place: str) -> str:
 
 
 def _missing(facelift: Path, target: Path) -> Path | None:
-    """The topmost of a place and the folders it is in that was not there before; None where it was, or nothing was put in."""
+    """The topmost of a place and its folders that `put_in` made; None where all existed before, or nothing was put in."""
     return next((path for path in _up_to(facelift, target) if _no_original(path).exists()), None)
 
 
 def _up_to(facelift: Path, path: Path) -> list[Path]:
-    """A path and the folders that it is in, below FaceLift's."""
+    """A path and its folders, up to but without FaceLift's."""
     return [one for one in (path, *path.parents) if one != facelift and one.is_relative_to(facelift)]
 
 
@@ -254,7 +254,7 @@ def _no_original(path: Path) -> Path:
 
 
 def _take_away(path: Path) -> None:
-    """A file, link or folder, where there is one."""
+    """Remove a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         remove_folder(path)
     else:

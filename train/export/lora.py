@@ -1,4 +1,4 @@
-"""A LoRA in the formats of other programs, each read back with that program's own reader, or with diffusers' reader of it."""
+"""A LoRA in the formats of other programs, each read back with that program's reader, or with diffusers'."""
 
 import copy
 from collections.abc import Callable
@@ -23,13 +23,13 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class Format:
-    """How a LoRA is written, and put on a UNet that has none."""
+    """A format: how a LoRA is written, and read onto a UNet without one."""
 
     path: str
-    """In an export."""
+    """Its path in an export."""
     write: Callable[[UNet2DConditionModel, Path], None]
     read: Callable[[UNet2DConditionModel, Path], UNet2DConditionModel]
-    """Returns the UNet with the LoRA; the one given is changed as well."""
+    """Returns: the UNet with the LoRA; the given UNet changes too."""
 
 
 def write_peft(unet: UNet2DConditionModel, folder: Path) -> None:
@@ -44,7 +44,7 @@ def write_peft(unet: UNet2DConditionModel, folder: Path) -> None:
 
 
 def read_peft(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
-    """With peft."""
+    """Put the LoRA on a UNet with peft."""
     return PeftModel.from_pretrained(unet, folder).base_model.model.eval()
 
 
@@ -53,7 +53,7 @@ def write_kohya(unet: UNet2DConditionModel, file: Path) -> None:
     ours = {f"unet.{name}": _plain(weight) for name, weight in get_peft_model_state_dict(unet).items()}
     weights = convert_state_dict_to_kohya(ours, original_type=StateDictType.PEFT)
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
-    # The converter says that alpha is the rank, whatever it is.
+    # The converter writes the rank as alpha, whatever alpha is.
     alphas = {f"lora_unet_{name.replace('.', '_')}.alpha": float(m.lora_alpha[ADAPTER]) for name, m in layers.items()}
     assert alphas.keys() == {name for name in weights if name.endswith(".alpha")}, "each layer has its alpha"
     weights |= {name: torch.tensor(alpha) for name, alpha in alphas.items()}
@@ -62,13 +62,13 @@ def write_kohya(unet: UNet2DConditionModel, file: Path) -> None:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.r),
         "ss_network_alpha": str(float(config.lora_alpha)),
-        "ss_v2": str(unet.config["cross_attention_dim"] == 1024),  # A1111 lists a LoRA by the Stable Diffusion it says it is of
+        "ss_v2": str(unet.config["cross_attention_dim"] == 1024),  # A1111 lists a LoRA by this version of SD
     }
     save_file(weights, file, metadata=about)
 
 
 def read_kohya(unet: UNet2DConditionModel, file: Path) -> UNet2DConditionModel:
-    """With diffusers."""
+    """Put the LoRA on a UNet with diffusers."""
     weights, alphas = StableDiffusionPipeline.lora_state_dict(
         file.parent, weight_name=file.name, unet_config=unet.config, local_files_only=True
     )
@@ -84,7 +84,7 @@ FORMATS = {
     "peft": Format("lora_peft", write_peft, read_peft),
     "kohya": Format("lora_kohya.safetensors", write_kohya, read_kohya),
 }
-"""Beside that of diffusers, which is written always: everything here reads that."""
+"""Formats besides that of diffusers, which is always written and which every reader here takes."""
 
 
 def verify_lora(pipeline: Pipeline, prompt: Tensor, folder: Path, form: Format, *, picture: Tensor, tolerance: float) -> float:

@@ -1,4 +1,4 @@
-"""What is in an export, put back: its prompt and its LoRA."""
+"""Loads the prompt and the LoRA of an export."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,14 +18,16 @@ from softprompt.model.adapted import AdaptedModel
 from softprompt.model.pipeline import Pipeline
 from softprompt.model.weights import how_they_fit, noted, unwrapped
 from softprompt.prompt.embeddings import load_prompt
-from train.export.write import LORA_WEIGHTS, with_lora_of
+from train.export.write import LORA_WEIGHTS, has_lora, with_lora_of
 from train.options.config import Config
 from train.options.groups import ExportConfig
 from train.state.folder import exported_prompt
 
 
 def refuse_another_unet(given: str | None, trained_on: object, export: Path) -> None:
-    """given: the option `unet`. trained_on: what the export says of it. Its folder may have moved, with the name it had.
+    """Check the UNet that a user gives for an export. Its folder may have moved, but under the same name.
+
+    given: the option `unet`. trained_on: the same option in the export's description.
 
     Raises: InputError where one of the two is the pipeline's own, or the names differ, as of unet and unet_ema.
     """
@@ -69,8 +71,7 @@ def open_lora(pipeline: Pipeline, folder: Path, dtype: torch.dtype) -> Pipeline:
 
 @contextmanager
 def _with_plain_names(folder: Path) -> Iterator[Path]:
-    """An export: itself; where its LoRA was saved from a compiled or wrapped UNet, a copy under the UNet's own names for the
-    time of the block."""
+    """The export, or, if its LoRA was saved from a compiled or wrapped UNet, a temporary copy with the UNet's own names."""
     file = folder / "lora" / LORA_WEIGHTS
     stored = load_file(file) if file.is_file() else {}
     plain = _plain(stored, file)
@@ -101,11 +102,10 @@ def start_from(folder: Path, adapted: AdaptedModel, position: float) -> None:
         raise InputError(f"init_from: with prompt.carry fade nothing learned is in the prompt at position {position:g}")
     prompt.begin_at(load_prompt(file, num_views=views, width=width), position)
     file = folder / "lora" / LORA_WEIGHTS
-    has_lora = bool(getattr(adapted.unet, "peft_config", None))
-    if file.is_file() != has_lora:
+    if file.is_file() != has_lora(adapted.unet):
         found, asked = ("a LoRA", "0") if file.is_file() else ("no LoRA", "more than 0")
         raise InputError(f"init_from: {folder} holds {found}; lora.rank is {asked}. Prompt and LoRA belong together")
-    if not has_lora:
+    if not has_lora(adapted.unet):
         return
     try:
         weights = {name.removeprefix("unet."): weight for name, weight in _plain(load_file(file), file).items()}
@@ -126,14 +126,14 @@ def start_from(folder: Path, adapted: AdaptedModel, position: float) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """A model with what it has learned, in float32, and where it comes from."""
+    """A model with its trained prompt and LoRA, in float32, and their origin."""
 
     folder: Path
     """Checkpoint or export that it was read from."""
     run: Path | None
-    """The run it is of; None for an export that lies alone."""
+    """The run that it belongs to; None for an export outside a run's folder."""
     config: Config | None
-    """Of that run."""
+    """The configuration of that run."""
     metadata: Mapping[str, Any]
     """See `train.export.write.describe`."""
     pipeline: Pipeline
@@ -150,7 +150,7 @@ class Source:
 
     @property
     def tolerance(self) -> float:
-        """Largest difference allowed between views in memory and of what is read back."""
+        """Largest difference allowed between the views of the model in memory and of the files read back."""
         return (ExportConfig() if self.config is None else self.config.export).tolerance
 
 

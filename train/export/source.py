@@ -1,4 +1,4 @@
-"""What is exported: a checkpoint of a run as the run itself would export it, or an export that is there already."""
+"""The source of an export: a checkpoint of a run, as the run itself would export it, or an earlier export."""
 
 from pathlib import Path
 from types import NoneType
@@ -7,19 +7,16 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from softprompt.errors import InputError
-from softprompt.files import read_json
-from softprompt.micro import MICRO_MODEL
 from softprompt.model.loading import load_pipeline
 from softprompt.model.pipeline import Pipeline
 from softprompt.prompt.embeddings import load_prompt
 from softprompt.prompt.pacing import CurriculumState
-from train.build import build_adapted, make_curriculum
+from train.build import build_adapted, make_curriculum, pipeline_folder
 from train.export.read import Source, is_run, open_lora, refuse_another_unet, start_from
 from train.export.write import describe
 from train.options.command_line import parse
-from train.options.groups import MICRO
 from train.state.checkpoint import DamagedError, read_state, restore_trained, verify
-from train.state.folder import checkpoint_folder, exported_prompt, list_checkpoints
+from train.state.folder import DESCRIPTION, checkpoint_folder, exported_prompt, list_checkpoints, read_description, step_of
 
 _DESCRIBED: dict[str, type | tuple[type, ...]] = {
     "origin": str,
@@ -32,7 +29,7 @@ _DESCRIBED: dict[str, type | tuple[type, ...]] = {
     "steps": int,
     "validation": dict,
 }
-"""What `train.export.write.describe` says, and of what kind it is."""
+"""The fields that `train.export.write.describe` writes, with their types."""
 
 
 def open_run(run: Path, which: str, *, model: str | None, unet: str | None = None, device: torch.device) -> Source:
@@ -40,7 +37,7 @@ def open_run(run: Path, which: str, *, model: str | None, unet: str | None = Non
 
     which: `newest`, `best` (of the lowest validation loss) or a step. model, unet: folders of the pipeline and of the UNet used
     instead of its own; None: those of the run.
-    Raises: InputError for a step that there is not, a damaged checkpoint, or another model than the run's.
+    Raises: InputError for a step without a checkpoint, a damaged checkpoint, or another model than the run's.
     """
     folder = find_checkpoint(run, which)
     try:
@@ -80,11 +77,11 @@ def open_run(run: Path, which: str, *, model: str | None, unet: str | None = Non
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
-    """The checkpoint that is meant; see `open_run`. Raises: InputError naming the steps there are."""
+    """The checkpoint that `which` means; see `open_run`. Raises: InputError that lists the steps of the run's checkpoints."""
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         raise InputError(f"{run / 'checkpoints'}: holds no checkpoint; the run stopped before its first one")
-    steps = [int(folder.name.removeprefix("step-")) for folder in checkpoints]
+    steps = [step_of(folder) for folder in checkpoints]
     there = f"the run has checkpoints of step {', '.join(map(str, steps))}"
     if which == "newest":
         return checkpoints[-1]
@@ -106,27 +103,27 @@ def find_checkpoint(run: Path, which: str) -> Path:
 
 
 def _damaged(run: Path, folder: Path, error: DamagedError) -> InputError:
-    others = [str(int(other.name.removeprefix("step-"))) for other in list_checkpoints(run) if other != folder]
+    others = [str(step_of(other)) for other in list_checkpoints(run) if other != folder]
     hint = f"; --step takes another: {', '.join(others)}" if others else "; there is no other"
     return InputError(f"{folder}: is damaged ({error}){hint}")
 
 
 def open_export(folder: Path, *, model: str | None, unet: str | None = None, device: torch.device) -> Source:
-    """An export as it lies. model, unet: pipeline folder, and that of the UNet instead of its own; None: those it was trained
-    from.
+    """An earlier export, unchanged.
 
+    model, unet: pipeline folder, and that of the UNet instead of its own; None: those it was trained from.
     Raises: InputError when it is none, or does not belong to the model.
     """
     file = exported_prompt(folder, option="export")
-    content = read_json(folder / "clr_embeds.json", what="what a run says of the prompt that it exported")
+    content = read_description(folder)
     metadata = {"unet": None} | {name: content[name] for name in content if name in _DESCRIBED}
     wrong = [name for name, kind in _DESCRIBED.items() if not isinstance(metadata.get(name), kind)]
     if not wrong and not all(isinstance(w, dict) and isinstance(w.get("given"), str) for w in metadata["waypoints"]):
         wrong = ["waypoints"]
     if wrong:
         raise InputError(
-            f"{folder / 'clr_embeds.json'}: {', '.join(wrong)}: missing, or of another kind; expected what a run writes beside "
-            f"the prompt that it exports; likely the file is of python -m train.prompts, or edited"
+            f"{folder / DESCRIPTION}: {', '.join(wrong)}: missing, or of another type; expected the description that a "
+            f"run writes beside its exported prompt; likely the file is of python -m train.prompts, or edited"
         )
     if unet is not None:
         refuse_another_unet(unet, metadata["unet"], folder)
@@ -139,4 +136,4 @@ def open_export(folder: Path, *, model: str | None, unet: str | None = None, dev
 
 def open_pipeline(model: str, unet: str | None, device: torch.device) -> Pipeline:
     """A pipeline folder, or the embedded one, in float32. unet: folder of the UNet instead of its own."""
-    return load_pipeline(MICRO_MODEL if model == MICRO else Path(model), unet=unet, dtype=torch.float32).to(device)
+    return load_pipeline(pipeline_folder(model), unet=unet, dtype=torch.float32).to(device)

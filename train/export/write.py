@@ -1,4 +1,4 @@
-"""What a run is for, written: prompt, LoRA and pipeline folder, each read back and compared before it is called done."""
+"""Writes prompt, LoRA and pipeline folder; each is read back and compared."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt.errors import InputError, RunError
-from softprompt.files import new_folder
+from softprompt.files import folder_size, lack_of_space, new_folder
 from softprompt.model.loading import load_unet, save_pipeline
 from softprompt.model.pipeline import Pipeline, place
 from softprompt.model.sampling import sample_views
@@ -72,8 +72,7 @@ def export_pipeline(pipeline: Pipeline, folder: Path, *, picture: Tensor, tolera
 
 
 def describe(config: Config, *, position: float, step: int, last: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the file beside an exported prompt says of where it comes from. last: series of the newest evaluation, where there
-    was one."""
+    """The description of an exported prompt: its origin. last: the newest evaluation, where there was one."""
 
     def texts(waypoint: str) -> list[str] | None:
         if waypoint.endswith((".pt", ".safetensors")):
@@ -94,11 +93,10 @@ def describe(config: Config, *, position: float, step: int, last: Mapping[str, A
 
 
 def write_prompt_and_lora(pipeline: Pipeline, prompt: Tensor, folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Into a folder that is there: the prompt as FaceLift loads it and in float32, and the LoRA, where there is one, as
-    diffusers loads it."""
+    """Write into an existing folder: the prompt as FaceLift loads it and in float32, and the LoRA, if any, for diffusers."""
     save_prompt(prompt, folder / "clr_embeds.safetensors", metadata=metadata)
     save_prompt(prompt, folder / "clr_embeds.pt", metadata=metadata)
-    if has_lora(pipeline):
+    if has_lora(pipeline.unet):
         StableDiffusionPipeline.save_lora_weights(
             folder / "lora",
             unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
@@ -148,9 +146,9 @@ def full_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def has_lora(pipeline: Pipeline) -> bool:
-    """Whether its UNet carries one."""
-    return bool(getattr(pipeline.unet, "peft_config", None))
+def has_lora(unet: UNet2DConditionModel) -> bool:
+    """Whether a UNet carries a LoRA."""
+    return bool(getattr(unet, "peft_config", None))
 
 
 def views_of(pipeline: Pipeline, prompt: Tensor, picture: Tensor) -> Tensor:
@@ -167,7 +165,7 @@ def views_of(pipeline: Pipeline, prompt: Tensor, picture: Tensor) -> Tensor:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest."""
+    """The largest difference."""
     return float((a - b).abs().max())
 
 
@@ -182,21 +180,13 @@ def within(found: float, tolerance: float, what: str) -> float:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raises: InputError when the disk of `folder` has not room for a run of `needed` bytes, what it holds already included."""
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    more = max(0, needed - there)
-    if (disk := full_disk(folder, more)) is not None:
+    """Raises: InputError when a run of `needed` bytes, those already in `folder` included, does not fit on its disk."""
+    more = max(0, needed - folder_size(folder))
+    if (disk := lack_of_space(folder, more)) is not None:
         raise InputError(
             f"output: {disk}; the run needs about {more / 1e9:.1f} GB more (checkpoints, exports); make room, put a new run on "
             f"another disk, or --export.pipeline false"
         )
-
-
-def full_disk(folder: Path, needed: int) -> str | None:
-    """Of the disk that `folder` is or will be on, how much is free, in words; None where `needed` bytes have room."""
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    return f"{existing} has {free / 1e9:.1f} GB free" if free < needed else None
 
 
 def _kept_aside(folder: Path, new: Path, error: RunError) -> RunError:
@@ -212,7 +202,7 @@ def _adapter_metadata(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _replace(folder: Path, new: Path) -> None:
-    """Move what is new into `folder`; what an earlier export left there goes, all else (best/) stays."""
+    """Move the new export into `folder` in place of an earlier one; all else there (best/) stays."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("lora", "pipeckpts"):  # also where the new export has none: it would not belong to the new prompt
         shutil.rmtree(folder / name, ignore_errors=True)

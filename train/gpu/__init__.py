@@ -1,1 +1,1 @@
-"""`python -m train.gpu`: whether all of it is right and fast on this machine's GPU."""
+"""`python -m train.gpu`: check correctness and speed on this machine's GPU."""

@@ -112,8 +112,8 @@ def _in_process(name: str, check: Check, limit: float, given: argparse.Namespace
     seconds = time.monotonic() - began
     if code == 0:
         return read_rows(_file_of(given.output, name), seconds)
-    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-1:]
-    why = f"took more than {limit:.0f} s" if code is None else f"exit code {code}: {''.join(said)[:300]}"
+    last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-1:]
+    why = f"took more than {limit:.0f} s" if code is None else f"exit code {code}: {''.join(last)[:300]}"
     return [Row("the check itself", f"{why} (see {log.name})", "an end", "fail", seconds=seconds)]
 
 

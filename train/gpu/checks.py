@@ -88,6 +88,11 @@ class Check:
         return rows
 
 
+def arguments(options: Mapping[str, object]) -> list[str]:
+    """Options by name => a command line."""
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
 def run_main(module: str, options: list[str]) -> int:
     """Run a command's `main` in this process, whose memory may be capped. Returns: its exit code."""
     code: int = resolve_name(f"{module}:main")(options)

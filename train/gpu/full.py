@@ -1,4 +1,4 @@
-"""Cost at full size on the device: steps, memory, whole runs. Each check is one function, and a process of its own."""
+"""Cost at full size on the device: steps, memory, whole runs. Each check is one function, in a process of its own."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from unittest.mock import patch
 import torch
 
 from softprompt.data.samples import write_source
+from softprompt.files import folder_size
 from softprompt.micro.models import write_pipeline
 from softprompt.micro.world import MicroWorld
 from train.benchmark import steps as benchmarked
 from train.callbacks import checkpoint
 from train.evaluation.evaluator import averaged
-from train.gpu.checks import OURS, SMALL, Setting, compiler, run_main
-from train.gpu.results import Row, is_true, judged, skipped
-from train.log.series import read_series
+from train.gpu.checks import OURS, SMALL, Setting, arguments, compiler, run_main
+from train.gpu.results import Row, failed, is_true, judged, last_loss, skipped
 from train.loop import start
 from train.options.command_line import parse
 from train.options.config import Config
@@ -38,8 +38,7 @@ def materials(setting: Setting) -> list[Row]:
     dtype = torch.float16 if setting.size == "sd21" else torch.float32
     write_pipeline(setting.size, setting.model, picture=None if setting.size == "sd21" else 16, dtype=dtype)
     write_source(MicroWorld("mice", 0, 10, size=64), setting.data)
-    size = sum(file.stat().st_size for file in setting.model.rglob("*") if file.is_file())
-    return [Row("pipeline folder written", f"{size / 1e9:.2f} GB in {time.monotonic() - began:.0f} s")]
+    return [Row("pipeline folder written", f"{folder_size(setting.model) / 1e9:.2f} GB in {time.monotonic() - began:.0f} s")]
 
 
 def main_job(setting: Setting) -> list[Row]:
@@ -52,7 +51,7 @@ def main_job_on_cpu(setting: Setting) -> list[Row]:
     if setting.device == "cpu":
         return skipped("the device's loss against the CPU's", "there is one device")
     rows = _main_job(setting, "cpu")
-    ends = [_last_loss(setting.folder / f"main-{device}") for device in (setting.device, "cpu")]
+    ends = [last_loss(setting.folder / f"main-{device}") for device in (setting.device, "cpu")]
     return [*rows, judged("held-out loss on the device against the CPU's, relative", abs(ends[0] / ends[1] - 1), most=0.1)]
 
 
@@ -61,27 +60,22 @@ def _main_job(setting: Setting, device: str) -> list[Row]:
     small = SMALL | {"export.pipeline": "true"} if setting.size == "tiny" else {}
     # Without the report, whose figures need matplotlib: a cluster's node may not have it.
     options = {**small, "export.report": "false", "train.device": device, "output": run}
-    line = [f"--{name}={value}" for name, value in options.items()]
     began = time.monotonic()
-    argv = [sys.executable, "-m", "train.softprompt", *line]
+    argv = [sys.executable, "-m", "train.softprompt", *arguments(options)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        return [is_true("the run", False, f"exit code {done.returncode}: {_last_line(done.stderr)}", "exit code 0")]
+        return failed("the run", done.returncode, _last_line(done.stderr))
     read_back = re.search(r"views differ by (\S+) at most.*?(?:merged pipeline (\S+))?$", done.stdout, re.MULTILINE)
     assert read_back is not None, done.stdout
     return [
         Row("from nothing to the export", f"{time.monotonic() - began:.0f} s"),
-        Row("held-out loss at the end", f"{_last_loss(run):.4g}"),
+        Row("held-out loss at the end", f"{last_loss(run):.4g}"),
         judged("export read back, largest difference", float(read_back[1]), most=1e-4),
     ]
 
 
-def _last_loss(run: Path) -> float:
-    return float([point["loss/validation"] for point in read_series(run) if "loss/validation" in point][-1])
-
-
-def _last_line(said: str) -> str:
-    return next((line for line in reversed(said.splitlines()) if line.strip()), "nothing was said")
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
 def steps(setting: Setting, batch_size: int, *, compiled: bool = False) -> list[Row]:
@@ -96,7 +90,7 @@ def steps(setting: Setting, batch_size: int, *, compiled: bool = False) -> list[
     with patch.object(benchmarked, "compile_blocks", compiler(setting.device)):
         code = run_main("train.benchmark.__main__", options)
     if code:
-        return [is_true("train.benchmark", False, f"exit code {code}", "exit code 0")]
+        return failed("train.benchmark", code)
     found = json.loads(file.read_text(encoding="utf-8"))
     rows = [Row("matrix product", f"{found['matmul_flops'] / 1e12:.4g} TFLOP/s")]
     speeds: dict[str, float] = {}
@@ -121,7 +115,7 @@ def alone(setting: Setting, way: str) -> list[Row]:
     file = setting.folder / f"alone-{re.sub('[^A-Za-z0-9]+', '-', way)}.json"
     options = [f"--size={setting.size}", f"--device={setting.device}", f"--only={way}", "--repeats=1", f"--output={file}"]
     if code := run_main("train.benchmark.__main__", [*options, f"--kernels={str(way == OURS).lower()}"]):
-        return [is_true("train.benchmark", False, f"exit code {code}", "exit code 0")]
+        return failed("train.benchmark", code)
     found = json.loads(file.read_text(encoding="utf-8"))
     rows = []
     for one in found["ways"]:
@@ -144,7 +138,7 @@ def profile_of_memory(setting: Setting, gigabytes: int) -> list[Row]:
         "train.softprompt", [*_real_run(setting, f"facelift_mouse_{gigabytes}gb"), f"--output={run}", "--export.report=false"]
     )
     if code:
-        return [is_true("the run", False, f"exit code {code}", "exit code 0")]
+        return failed("the run", code)
     exported = is_true("export", (run / "export" / "clr_embeds.pt").is_file(), "written and read back", "written and read back")
     if not on_gpu:
         return [exported, Row("peak", "needs a CUDA device, whose memory can be limited and measured", "", "skip")]
@@ -210,4 +204,4 @@ def _real_run(setting: Setting, config: str) -> list[str]:
     }
     if setting.size == "tiny":
         options |= {"train.batch_size": 1, "train.accumulation": 1}
-    return [*line, *(f"--{name}={value}" for name, value in options.items())]
+    return [*line, *arguments(options)]

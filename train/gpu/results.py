@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.files import new_file, write_json
+from train.log.series import is_evaluation, read_series
 
 MARKS = {"pass": "pass", "fail": "**FAIL**", "skip": "skipped", "info": ""}
 
@@ -42,6 +43,16 @@ def is_true(name: str, holds: bool, found: str, wanted: str) -> Row:
 def skipped(name: str, why: str) -> list[Row]:
     """The row of a check that cannot be done here."""
     return [Row(name, why, "", "skip")]
+
+
+def failed(name: str, code: int, error: str = "") -> list[Row]:
+    """The row of a command that ended with another exit code than 0. error: its last line."""
+    return [is_true(name, False, f"exit code {code}{error and f': {error}'}", "exit code 0")]
+
+
+def last_loss(run: Path) -> float:
+    """A run's newest held-out loss."""
+    return float([point["loss/validation"] for point in read_series(run) if is_evaluation(point)][-1])
 
 
 def save_rows(rows: Sequence[Row], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether the numbers are right on the device, at the micro size: each check is one function, and a process of its own."""
+"""Correctness of the numbers on the device, at the micro size: each check is one function, in a process of its own."""
 
 import json
 import subprocess
@@ -14,9 +14,8 @@ from softprompt.errors import RunError
 from softprompt.model.sampling import sample_views
 from train import setup
 from train.evaluation.evaluator import averaged
-from train.gpu.checks import SMALL, Setting, compiler, run_main
-from train.gpu.results import Row, is_true, judged, skipped
-from train.log.series import read_series
+from train.gpu.checks import SMALL, Setting, arguments, compiler, run_main
+from train.gpu.results import Row, is_true, judged, last_loss, skipped
 from train.loop import train
 from train.options.command_line import parse
 from train.setup import Job, prepare
@@ -24,15 +23,15 @@ from train.state.stop import StopSignal
 from train.step import training_step
 
 TOLERANCES = {"fp32": (2e-3, 5e-3), "bf16": (0.03, 0.03), "fp16": (0.01, 0.01)}
-"""By precision: the largest relative difference of a loss, and the largest mean difference of a picture in [0, 1], from
-float32 on the CPU. float32 differs by the order of sums; bf16 keeps 8 bits of a number, fp16 11."""
+"""The largest allowed differences from float32 on the CPU, by precision: of a loss, relative; of a picture in [0, 1], mean.
+ float32 differs by the order of sums; bf16 keeps 8 bits of a number, fp16 11."""
 STEPS = 3
 
 
 def job_for(setting: Setting, **options: object) -> Job:
     """A small run of the embedded model on the device."""
     given = {**SMALL, "train.device": setting.device, **options}
-    return prepare(parse([f"--{name}={value}" for name, value in given.items()]).config)
+    return prepare(parse(arguments(given)).config)
 
 
 def _numbers(job: Job) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def precision(setting: Setting, name: str) -> list[Row]:
     found, expected = _numbers(job), json.loads(setting.reference.read_text(encoding="utf-8"))
     most_loss, most_view = TOLERANCES[name]
     losses = [abs(a / b - 1) for a, b in zip(found["loss"], expected["loss"], strict=True)]
-    # Of the first measurement after an update: it is a square, so twice the tolerance.
+    # From the first measurement after an update on; the KL is a square, so its relative difference is larger.
     later = [abs(a / b - 1) for a, b in zip(found["kl"][1:], expected["kl"][1:], strict=True)]
     views = torch.tensor(found["views"]) - torch.tensor(expected["views"])
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in job.adapted.all_trainable().values()}
@@ -100,8 +99,8 @@ def scaler(setting: Setting) -> list[Row]:
 def killed(setting: Setting) -> list[Row]:
     """A run that is killed and resumed ends as one that was not."""
     whole, cut = setting.folder / "run-whole", setting.folder / "run-killed"
-    line = [f"--{name}={value}" for name, value in {**SMALL, "train.device": setting.device, "train.steps": 6}.items()]
-    line += ["--monitor.checkpoint_every=2", "--resume-or-start"]
+    options = {**SMALL, "train.device": setting.device, "train.steps": 6, "monitor.checkpoint_every": 2}
+    line = [*arguments(options), "--resume-or-start"]
 
     argv = [sys.executable, "-m", "train.softprompt", *line, f"--output={cut}"]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -113,7 +112,7 @@ def killed(setting: Setting) -> list[Row]:
         if code := run_main("train.softprompt", [*line, f"--output={folder}"]):
             raise RunError(f"train.softprompt ended with {code}")
     same = 0.0 if setting.device == "cpu" else 1e-2  # kernels on a GPU are not all deterministic
-    ends = [[point["loss/validation"] for point in read_series(run) if "loss/validation" in point][-1] for run in (cut, whole)]
+    ends = [last_loss(run) for run in (cut, whole)]
     return [
         is_true("killed before its end", was_killed, str(was_killed), "true"),
         judged("its held-out loss at the end, relative", abs(ends[0] / ends[1] - 1), most=same),

@@ -55,6 +55,6 @@ def is_ablation(point: Mapping[str, float]) -> bool:
     return VIEWS_FOLLOW in point
 
 
-def in_words(name: str) -> str:
-    """A view, a row or a part in words: front_right => "front right", lora_alone => "LoRA alone"."""
+def display_name(name: str) -> str:
+    """The name of a view, a row or a part as people read it: front_right => "front right", lora_alone => "LoRA alone"."""
     return "shifted prompts" if name == HANDED_ON else name.replace("_", " ").replace("lora", "LoRA")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.errors import InputError
+from softprompt.files import folder_size, new_file
 from train.cli import Parser, run_command
 from train.micro.settings import Settings
 
@@ -97,7 +98,7 @@ def report(settings: Settings) -> None:
     pipeline, encoders = load_pipeline(settings.output), load_text_encoder(settings.output)
     print(table_of_words(pipeline, encoders, settings.evaluated), flush=True)
     print(table_of_templates(pipeline, encoders, settings.evaluated), flush=True)
-    sizes = {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in settings.output.iterdir()}
+    sizes = {part.name: folder_size(part) for part in settings.output.iterdir()}
     print(", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items() if size > 1e5), end="; ")
     print(f"{sum(sizes.values()) / 1e6:.2f} MB in all")
     if settings.grid is not None:
@@ -110,7 +111,6 @@ def draw_grid(pipeline: Any, prompt: "Tensor", path: Path) -> None:
     from einops import rearrange
     from PIL import Image
 
-    from softprompt.files import new_file
     from softprompt.model.sampling import sample_views
     from train.micro.pretrain import given_picture, held_out
 

@@ -5,16 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt.errors import InputError
 from softprompt.micro import MICRO_MODEL
 from softprompt.micro.world import DOMAINS
+from train.options.checks import FROM_1, POSITIVE, Check, Checked, option
 
 PHASES = ("vae", "decoder", "clip", "prior", "heads")
 """In their order."""
 
 
+_KNOWN = Check(lambda value: set(value) <= set(DOMAINS), f"some of {', '.join(DOMAINS)}")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Checked):
     """Build the embedded micro pipeline, a small FaceLift, from nothing."""
 
     output: Path = MICRO_MODEL
@@ -29,40 +32,30 @@ class Settings:
     """File to continue from, saved along the way and removed at the end; null is .NAME.state.pt beside the output."""
     seed: int = 0
     """Seed of all weights and noise."""
-    objects: int = 500
+    objects: int = option(500, FROM_1)
     """Training objects of each domain of the VAE, and of the heads."""
-    prior_objects: int = 240
+    prior_objects: int = option(200, FROM_1)
     """Training objects of each domain of CLIP and the prior."""
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = option((), _KNOWN)
     """Further domains that CLIP and the prior never see, e.g. mice_photo_above: their words are known but never together."""
-    batch_size: int = 4
+    batch_size: int = option(4, FROM_1)
     """Objects of six pictures a step; the prior takes as many single pictures."""
-    vae_steps: int = 5500
+    vae_steps: int = option(5500, FROM_1)
     """Steps of the VAE, four pictures each."""
-    decoder_steps: int = 4000
+    decoder_steps: int = option(4000, FROM_1)
     """Further steps of the VAE's decoder alone, four pictures each."""
-    clip_steps: int = 800
+    clip_steps: int = option(800, FROM_1)
     """Steps of text and image encoder, 64 pairs each."""
-    prior_steps: int = 4000
+    prior_steps: int = option(3600, FROM_1)
     """Steps of the UNet on single pictures under their texts."""
-    heads_steps: int = 2400
+    heads_steps: int = option(2400, FROM_1)
     """Steps of the UNet on six views of heads."""
-    learning_rate: float = 1e-3
+    learning_rate: float = option(1e-3, POSITIVE)
     """AdamW's highest; it rises over a twentieth of each phase and falls along a cosine."""
-    save_every: int = 200
+    save_every: int = option(200, FROM_1)
     """Steps between saves of the state."""
-    evaluated: int = 16
+    evaluated: int = option(16, FROM_1)
     """Held-out objects in the evaluation."""
-
-    def __post_init__(self) -> None:
-        at_least_1 = ("objects", "prior_objects", "evaluated", "batch_size", "save_every", *(f"{p}_steps" for p in PHASES))
-        checks = {name: (getattr(self, name) >= 1, "1 or more") for name in at_least_1}
-        unknown = sorted(set(self.left_out) - set(DOMAINS))
-        checks["left_out"] = not unknown, f"some of {', '.join(DOMAINS)}"
-        checks["learning_rate"] = self.learning_rate > 0, "a positive number"
-        for name, (holds, expected) in checks.items():
-            if not holds:
-                raise InputError(f"{name}: is {getattr(self, name)}; expected {expected}")
 
     @property
     def state_file(self) -> Path:

@@ -40,9 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no command {name!r}; expected one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         return BAD_INPUT
     parser, command = COMMANDS[name]
-    given = parser().parse_args(rest)
-    line = shlex.join(["python", "-m", "train.prompts", *argv])
-    return run_command(lambda: command(given, line), interrupted="interrupted; nothing was written")
+    given = parser().parse_args(rest, argparse.Namespace(command=shlex.join(["python", "-m", "train.prompts", *argv])))
+    return run_command(lambda: command(given), interrupted="interrupted; nothing was written")
 
 
 def _show_parser() -> PlainParser:
@@ -74,19 +73,20 @@ def _show_parser() -> PlainParser:
     return parser
 
 
-def show(given: argparse.Namespace, command: str) -> int:
+def show(given: argparse.Namespace) -> int:
     """Print and draw. Raises: InputError for a name that is no prompt, or a page that would replace another file."""
-    from train.prompts.report import Phrases, inspect, print_report, refuse_other_page, write_page
+    from train.prompts.report import Phrases, inspect, print_report, write_prompts_page
     from train.prompts.sources import open_encoder, read_phrases
+    from train.report.template import refuse_other_page
 
     output, phrases = Path(given.output), None
-    refuse_other_page(output)
+    refuse_other_page(output, "prompts")
     sources = _open_all(given)
     if given.phrases:
         texts = read_phrases(given.phrases, subject=given.subject, angle=given.angle)
         phrases = Phrases(texts, open_encoder(given.model).embed(texts))
     shown = inspect(sources, phrases)
-    write_page(shown, output, command)
+    write_prompts_page(shown, output, given.command)
     print_report(shown)
     print(f"page       {output}")
     return 0
@@ -113,11 +113,11 @@ def _probe_parser() -> PlainParser:
     return parser
 
 
-def probe(given: argparse.Namespace, command: str) -> int:
+def probe(given: argparse.Namespace) -> int:
     """Measure and print. Raises: InputError for samples, prompts or a device that cannot be used."""
     from train.prompts.probe import run_probe
 
-    run_probe(given, command)
+    run_probe(given)
     return 0
 
 
@@ -133,9 +133,8 @@ def _check_parser() -> PlainParser:
     return parser
 
 
-def check(given: argparse.Namespace, command: str) -> int:
+def check(given: argparse.Namespace) -> int:
     """Compare a file with a model's configuration and text encoder. Raises: InputError with the cause if it does not fit."""
-    del command
     from softprompt.prompt.embeddings import load_prompt
     from train.prompts.sources import TOY, has_toy_encoder, model_folder, model_takes, open_file
 
@@ -154,7 +153,7 @@ def check(given: argparse.Namespace, command: str) -> int:
 
 
 def _which_encoder(source: "Source", model: str) -> str:
-    """Whether a model's own text encoder made a prompt, in words."""
+    """A sentence that says whether a model's own text encoder made a prompt."""
     from train.prompts.make import SAME
     from train.prompts.measure import start_distance
     from train.prompts.sources import open_encoder
@@ -189,9 +188,8 @@ def _make_parser() -> PlainParser:
     return parser
 
 
-def make(given: argparse.Namespace, command: str) -> int:
+def make(given: argparse.Namespace) -> int:
     """Encode and write. Raises: InputError for texts that cannot be encoded, or a reference that is not reproduced."""
-    del command
     from train.prompts.make import metadata, reproduce
     from train.prompts.output import refuse_output, write
     from train.prompts.sources import TOY, fill_in, model_takes, open_encoder, open_file
@@ -224,7 +222,7 @@ def _angles(given: argparse.Namespace, views: Sequence[str]) -> str | list[str]:
         if given.frames is not None:
             raise InputError(f"--frames {given.frames}: needs --cameras, the file with these frames")
         return ANGLE if given.angle is None else str(given.angle)
-    from train.prompts.make import in_words, read_angles
+    from train.prompts.make import camera_text, read_angles
 
     if given.angle is not None:
         raise InputError("--angle: --cameras is given too, and fills {angle}; leave one of them out")
@@ -235,7 +233,7 @@ def _angles(given: argparse.Namespace, views: Sequence[str]) -> str | list[str]:
         frames = None if given.frames is None else [int(number) for number in given.frames.split(",")]
     except ValueError as error:
         raise InputError(f"--frames {given.frames}: expected numbers from 0 up, e.g. 0,4,8,16,24,28") from error
-    return [in_words(*angles) for angles in read_angles(given.cameras, frames, len(views))]
+    return [camera_text(*angles) for angles in read_angles(given.cameras, frames, len(views))]
 
 
 def _mix_parser() -> PlainParser:
@@ -255,9 +253,8 @@ def _mix_parser() -> PlainParser:
     return parser
 
 
-def mix(given: argparse.Namespace, command: str) -> int:
+def mix(given: argparse.Namespace) -> int:
     """Interpolate and write. Raises: InputError for prompts that cannot be mixed, or a position outside the path."""
-    del command
     import torch
 
     from softprompt.prompt.soft_prompt import point_on_path
@@ -310,9 +307,8 @@ def _convert_parser() -> PlainParser:
     return parser
 
 
-def convert(given: argparse.Namespace, command: str) -> int:
+def convert(given: argparse.Namespace) -> int:
     """Rewrite. Raises: InputError for a file that is no prompt, or cannot be written."""
-    del command
     from train.prompts.output import convert as rewrite
 
     for sentence in rewrite(Path(given.given), Path(given.output), overwrite=given.overwrite):
@@ -343,7 +339,7 @@ def _open_all(given: argparse.Namespace) -> list["Source"]:
     return open_all(given.prompts, model=given.model, subject=given.subject, angle=given.angle)
 
 
-Command = tuple[Callable[[], PlainParser], Callable[[argparse.Namespace, str], int]]
+Command = tuple[Callable[[], PlainParser], Callable[[argparse.Namespace], int]]
 COMMANDS: dict[str, Command] = {
     "probe": (_probe_parser, probe),
     "show": (_show_parser, show),

@@ -40,10 +40,10 @@ def reproduce(encoder: Encoder, reference: Source) -> str:
     if distance <= SAME:
         largest = float((made - reference.prompt).abs().max())
         return f"{reference.name} is reproduced from FaceLift's six texts: no number differs by more than {largest:.1g}"
-    said = f"{origin}: is not what {encoder.name} makes of FaceLift's six texts (a token differs by {distance:.0%} of its norm)"
+    text = f"{origin}: is not what {encoder.name} makes of FaceLift's six texts (a token differs by {distance:.0%} of its norm)"
     if encoder.is_toy:
         raise InputError(
-            f"{said}; that is {TOY}, whose prompts fit only the embedded model; give FaceLift's pipeline as --model"
+            f"{text}; that is {TOY}, whose prompts fit only the embedded model; give FaceLift's pipeline as --model"
         )
     used = encoder.tokenizer.pad_token
     # Stable Diffusion 2 pads with "!", number 0; Stable Diffusion 1 with the end of a text.
@@ -55,10 +55,10 @@ def reproduce(encoder: Encoder, reference: Source) -> str:
         padded = Encoder(encoder.folder, tokenizer, encoder.model).embed(texts)
         if _largest_distance(padded, reference.prompt) <= SAME:
             raise InputError(
-                f"{said}; it is with the padding token {padding!r} in place of {used!r}: set pad_token in "
+                f"{text}; it is with the padding token {padding!r} in place of {used!r}: set pad_token in "
                 f"{encoder.folder / 'tokenizer'}"
             )
-    raise InputError(f"{said}, with any padding token; likely it was made with another text encoder, or from other texts")
+    raise InputError(f"{text}, with any padding token; likely it was made with another text encoder, or from other texts")
 
 
 def _largest_distance(made: Tensor, reference: Tensor) -> float:
@@ -115,15 +115,15 @@ def relative_angles(rotations: Sequence[np.ndarray]) -> list[tuple[float, float]
     return [(elevation, 180 - (180 - azimuth + first) % 360) for elevation, azimuth in found]  # in (-180, 180]
 
 
-def in_words(elevation: float, azimuth: float) -> str:
+def camera_text(elevation: float, azimuth: float) -> str:
     """20, 45 => "from 20 degrees above, turned 45 degrees to the right"."""
     height, turn = round(abs(elevation)), round(abs(azimuth))
     where = f"{'straight' if height >= 90 - EYE_LEVEL else f'{height} degrees'} {'above' if elevation > 0 else 'below'}"
-    said = "at eye level" if height <= EYE_LEVEL else f"from {where}"
+    text = "at eye level" if height <= EYE_LEVEL else f"from {where}"
     if turn == 0:
-        return said
+        return text
     side = "" if turn == 180 else " to the right" if azimuth > 0 else " to the left"
-    return f"{said}, turned {turn} degree{'s' * (turn != 1)}{side}"
+    return f"{text}, turned {turn} degree{'s' * (turn != 1)}{side}"
 
 
 def _rotation(frame: Any, origin: str) -> np.ndarray:

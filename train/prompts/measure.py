@@ -56,7 +56,7 @@ class Drift:
     """[V]: length of each view's change, relative to the reference's norm."""
     cosines: Tensor
     """[V]: between a view and the reference's."""
-    in_words: float | None
+    share_in_words: float | None
     """Share of the squared change in the reference's words, with start and end token; None: not known, or no change."""
     rounded_away: float | None
     """Error of rounding to float16 relative to the change, root mean squares; None without a change."""
@@ -91,15 +91,15 @@ def drift(prompt: Tensor, reference: Tensor, words: Sequence[int] | None) -> Dri
     change = (prompt - reference).double()
     squares = change.square().sum(dim=-1)  # V T
     total = float(squares.sum())
-    in_words = None
+    share_in_words = None
     if words is not None and total > 0:
-        in_words = float(sum(view[:count].sum() for view, count in zip(squares, words, strict=True))) / total
+        share_in_words = float(sum(view[:count].sum() for view, count in zip(squares, words, strict=True))) / total
     rounding = (prompt.half().double() - prompt.double()).square().sum()
     return Drift(
         change=(change.norm(dim=-1) / _divisor(reference.double().norm(dim=-1))).float(),
         by_view=(change.flatten(1).norm(dim=1) / reference.double().flatten(1).norm(dim=1)).float(),
         cosines=F.cosine_similarity(prompt.double().flatten(1), reference.double().flatten(1)).float(),
-        in_words=in_words,
+        share_in_words=share_in_words,
         rounded_away=(float(rounding) / total) ** 0.5 if total > 0 else None,
     )
 

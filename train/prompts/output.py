@@ -1,4 +1,4 @@
-"""Prompts => files: written, and converted between formats and from the folders of FaceLift, Era3D and Wonder3D."""
+"""Writes prompt files, and converts them between formats and from the folders of FaceLift, Era3D and Wonder3D."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from softprompt.errors import InputError
-from softprompt.files import new_folder
+from softprompt.files import new_folder, writing_to
 from softprompt.prompt.embeddings import save_prompt
 from softprompt.prompt.similarity import closest_pair
 from softprompt.prompt.templates import PROMPT_SUFFIXES
@@ -36,14 +36,12 @@ def refuse_output(path: Path, *, overwrite: bool, beside: Path | None = None) ->
 def write(prompt: Tensor, path: Path, views: tuple[str, ...], metadata: Mapping[str, Any]) -> str:
     """Write a prompt and the JSON beside it.
 
-    prompt: [V, T, D]. Returns: what was written, in words. Raises: InputError if it cannot be written.
+    prompt: [V, T, D]. Returns: a description of the written files. Raises: InputError if it cannot be written.
     """
     a, b, cosine = closest_pair(prompt, views)
     named = {"views": list(views), "closest_views": [a, b, round(cosine, 6)]}
-    try:
+    with writing_to(path):
         sidecar = save_prompt(prompt, path, metadata={**metadata, **named})
-    except OSError as error:
-        raise _unwritable(path, error) from error
     return f"{path} ({FORMATS[path.suffix]}) and {sidecar.name}; closest {a} and {b}, cosine {cosine:.3f}"
 
 
@@ -51,7 +49,7 @@ def convert(given: Path, output: Path, *, overwrite: bool) -> list[str]:
     """Rewrite a prompt file, of this project or of another program, or a folder of them.
 
     output: a prompt file, or without suffix a folder.
-    Returns: lines that say what was found and written. Raises: InputError if nothing can be converted, or written.
+    Returns: lines about the files found and written. Raises: InputError if nothing can be converted, or written.
     """
     if output.suffix and output.suffix not in PROMPT_SUFFIXES:
         raise InputError(f"{output}: ends in {output.suffix}; expected .pt, .safetensors, or the name of a folder")
@@ -62,42 +60,35 @@ def convert(given: Path, output: Path, *, overwrite: bool) -> list[str]:
         return [f"found      {given}: {found}{source.shape}", _convert_file(source, given, file, overwrite)]
     files = files_in(given)
     sources = {name: open_file(file) for name, file in files.items()}
-    said = [f"found      {files[name].name} {FOLDER_FILES[name]}: {source.shape}" for name, source in sources.items()]
+    lines = [f"found      {files[name].name} {FOLDER_FILES[name]}: {source.shape}" for name, source in sources.items()]
     if not output.suffix:
-        return [*said, *_convert_folder(sources, files, output)]
+        return [*lines, *_convert_folder(sources, files, output)]
     first, *left = sources
-    said += [f"left out   {', '.join(files[name].name for name in left)}: a folder as OUT takes both"] if left else []
-    return [*said, _convert_file(sources[first], files[first], output, overwrite)]
+    lines += [f"left out   {', '.join(files[name].name for name in left)}: a folder as OUT takes both"] if left else []
+    return [*lines, _convert_file(sources[first], files[first], output, overwrite)]
 
 
 def _convert_file(source: Source, given: Path, output: Path, overwrite: bool) -> str:
     if output.resolve() == given.resolve():
         raise InputError(f"{output}: is the input file; expected another name or suffix for OUT")
     refuse_output(output, overwrite=overwrite, beside=given if source.metadata else None)
-    said = f"written    {write(source.prompt, output, source.views, _kept_metadata(given, source.prompt))}"
+    line = f"written    {write(source.prompt, output, source.views, _kept_metadata(given, source.prompt))}"
     rounded = float((source.prompt.half().float() - source.prompt).abs().max())
     lost = f"; rounding to float16 changes a number by {rounded:.1e} at most"
-    return said + (lost if output.suffix == ".pt" and rounded else "")
+    return line + (lost if output.suffix == ".pt" and rounded else "")
 
 
 def _convert_folder(sources: dict[str, Source], files: dict[str, Path], output: Path) -> list[str]:
-    said = []
-    try:
-        with new_folder(output) as partial:
-            for name, source in sources.items():
-                suffix = next(s for s in PROMPT_SUFFIXES if s != files[name].suffix)
-                write(source.prompt, partial / f"{name}{suffix}", source.views, _kept_metadata(files[name], source.prompt))
-                said.append(f"written    {output / name}{suffix} and .json")
-    except OSError as error:
-        raise _unwritable(output, error) from error
-    return said
+    lines = []
+    with writing_to(output), new_folder(output) as partial:
+        for name, source in sources.items():
+            suffix = next(s for s in PROMPT_SUFFIXES if s != files[name].suffix)
+            write(source.prompt, partial / f"{name}{suffix}", source.views, _kept_metadata(files[name], source.prompt))
+            lines.append(f"written    {output / name}{suffix} and .json")
+    return lines
 
 
 def _kept_metadata(path: Path, prompt: Tensor) -> dict[str, Any]:
     """The part of the JSON beside a prompt file that also holds for a copy in the other format."""
     measured = ("file", "shape", "dtype", "token_norms", "view_cosines", "mean_view_cosine", "rounding_error")
     return {key: value for key, value in described(path, prompt).items() if key not in measured}
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error}); likely read-only, or its disk is full")

@@ -15,7 +15,7 @@ from softprompt.data.batch import Objects, spread_timesteps
 from softprompt.data.cache import EncodedObjects
 from softprompt.data.samples import Source, Subset, open_source
 from softprompt.errors import InputError
-from softprompt.files import write_json
+from softprompt.files import write_json, writing_to
 from softprompt.micro.world import MicroWorld
 from softprompt.model.adapted import predict
 from softprompt.model.loading import load_pipeline
@@ -23,7 +23,7 @@ from softprompt.model.pipeline import Pipeline
 from softprompt.prompt.encoding import load_waypoints
 from softprompt.prompt.templates import TEMPLATES, view_names
 from train.compare.results import Interval, paired_change
-from train.device import choose_precision, dtype_of, quiet_libraries
+from train.device import choose_device, choose_precision, dtype_of, quiet_libraries
 from train.evaluation.evaluator import fixed_batches, view_errors
 from train.prompts.sources import model_folder
 
@@ -46,7 +46,7 @@ class Row:
     """Loss in each of TIMESTEP_RANGES equal ranges, the least noisy first."""
 
 
-def run_probe(given: argparse.Namespace, command: str) -> None:
+def run_probe(given: argparse.Namespace) -> None:
     """Measure, print and write. given: options of `train.prompts probe`. Raises: InputError."""
     for name in ("objects", "timesteps", "batch_size"):
         if getattr(given, name) < 1:
@@ -54,8 +54,7 @@ def run_probe(given: argparse.Namespace, command: str) -> None:
     precision, chosen = choose_precision(given.device, given.precision, group="--")
     quiet_libraries(True)
     folder, names = model_folder(given.model), [*TEMPLATES, *given.also]
-    device = torch.device("cpu" if given.device == "cpu" or not torch.cuda.is_available() else "cuda")
-    pipeline = load_pipeline(folder, unet=given.unet, dtype=dtype_of(precision)).to(device)
+    pipeline = load_pipeline(folder, unet=given.unet, dtype=dtype_of(precision)).to(choose_device(given.device))
     schedule = len(pipeline.scheduler.alphas_cumprod)
     if given.timesteps > schedule:
         raise InputError(f"--timesteps: is {given.timesteps}; the model has {schedule} timesteps, expected so many at most")
@@ -77,8 +76,14 @@ def run_probe(given: argparse.Namespace, command: str) -> None:
     print_table(rows, pipeline.num_views, schedule)
     print(suggestion(rows, len(objects)))
     if given.output:
-        found = {"command": command, "objects": list(objects.names), "timesteps": timesteps, "rows": [asdict(r) for r in rows]}
-        write_json(Path(given.output), found)
+        found = {
+            "command": given.command,
+            "objects": list(objects.names),
+            "timesteps": timesteps,
+            "rows": [asdict(r) for r in rows],
+        }
+        with writing_to(f"--output {given.output}"):
+            write_json(Path(given.output), found)
 
 
 def _open_samples(samples: str, count: int, pipeline: Pipeline) -> Source:

@@ -4,15 +4,14 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from softprompt.errors import InputError
-from softprompt.files import new_file
+from softprompt.files import writing_to
 from softprompt.prompt.similarity import words_before_padding
+from train.log.series import display_name
 from train.prompts.measure import (
     ANOTHER_ENCODER,
     Drift,
@@ -25,10 +24,7 @@ from train.prompts.measure import (
 )
 from train.prompts.sources import TOY, Source
 from train.report.charts import chart, matrix_cells
-from train.report.template import render
-
-MADE_BY = "softprompt train.prompts"
-"""Marks a page as ours."""
+from train.report.template import write_page
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ def inspect(sources: Sequence[Source], phrases: Phrases | None = None) -> list[S
 
 
 def other_encoder(source: Source, first: Source) -> bool:
-    """Whether two prompts likely come from two text encoders, by their start tokens; of trained ones nothing is known."""
+    """Whether two prompts likely come from two text encoders, by their start tokens; this is not known of trained prompts."""
     return start_distance(source.prompt, first.prompt) > ANOTHER_ENCODER and source.steps == first.steps == 0
 
 
@@ -101,16 +97,16 @@ def rows(one: Shown) -> list[tuple[str, str]]:
     """A prompt's description: heading and text of each line."""
     m, source = one.measures, one.source
     least, most = (f"{float(norm):.1f}" for norm in m.norms.aminmax())
-    said = [("shape", source.shape)]
+    found = [("shape", source.shape)]
     if source.toy:
-        said.append(("encoder", f"{TOY}: of use only with the embedded model"))
-    said += [("norms", f"a token's is {least} to {most}, mean {float(m.norms.mean()):.1f}"), ("view", _view_line(m))]
+        found.append(("encoder", f"{TOY}: fits only the embedded model"))
+    found += [("norms", f"a token's is {least} to {most}, mean {float(m.norms.mean()):.1f}"), ("view", _view_line(m))]
     if one.words is not None:
         how = "by its texts" if source.words is not None else "by their similarity"
         counts = " or ".join(dict.fromkeys(str(count) for count in one.words))
-        said.append(("padding", f"from token {counts} on ({how})"))
-    said += [("closest", "{} and {}, cosine {:.3f}".format(*m.closest)), ("float16", _rounding_line(one))]
-    return said + _with_heading("reads", one.reads) + _with_heading("change", _drift_lines(one))
+        found.append(("padding", f"from token {counts} on ({how})"))
+    found += [("closest", "{} and {}, cosine {:.3f}".format(*m.closest)), ("float16", _rounding_line(one))]
+    return found + _with_heading("reads", one.reads) + _with_heading("change", _drift_lines(one))
 
 
 def _with_heading(heading: str, lines: Sequence[str]) -> list[tuple[str, str]]:
@@ -119,12 +115,12 @@ def _with_heading(heading: str, lines: Sequence[str]) -> list[tuple[str, str]]:
 
 def _view_line(m: Measures) -> str:
     carriers, spread = in_ranges(m.carriers), in_ranges(m.spread_over)
-    said = f"token{'s' * (len(m.carriers) != 1)} {carriers} carr{'y' if len(m.carriers) != 1 else 'ies'} it"
+    text = f"token{'s' * (len(m.carriers) != 1)} {carriers} carr{'y' if len(m.carriers) != 1 else 'ies'} it"
     if m.shared:
-        said += f"; {in_ranges(range(m.shared))} are the same in all views"
+        text += f"; {in_ranges(range(m.shared))} are the same in all views"
     if spread != carriers:
-        said += f"; over all views {spread} differ, as after names of unequal length"
-    return said
+        text += f"; over all views {spread} differ, as after names of unequal length"
+    return text
 
 
 def _rounding_line(one: Shown) -> str:
@@ -149,8 +145,8 @@ def _drift_lines(one: Shown) -> list[str]:
         "cosine with it: " + ", ".join(f"{cosine:.3f}" for cosine in d.cosines.tolist()),
         f"most in token {furthest} ({float(d.by_token.max()):.1%} of the token's norm)",
         "share in padding not known: no padding was found"
-        if d.in_words is None
-        else f"{d.in_words:.1%} of it (squared) in word tokens, {1 - d.in_words:.1%} in padding",
+        if d.share_in_words is None
+        else f"{d.share_in_words:.1%} of it (squared) in word tokens, {1 - d.share_in_words:.1%} in padding",
     ]
 
 
@@ -159,9 +155,9 @@ def print_report(shown: Sequence[Shown]) -> None:
     columns = min(120, max(80, shutil.get_terminal_size().columns))
     for one in shown:
         print(one.source.name)
-        for heading, said in rows(one):
+        for heading, text in rows(one):
             start = f"  {heading:<10}"
-            print(textwrap.fill(said, columns, initial_indent=start, subsequent_indent=" " * 12, break_on_hyphens=False))
+            print(textwrap.fill(text, columns, initial_indent=start, subsequent_indent=" " * 12, break_on_hyphens=False))
         width = max(11, *(len(view) for view in one.source.views))
         print(f"  {'cosines':<{width + 2}}" + "".join(f"{view:>{width + 1}}" for view in one.source.views))
         for view, row in zip(one.source.views, one.measures.cosines.tolist(), strict=True):
@@ -176,31 +172,14 @@ def print_report(shown: Sequence[Shown]) -> None:
         print()
 
 
-def refuse_other_page(path: Path) -> None:
-    """Raises: InputError if there is a file that is no earlier page."""
-    if path.is_dir():
-        raise InputError(f"--output {path}: is a folder; expected the name of a page, e.g. prompts.html")
-    if path.is_file() and MADE_BY not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
-        raise InputError(f"--output {path}: is no earlier page of this command; choose another name, or move it away first")
-
-
-def write_page(shown: Sequence[Shown], path: Path, command: str) -> None:
+def write_prompts_page(shown: Sequence[Shown], path: Path, command: str) -> None:
     """Write the page, whole or not at all. Raises: InputError if it cannot be written."""
-    context = {
-        "made_by": MADE_BY,
-        "date": f"{datetime.now().astimezone():%-d %B %Y, %H:%M %Z}",
-        "prompts": [_as_context(one) for one in shown],
-        "command": command,
-    }
-    try:
-        with new_file(path) as partial:
-            partial.write_text(render("train.prompts", context), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--output {path}: cannot be written ({error}); likely read-only, or its disk is full") from error
+    with writing_to(f"--output {path}"):
+        write_page(path, "prompts", {"prompts": [_as_context(one) for one in shown], "command": command})
 
 
 def _as_context(one: Shown) -> dict[str, Any]:
-    m, d, views = one.measures, one.drift, [view.replace("_", " ") for view in one.source.views]
+    m, d, views = one.measures, one.drift, [display_name(view) for view in one.source.views]
     charts = [
         ("Difference from the most similar view, by token", m.telling),
         ("Spread over all views, by token", m.spread),

@@ -1,4 +1,4 @@
-"""Prompt files, templates and texts => prompts, with what is known about their origin."""
+"""Reads prompts from prompt files, templates and texts, with their origin where it is known."""
 
 import difflib
 import filecmp
@@ -34,11 +34,11 @@ class Source:
     """A prompt and what is known about it."""
 
     name: str
-    """As given on the command line."""
+    """Name on the command line."""
     prompt: Tensor
     """[V, T, D], float32."""
     dtype: str
-    """As stored in the file; float32 for an encoded text."""
+    """dtype in the file; float32 for an encoded text."""
     views: tuple[str, ...]
     words: tuple[int, ...] | None = None
     """Number of tokens of each view's text, with start and end token; the rest is padding. None: not known."""
@@ -59,7 +59,7 @@ class Source:
 
     @property
     def shape(self) -> str:
-        """Shape and dtype in words."""
+        """Shape and dtype as text."""
         views, tokens, width = self.prompt.shape
         return f"{views} views x {tokens} tokens x {width}, {self.dtype}"
 
@@ -74,12 +74,12 @@ class Encoder:
 
     @property
     def name(self) -> str:
-        """As given on the command line."""
+        """Name on the command line."""
         return "micro" if self.folder == MICRO_MODEL else str(self.folder)
 
     @property
     def is_toy(self) -> bool:
-        """Whether it is the embedded model's."""
+        """Whether it is the embedded model's text encoder."""
         return has_toy_encoder(self.folder)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -143,7 +143,7 @@ def fill_in(
     """The texts of a template's name, or of a text with {view}, one a view.
 
     angles: for {angle}, one for all views or one each. problem: how an error begins, if not with --text.
-    Raises: InputError for what is neither.
+    Raises: InputError for a text that is neither.
     """
     if text not in TEMPLATES and "{" not in text:
         near = difflib.get_close_matches(text, TEMPLATES, n=1)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softprompt.errors import InputError
+from softprompt.files import writing_to
 from train.cli import PlainParser, run_command
 
 
@@ -31,15 +32,13 @@ def _report(given: argparse.Namespace) -> int:
     from train.report.page import write_report
     from train.report.read import read_story
 
-    try:
-        if given.picture is not None and given.picture.suffix != ".png":
-            raise InputError(f"--picture: is {given.picture}; expected a name that ends in .png")
+    if given.picture is not None and given.picture.suffix != ".png":
+        raise InputError(f"--picture: is {given.picture}; expected a name that ends in .png")
+    with writing_to(given.output or given.run):
         story = read_story(given.run)
         page, headline = write_report(story, given.output)
         if given.picture is not None:
             picture(story, given.picture)
-    except OSError as error:
-        raise InputError(f"cannot be written ({error}); likely read-only, or the disk is full") from error
     print(f"{headline}\n\nmade       {page}" + (f", {given.picture}" if given.picture else ""))
     return 0
 

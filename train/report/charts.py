@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BAR_HEIGHT, BAR_STEP, LABEL = 90, 10, 44
-"""Of a bar chart, in pixels: the bars' greatest height, their distance, the room for labels."""
+"""Bar charts, in pixels before scaling: the greatest height of a bar, the distance between bars, the room for labels."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Told apart by colour-blind eyes, readable on white and on black (M. Okabe and K. Ito's set, less yellow and black)."""
 INK = "#010203"
@@ -42,7 +42,7 @@ def blank(*, width: float, height: float) -> "tuple[Figure, Axes]":
 
 
 def make_logarithmic(axes: "Axes") -> None:
-    """The y axis, with its numbers written out; what is drawn must be positive. Over a wide range each power of ten alone."""
+    """Make the y axis logarithmic, its numbers written out (over a wide range powers of ten). Values must be positive."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -101,8 +101,13 @@ def data_uri(strip: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
+def strip_row(name: str, strip: Image.Image, *, alt: str) -> dict[str, Any]:
+    """A strip of tiles with its name, as the macro `strips` of parts.html.jinja draws it. alt: a text in its place."""
+    return {"name": name, "uri": data_uri(strip), "alt": alt, "width": strip.width, "height": strip.height}
+
+
 def matrix_cells(cosines: "Tensor", least: float) -> list[list[dict[str, float]]]:
-    """cosines: [V, V]. least: that is drawn without ink; 1 has all of it."""
+    """The cells of a matrix of cosines, shaded from `least` (none) to 1 (full). cosines: [V, V]."""
     return [[{"cosine": c, "ink": (c - least) / ((1 - least) or 1)} for c in row] for row in cosines.tolist()]
 
 
@@ -128,6 +133,3 @@ def chart(title: str, values: "Tensor", marked: set[int]) -> dict[str, Any]:
         "ticks": [{"x": LABEL + BAR_STEP * t + BAR_STEP / 2, "token": t} for t in range(0, len(values), 10)],
         "alt": f"{title}. Largest at token {int(values.argmax())}, {float(values.max()):.3f} of a token's norm.",
     }
-
-
-"""Of a chart over tokens: height, width of a token, and room for the numbers at its left; in pixels before scaling."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softprompt.files import new_file
-from train.log.series import in_words
+from train.log.series import display_name
 from train.report.charts import COLOURS, INK, blank, cut_strips, make_logarithmic, to_svg
 from train.report.read import Story
 
@@ -23,9 +23,9 @@ class Panel:
 
     title: str
     lines: tuple[tuple[str, str], ...]
-    """(series, what it is called)."""
+    """(series, label)."""
     good: str
-    """What it looks like in a run that goes well."""
+    """Its looks in a run that goes well."""
     log: bool = False
 
 
@@ -82,7 +82,7 @@ PANELS = (
 def panels(story: Story) -> list[tuple[Panel, str]]:
     """The figures for which the run has points, as SVG."""
     extra = sorted({name for point in story.training for name in point if name.startswith("objective/")})
-    objectives = [Panel("Objectives", tuple((name, name.removeprefix("objective/")) for name in extra), "Of each step.")]
+    objectives = [Panel("Objectives", tuple((name, name.removeprefix("objective/")) for name in extra), "At each step.")]
     found = []
     for panel in (*PANELS, *(objectives if extra else [])):
         if curves := _curves(panel, story):
@@ -116,7 +116,7 @@ def picture(story: Story, path: Path) -> None:
         axes.legend(frameon=False, fontsize=8)
         axes.tick_params(labelsize=8)
     for part in below:
-        columns = ("input", *(in_words(name) for name in story.slots))
+        columns = ("input", *(display_name(name) for name in story.slots))
         for row, (axes, (name, strip)) in enumerate(zip(part.subplots(len(rows), 1), rows, strict=True)):
             axes.imshow(strip, interpolation="nearest")
             axes.set_axis_off()

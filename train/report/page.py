@@ -1,4 +1,4 @@
-"""A run's story => its page: one HTML file that needs nothing else."""
+"""The page of a run: one HTML file that needs no other."""
 
 import json
 import math
@@ -8,24 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from PIL import Image
 
-from softprompt.errors import InputError
-from softprompt.files import new_file
 from train.export.facelift import into_facelift
-from train.log.series import ABLATION_PSNR, ABLATION_SSIM, HANDED_ON, VIEWS_FOLLOW, in_words
+from train.log.series import ABLATION_PSNR, ABLATION_SSIM, HANDED_ON, VIEWS_FOLLOW, display_name
 from train.options.groups import MICRO
 from train.prompts.measure import drift, in_ranges, measure
-from train.report import template as page
-from train.report.charts import chart, cut_strips, data_uri, matrix_cells
+from train.report.charts import chart, cut_strips, matrix_cells, strip_row
 from train.report.figures import panels
 from train.report.read import Story
+from train.report.template import refuse_other_page, write_page
 from train.state.folder import REPORT
 
-MADE_BY = "softprompt train.report"
-"""Marks a page as ours."""
 OVERFITTED = 0.02
-"""Share by which the lowest held-out loss is below that at the end from which on the report says so."""
+"""The report warns of overfitting where the lowest held-out loss is below the last one by more than this share."""
 
 
 def write_report(story: Story, output: Path | None = None) -> tuple[Path, str]:
@@ -35,16 +30,12 @@ def write_report(story: Story, output: Path | None = None) -> tuple[Path, str]:
     Raises: InputError for a folder that is no run, or where something lies that is no earlier page.
     """
     run, target = story.folder, output or story.folder / REPORT
-    if target.is_dir():
-        raise InputError(f"--output {target}: is a folder; expected the name of a page, e.g. {REPORT}")
-    if target.is_file() and MADE_BY not in target.read_text(encoding="utf-8", errors="replace")[:1000]:
-        raise InputError(f"--output {target}: is no earlier page of this command; choose another name, or move it away first")
+    refuse_other_page(target, "report")
     command = f"python -m train.report {shlex.quote(str(run))}"
     if output is not None:
         command += f" --output {shlex.quote(str(output))}"
-    context = _context(story) | {"made_by": MADE_BY, "command": command}
-    with new_file(target) as partial:
-        partial.write_text(page.render("train.report", context), encoding="utf-8")
+    context = _context(story) | {"command": command}
+    write_page(target, "report", context)
     return target, str(context["headline"])
 
 
@@ -57,7 +48,7 @@ def _context(story: Story) -> dict[str, Any]:
         + f", step {story.step} of {options['train.steps']}.",
         "headline": headline(story),
         "warnings": warnings(story),
-        "columns": ["input", *(in_words(name) for name in story.slots)],
+        "columns": ["input", *(display_name(name) for name in story.slots)],
         "grid": _rows(story.pictures.get("tiles"), ("truth", "pretrained", "now"), story),
         "shown_step": story.shown["step"],
         "view_columns": [
@@ -67,7 +58,7 @@ def _context(story: Story) -> dict[str, Any]:
         "worst": _worst(story),
         "ablation": _ablation(story),
         "prompt": _prompt(story),
-        "asked": _asked(story),
+        "settings": _settings(story),
         "changed": [(name, _value(default), _value(value)) for name, default, value in story.changed],
         "config": (story.folder / "config.yaml").read_text(encoding="utf-8"),
         "panels": [(panel, Markup(svg)) for panel, svg in panels(story)],
@@ -76,42 +67,42 @@ def _context(story: Story) -> dict[str, Any]:
 
 
 def headline(story: Story) -> str:
-    """What came of the run, in a sentence or two."""
+    """The results of the run in a sentence or two."""
     first, last, shown = story.first, story.last, story.shown
     if last is first:
         return "Nothing has been evaluated since the start, so there is nothing to compare yet."
-    said = "The held-out loss was not finite at the end"
+    text = "The held-out loss was not finite at the end"
     if _finite(first["loss/validation"], last["loss/validation"]):
         before, now = first["loss/validation"], last["loss/validation"]
         verb = "fell" if now < before else "rose"
-        said = f"The held-out loss {verb} from {before:.4g} to {now:.4g} ({now / before - 1:+.0%}) in {last['step']} steps"
+        text = f"The held-out loss {verb} from {before:.4g} to {now:.4g} ({now / before - 1:+.0%}) in {last['step']} steps"
     if _finite(first.get("views/psnr"), shown.get("views/psnr")):
-        said += f", and the sampled views went from {first['views/psnr']:.1f} to {shown['views/psnr']:.1f} dB PSNR"
-    said += "."
+        text += f", and the sampled views went from {first['views/psnr']:.1f} to {shown['views/psnr']:.1f} dB PSNR"
+    text += "."
     if _finite(first.get("loss/original_pretrained"), last.get("loss/original")):
         times = last["loss/original"] / first["loss/original_pretrained"]
-        said += f" On the original domain the loss is now {times:.2g} times what it was."
-    return said
+        text += f" On the original domain the loss is now {times:.2g} times what it was."
+    return text
 
 
 def warnings(story: Story) -> list[str]:
-    """What a reader should know before all else."""
-    said = [f"{name}: {words}" for name, words in story.warned.items()]
+    """Warnings that a reader should see first."""
+    found = [f"{name}: {words}" for name, words in story.warned.items()]
     best, last = story.best, story.last
     if not story.finished:
-        said.append(f"The run is not finished: it stands at step {story.step} of {story.options['train.steps']}.")
+        found.append(f"The run is not finished: it stands at step {story.step} of {story.options['train.steps']}.")
     if _finite(best["loss/validation"], last["loss/validation"]):
         lower = 1 - best["loss/validation"] / last["loss/validation"]
         if best["step"] == 0 < last["step"]:
-            said.append("On held-out objects no step was better than the pretrained model.")
+            found.append("On held-out objects no step was better than the pretrained model.")
         elif lower > OVERFITTED:
-            said.append(
+            found.append(
                 f"The held-out loss was {lower:.0%} lower at step {best['step']} than at the end: the run has overfitted "
                 f"since. What it was then is in {story.folder / 'export' / 'best'}."
             )
     if story.prompt is None:
-        said.append("There is no export yet, so the prompt is not shown.")
-    return said
+        found.append("There is no export yet, so the prompt is not shown.")
+    return found
 
 
 def view_rows(story: Story) -> list[dict[str, Any]]:
@@ -122,7 +113,7 @@ def view_rows(story: Story) -> list[dict[str, Any]]:
     worst = min(known)[1] if known else None
     return [
         {
-            "view": in_words(view),
+            "view": display_name(view),
             "worst": view == worst,
             "given": view == story.slots[0],
             "cells": [
@@ -151,7 +142,7 @@ def _ablation(story: Story) -> dict[str, Any] | None:
     share = story.ablation[VIEWS_FOLLOW]
     return {
         "objects": objects,
-        "rows": [{"name": in_words(name), "psnr": psnr[name], "ssim": ssim[name]} for name in names],
+        "rows": [{"name": display_name(name), "psnr": psnr[name], "ssim": ssim[name]} for name in names],
         "follow": f"In the last row of pictures each place has the next view's prompt: {share:.0%} of the views then are "
         f"nearer to the true view of that prompt than to that of their own place. 100 % means that the prompt alone decides "
         f"which view is drawn, 0 % that it does not matter.",
@@ -167,22 +158,21 @@ def _prompt(story: Story) -> dict[str, Any] | None:
     sides = []
     for title, m in (("W_0, the pretrained prompt", before), ("E, as exported", after)):
         one, other, cosine = m.closest
-        said = f"Cosines between views: {title}. Closest: {in_words(one)} and {in_words(other)}, {cosine:.3f}."
-        sides.append({"title": said, "rows": matrix_cells(m.cosines, least)})
-    most = sorted(moved.by_token.topk(3).indices.tolist())
-    carriers = in_ranges(before.carriers)
+        caption = f"Cosines between views: {title}. Closest: {display_name(one)} and {display_name(other)}, {cosine:.3f}."
+        sides.append({"title": caption, "rows": matrix_cells(m.cosines, least)})
+    most = ", ".join(map(str, sorted(moved.by_token.topk(3).indices.tolist())))
+    views = [display_name(view) for view in story.views]
+    changes = ", ".join(f"{view} {change:.0%}" for view, change in zip(views, moved.by_view.tolist(), strict=True))
     return {
-        "views": [in_words(view) for view in story.views],
+        "views": views,
         "matrices": sides,
         "chart": chart("Change from W_0, by token, of the token's norm", moved.by_token, set(before.carriers)),
-        "said": f"Change from W_0 by token, mean over views, of the token's norm there. Marked: the tokens that carry the view "
-        f"in W_0 ({carriers}). Most moved: {', '.join(map(str, most))}. By view: "
-        + ", ".join(f"{in_words(view)} {change:.0%}" for view, change in zip(story.views, moved.by_view.tolist(), strict=True))
-        + " of its norm.",
+        "caption": f"Change from W_0 by token, mean over views, relative to the token's norm there. Marked: the tokens that "
+        f"carry the view in W_0 ({in_ranges(before.carriers)}). Most changed: {most}. By view: {changes} of its norm.",
     }
 
 
-def _asked(story: Story) -> list[tuple[str, str]]:
+def _settings(story: Story) -> list[tuple[str, str]]:
     options = story.options
     batch = f"{options['train.batch_size']} x {options['train.accumulation']} objects"
     _, speed = story.curve("speed/steps_per_second")
@@ -204,7 +194,7 @@ def _asked(story: Story) -> list[tuple[str, str]]:
 
 
 def commands(story: Story) -> list[tuple[str, str]]:
-    """(what for, the command), to be copied."""
+    """(purpose, command) of each next step, to be copied."""
     run, export, start = (
         shlex.quote(str(one)) for one in (story.folder, story.folder / "export", story.options["prompt.waypoints"][0])
     )
@@ -238,24 +228,17 @@ def commands(story: Story) -> list[tuple[str, str]]:
 
 
 def _rows(tiles: Path | None, names: Sequence[str], story: Story, most: int | None = None) -> list[list[dict[str, Any]]]:
-    """Strips of pictures for each object, the first `most` of them; none where there is no file, or it is of other rows."""
+    """Strips of pictures for each object, the first `most` of them; none without a file, or if its rows are others."""
     if tiles is None:
         return []
     objects = cut_strips(tiles, views=len(story.slots), rows=len(names))[:most]
     return [
-        [_strip(name, strip, number) for name, strip in zip(names, strips, strict=True)]
+        [
+            strip_row(label, strip, alt=f"Object {number}: {label}")
+            for label, strip in zip(map(display_name, names), strips, strict=True)
+        ]
         for number, strips in enumerate(objects, start=1)
     ]
-
-
-def _strip(name: str, strip: Image.Image, number: int) -> dict[str, Any]:
-    return {
-        "name": in_words(name),
-        "uri": data_uri(strip),
-        "alt": f"Object {number}: {in_words(name)}",
-        "width": strip.width,
-        "height": strip.height,
-    }
 
 
 def _place(given: str, embedded: str) -> str:
@@ -264,7 +247,7 @@ def _place(given: str, embedded: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """As the command line takes it."""
+    """A value as the command line takes it."""
     return json.dumps(value).replace('"', "") if not isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""A run's folder => what its report tells. Draws and writes nothing."""
+"""Reads from a run's folder what its report shows."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,13 +30,13 @@ class Story:
     ablation: Mapping[str, float]
     """Series of the ablation at the end; empty where there was none."""
     warned: Mapping[str, str]
-    """Signs that the run goes wrong which stand, and what was said of them."""
+    """Diagnostics that still warn, with the text of each warning."""
     start: Tensor | None
     """W_0 [V, T, D]; None where there is no checkpoint."""
     prompt: Tensor | None
     """E [V, T, D] as exported; None where nothing is."""
     pictures: Mapping[str, Path] = field(default_factory=dict)
-    """Of the newest step that has them: `tiles` and `ablation-tiles`."""
+    """`tiles` and `ablation-tiles`, of the newest step that has them."""
 
     @property
     def first(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Story:
 
     @property
     def step(self) -> int:
-        """That it came to."""
+        """The last step that it took."""
         return max(int(point["step"]) for point in (self.last, *self.training[-1:]))
 
     @property
@@ -92,7 +92,7 @@ class Story:
 
 
 def read_story(run: Path) -> Story:
-    """Raises: InputError for a folder that is no run, or of which there is nothing to tell yet."""
+    """Raises: InputError for a folder that is no run, or without an evaluation."""
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: holds no config.yaml; expected the folder of a run, e.g. runs/micro-001{no_folder(run)}")
     given = read_yaml(run / "config.yaml")
@@ -118,7 +118,7 @@ def read_story(run: Path) -> Story:
 
 
 def _newest_checkpoint(run: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
-    """A run's newest sound checkpoint where there is one, and what to say where all are damaged: the rest can be told."""
+    """A run's newest sound checkpoint, and a warning where all are damaged: the report is made without them."""
     if not list_checkpoints(run):
         return None, {}
     try:
@@ -128,7 +128,7 @@ def _newest_checkpoint(run: Path) -> tuple[dict[str, Any] | None, dict[str, str]
 
 
 def _exported(folder: Path, state: Mapping[str, Any] | None) -> Tensor | None:
-    """What the run leaves. Raises: InputError where a file of it is damaged."""
+    """The exported prompt. Raises: InputError where its file is damaged."""
     if state is None or not any((folder / f"clr_embeds.{suffix}").is_file() for suffix in ("safetensors", "pt")):
         return None
     views, _, width = state["waypoints"][0].shape

@@ -5,15 +5,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from softprompt.errors import InputError, no_folder
+from softprompt.files import read_json
 
 LOCK = ".lock"
 """File that the run's process holds locked: the lock ends with the process, however that ends."""
 REPORT = "report.html"
 """The report's page."""
+DESCRIPTION = "clr_embeds.json"
+"""The file beside an exported prompt that says where it comes from."""
 ERROR = "error.txt"
 """File with the error that ended the run, until it is resumed."""
 
@@ -116,6 +120,11 @@ class Exported:
     """Views of the files read back in a fresh model, against the model in memory under the same rounded prompt."""
     rounding: float
     """Difference made by rounding the prompt to float16."""
+
+
+def read_description(export: Path) -> dict[str, Any]:
+    """The JSON beside an exported prompt. Raises: InputError when it is missing or unreadable."""
+    return read_json(export / DESCRIPTION, what="the description of an exported prompt")
 
 
 def exported_prompt(folder: Path, *, option: str) -> Path:

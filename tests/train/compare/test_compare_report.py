@@ -90,7 +90,7 @@ def section(page, name):
 
 def test_the_report_has_its_sections_in_order_and_escapes_text(page):
     order = ["<h1>", 'class="headline"', *(f'id="{name}"' for name in ("settings", "validation", "original", "changes"))]
-    order += [f'id="{name}"' for name in ("results", "views", "pictures", "missing", "again", "limits")]
+    order += [f'id="{name}"' for name in ("results", "views", "pictures", "missing", "limits", "again")]
     places = [page.index(part) for part in order]
     assert places == sorted(places)
     assert "better: held-out loss significantly lower than base&#39;s, by" in page

@@ -125,8 +125,8 @@ def test_nothing_is_found_in_a_few_mice(colony: Path, tmp_path: Path, doctor: Do
 
 def test_one_object_is_enough_and_checks_that_need_more_are_named(colony: Path, doctor: Doctor) -> None:
     assert doctor(mouse(colony)) == (0, {})
-    said = not_inspected([Sample("one", True, inspect_sample([mouse(colony) / name for name in FILES]))])
-    assert [sentence.split(":")[0] for sentence in said[:2]] == ["Order of views", "Unusual sizes and positions"]
+    sentences = not_inspected([Sample("one", True, inspect_sample([mouse(colony) / name for name in FILES]))])
+    assert [sentence.split(":")[0] for sentence in sentences[:2]] == ["Order of views", "Unusual sizes and positions"]
 
 
 def test_folders_that_are_missing_or_have_no_views_are_found(herd: Path, tmp_path: Path, doctor: Doctor) -> None:

@@ -37,7 +37,7 @@ def test_the_page_shows_some_of_each_kind_where_there_are_many(
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else(
-    colony: Path, tmp_path: Path, doctor: Doctor, capsys: pytest.CaptureFixture[str]
+    colony: Path, tmp_path: Path, doctor: Doctor, error_of: Callable[..., str]
 ) -> None:
     doctor(mouse(colony))
     doctor(mouse(colony, 8))
@@ -45,8 +45,7 @@ def test_an_earlier_report_is_replaced_and_nothing_else(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "doctor.html").write_text("of a physician")
     for folder in (tmp_path / "mine", tmp_path / "mine" / "doctor.html", colony):
-        assert main([f"--data.train={colony}", f"--output={folder}"]) == 2
-        assert "something else than an earlier report" in capsys.readouterr().err
+        assert "something else than an earlier report" in error_of(main, f"--data.train={colony}", f"--output={folder}")
     assert (tmp_path / "mine" / "doctor.html").read_text() == "of a physician"
 
 
@@ -55,15 +54,15 @@ def test_a_list_from_another_machine_is_read_and_named(herd: Path, capsys: pytes
     (herd / "list.txt").write_text("".join(f"/elsewhere/{name}\n" for name in names))
     argv = [f"--data.train={herd / 'list.txt'}", f"--size={SIZE}", f"--output={tmp_path / 'doctor'}"]
     assert main(argv) == 0
-    said = capsys.readouterr().out
-    assert said.count(f"WARNING    {herd / 'list.txt'}: its 12 absolute paths are another machine's") == 1
+    printed = capsys.readouterr().out
+    assert printed.count(f"WARNING    {herd / 'list.txt'}: its 12 absolute paths are another machine's") == 1
     shutil.rmtree(herd / names[0])
     assert main(argv) == 2
     assert "beside the list are 11 of its 12 folders" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("inside", "said"),
+    ("inside", "message"),
     [
         ([], "no samples in 0 sub-folders, no pictures"),
         (["a/", "b/"], "no samples in 2 sub-folders"),
@@ -71,20 +70,19 @@ def test_a_list_from_another_machine_is_read_and_named(herd: Path, capsys: pytes
     ],
 )
 def test_a_folder_without_samples_is_an_error_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], inside: list[str], said: str
+    tmp_path: Path, error_of: Callable[..., str], inside: list[str], message: str
 ) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     for name in inside:
         (folder / name).mkdir() if name.endswith("/") else Image.new("RGBA", (8, 8)).save(folder / name)
-    assert main([f"--data.train={folder}", f"--output={tmp_path / 'doctor'}"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: --data.train: ") and error.count("\n") == 1 and said in error
+    error = error_of(main, f"--data.train={folder}", f"--output={tmp_path / 'doctor'}")
+    assert error.startswith("error: --data.train: ") and message in error
     assert not (tmp_path / "doctor").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ([], "data.train"),
         (["--data.train=x", "--siz=3"], "unknown option 'siz'; did you mean 'size'?"),
@@ -95,11 +93,6 @@ def test_a_folder_without_samples_is_an_error_in_one_line(
     ],
 )
 def test_bad_options_are_errors_in_one_line(
-    options: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    options: list[str], message: str, error_of: Callable[..., str], tmp_path: Path
 ) -> None:
-    try:
-        code = main([*options, f"--output={tmp_path / 'doctor'}"])
-    except SystemExit as end:
-        code = int(end.code or 0)
-    error = capsys.readouterr().err
-    assert code == 2 and said in error and error.count("\n") == 1
+    assert message in error_of(main, *options, f"--output={tmp_path / 'doctor'}")

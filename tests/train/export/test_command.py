@@ -25,17 +25,17 @@ from softprompt.model.loading import load_pipeline, load_unet
 from softprompt.model.pipeline import Pipeline
 from softprompt.model.sampling import sample_views
 from softprompt.prompt.embeddings import load_prompt
+from tests.models import write_facelift
 from tests.pictures import ONE_LEVEL, levels_apart, pixels
+from tests.runs import run_to_end
 from train import sample
 from train.export.__main__ import LORA_FORMATS, main, make_parser
 from train.export.lora import FORMATS
 from train.export.source import find_checkpoint, open_run
-from train.loop import train
 from train.options.config import Config
 from train.setup import prepare
 from train.state.checkpoint import save_progress, verify
 from train.state.folder import checkpoint_folder
-from train.state.stop import StopSignal
 
 RANK, ALPHA = 2, 5.0
 LORA = "lora/pytorch_lora_weights.safetensors"
@@ -49,21 +49,19 @@ def small_config(small_config: Callable[..., Config]) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="module")
-def trained(mice: Path, small_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def trained(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """`trained(**options)`: the folder of a finished run."""
 
     def run(**options: object) -> Path:
-        folder = tmp_path_factory.mktemp("runs") / "mice-001"
-        config = small_config(mice, **{n.replace("__", "."): v for n, v in options.items()})
-        train(prepare(config), folder, state=None, stop=StopSignal())
-        return folder
+        config = small(**{n.replace("__", "."): v for n, v in options.items()})
+        return run_to_end(config, tmp_path_factory.mktemp("runs") / "mice-001").folder
 
     return run
 
 
 @pytest.fixture(scope="module")
 def run(trained: Runs) -> Path:
-    """Of four steps along the whole path, with a moving average, that learned something; nothing may change it."""
+    """A run of four steps along the whole path, with a moving average, that learned something; nothing may change it."""
     return trained(
         lora__alpha=ALPHA,
         lora__learning_rate=0.03,
@@ -87,9 +85,8 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def earlier(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of step 2, in kohya's format too, and put into FaceLift beside it; nothing may change it."""
     folder = tmp_path_factory.mktemp("earlier")
-    (folder / "FaceLift" / "mvdiffusion").mkdir(parents=True)
-    (folder / "FaceLift" / "inference.py").touch()
-    given = ["--step", "2", "--output", str(folder / "mice"), "--lora", "kohya", "--into", str(folder / "FaceLift")]
+    facelift = write_facelift(folder / "FaceLift")
+    given = ["--step", "2", "--output", str(folder / "mice"), "--lora", "kohya", "--into", str(facelift)]
     assert main([str(run), *given, "--device=cpu"]) == 0
     return folder / "mice"
 
@@ -104,7 +101,7 @@ def same_lora(a: Path, b: Path) -> bool:
 
 
 def described(folder: Path) -> dict[str, object]:
-    """What it says of itself, but for a mean that is added up in another order."""
+    """An export's description, without a mean whose order of summation differs."""
     content: dict[str, object] = json.loads((folder / "clr_embeds.json").read_text())
     return {name: value for name, value in content.items() if name != "rounding_error"}
 
@@ -119,8 +116,8 @@ def test_the_newest_checkpoint_is_what_the_run_itself_exported(run: Path, export
 
 
 def test_an_earlier_checkpoint_gives_the_views_of_its_step(run: Path, earlier: Path, mice: Path, tmp_path: Path) -> None:
-    said, picture = described(earlier), min((mice / "val").glob("*/cam_000.png"))
-    assert (said["steps"], said["position"]) == (2, 0.5)
+    description, picture = described(earlier), min((mice / "val").glob("*/cam_000.png"))
+    assert (description["steps"], description["position"]) == (2, 0.5)
     quick = ["--steps=2", "--guidance_scale=1.5", "--eta=0", "--device=cpu"]
     assert sample.main([f"--pictures=[{picture}]", f"--export={earlier}", f"--output={tmp_path / 'views'}", *quick]) == 0
     tiles = pixels(run / "previews" / "tiles-step-000002.png")
@@ -203,7 +200,7 @@ def with_diffusers_from_kohya(folder: Path) -> UNet2DConditionModel:
 
 
 def with_kohya_by_hand(folder: Path) -> UNet2DConditionModel:
-    """As kohya's scripts do: the name of each layer with _ for ., and up @ down * alpha / rank added to its weight."""
+    """The UNet as kohya's scripts change it: up @ down * alpha / rank is added to each layer's weight; its name has _ for ."""
     unet, lora = load_unet(MICRO_MODEL / "unet"), load_file(folder / "lora_kohya.safetensors")
     with torch.no_grad():
         for name, layer in unet.named_modules():
@@ -316,9 +313,8 @@ def test_the_card_s_commands_work_where_it_lies(
     exported: Path, mice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(exported)
-    names = {"FACELIFT": tmp_path / "FaceLift", "VIEWS": tmp_path / "views", "PICTURE.png": next(mice.rglob("cam_000.png"))}
-    (names["FACELIFT"] / "mvdiffusion").mkdir(parents=True)
-    (names["FACELIFT"] / "inference.py").touch()
+    facelift = write_facelift(tmp_path / "FaceLift")
+    names = {"FACELIFT": facelift, "VIEWS": tmp_path / "views", "PICTURE.png": next(mice.rglob("cam_000.png"))}
     programs: Mapping[str, Callable[[list[str]], int]] = {"train.export": main, "train.sample": sample.main}
     commands = "".join(blocks(exported, "bash")).splitlines()
     assert len(commands) == 3
@@ -329,7 +325,7 @@ def test_the_card_s_commands_work_where_it_lies(
         assert (python, m) == ("python", "-m")
         assert programs[program]([*rest, "--steps=1", "--device=cpu"] if program == "train.sample" else rest) == 0
     assert len(list(tmp_path.glob("views/*/*.png"))) == 6
-    assert sorted(p.name for p in names["FACELIFT"].rglob("*")) == ["inference.py", "mvdiffusion"], "undone"
+    assert sorted(p.name for p in facelift.rglob("*")) == ["inference.py", "mvdiffusion"], "undone"
     snippets = blocks(exported, "python")
     assert len(snippets) == 2
     for block in snippets:
@@ -346,9 +342,9 @@ def test_an_export_that_lies_alone_has_a_card_without_picture_and_results(
 ) -> None:
     alone = Path(shutil.copytree(run / "export", tmp_path / "a" / "b" / "alone"))
     assert main([str(alone), "--output", str(tmp_path / "out"), "--device=cpu"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for what in ("a picture", "results"):
-        assert f"WARNING    the model card is without {what}: {alone} lies in no run's folder" in said
+        assert f"WARNING    the model card is without {what}: {alone} lies in no run's folder" in printed
     assert (tmp_path / "out" / "clr_embeds.safetensors").read_bytes() == (alone / "clr_embeds.safetensors").read_bytes()
     assert same_lora(tmp_path / "out", alone) and described(tmp_path / "out") == described(alone)
     text = (tmp_path / "out" / "README.md").read_text()
@@ -413,8 +409,8 @@ def test_an_alpha_that_a_converter_loses_is_found_and_nothing_is_left(
 
     monkeypatch.setitem(FORMATS, "kohya", replace(FORMATS["kohya"], write=converter_alone))
     assert main([str(run), "--output", str(tmp_path / "out"), "--lora", "kohya", "--device=cpu"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: export: lora_kohya.safetensors read back differs from the model in memory by 0.")
+    error = capsys.readouterr().err
+    assert error.startswith("error: export: lora_kohya.safetensors read back differs from the model in memory by 0.")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -432,13 +428,12 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(
     damage: Callable[[Path], object],
     reason: str,
     step: str,
-    capsys: pytest.CaptureFixture[str],
+    error_of: Callable[..., str],
 ) -> None:
     broken = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export", "tensorboard")))
     damage(checkpoint_folder(broken, 4))
-    assert main([str(broken), "--step", step, "--output", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert f"checkpoints/step-000004: is damaged ({reason}" in said and "; --step takes another: 2" in said
+    error = error_of(main, broken, "--step", step, "--output", tmp_path / "out")
+    assert f"checkpoints/step-000004: is damaged ({reason}" in error and "; --step takes another: 2" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -460,7 +455,7 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(
             ["RUN", "--into=FACELIFT"],
             "--into: RUN holds no export; give its own export, RUN/export, or --output FOLDER as well",
         ),
-        (["RUN/export", "--into=FACELIFT", "--lora", "peft"], "--lora: is of what --output writes"),
+        (["RUN/export", "--into=FACELIFT", "--lora", "peft"], "--lora: changes what --output writes"),
         (["RUN", "--output=OUT", "--into=RUN"], "RUN: is not FaceLift's repository, it has no inference.py and no mvdiffusion"),
         (["RUN"], "nothing to do: give --output FOLDER to write an export, --into FACELIFT to put one in, or both"),
         (["RUN", "--undo=FACELIFT"], "--undo: stands alone"),
@@ -471,18 +466,11 @@ def test_a_damaged_checkpoint_is_named_and_another_offered(
     ],
 )
 def test_what_cannot_be_exported_is_refused_in_one_line(
-    run: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, options: list[str], message: str, error_of: Callable[..., str]
 ) -> None:
-    (tmp_path / "FaceLift" / "mvdiffusion").mkdir(parents=True)
-    (tmp_path / "FaceLift" / "inference.py").touch()
-    names = {"RUN": run, "OUT": tmp_path / "out", "FACELIFT": tmp_path / "FaceLift"}
+    names = {"RUN": run, "OUT": tmp_path / "out", "FACELIFT": write_facelift(tmp_path / "FaceLift")}
     before = [sorted(folder.rglob("*")) for folder in (run, tmp_path)]
-    try:
-        code: object = main([filled(option, names) for option in options])
-    except SystemExit as stopped:
-        code = stopped.code
-    said = capsys.readouterr().err
-    assert code == 2 and filled(message, names) in said and said.count("\n") == 1
+    assert filled(message, names) in error_of(main, *(filled(option, names) for option in options))
     assert [sorted(folder.rglob("*")) for folder in (run, tmp_path)] == before
 
 
@@ -494,7 +482,7 @@ def replaced(match: re.Match[str], names: Mapping[str, Path]) -> str:
     return (match.group(1) or "") + str(names[match.group(2) or "RUN"])
 
 
-def said_otherwise(export: Path, **what: object) -> None:
+def redescribe(export: Path, **what: object) -> None:
     file = export / "clr_embeds.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | what))
 
@@ -502,34 +490,36 @@ def said_otherwise(export: Path, **what: object) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda e: shutil.rmtree(e / "lora"), "--lora: EXPORT has none (lora.rank 0); what it learned is in the prompt"),
+        (lambda e: shutil.rmtree(e / "lora"), "--lora: EXPORT has no LoRA (lora.rank 0); only its prompt was trained"),
         (lambda e: (e / LORA).write_bytes(b"no weights"), "EXPORT/lora: cannot be loaded into "),
         (lambda e: save_file({n: w * float("nan") for n, w in lora_of(e).items()}, e / LORA), "EXPORT/lora: "),
         (lambda e: (e / "clr_embeds.json").write_text("{}"), "EXPORT/clr_embeds.json: origin, model, licence, waypoints, "),
-        (lambda e: said_otherwise(e, steps="many"), "EXPORT/clr_embeds.json: steps: missing, or of another kind; expected"),
-        (lambda e: said_otherwise(e, waypoints=["facelift"]), "EXPORT/clr_embeds.json: waypoints: missing, or of another kind"),
-        (lambda e: (e / "clr_embeds.json").unlink(), "EXPORT/clr_embeds.json: not found; what a run says of the prompt"),
+        (lambda e: redescribe(e, steps="many"), "EXPORT/clr_embeds.json: steps: missing, or of another type; expected"),
+        (lambda e: redescribe(e, waypoints=["facelift"]), "EXPORT/clr_embeds.json: waypoints: missing, or of another type"),
+        (
+            lambda e: (e / "clr_embeds.json").unlink(),
+            "EXPORT/clr_embeds.json: not found; the description of an exported",
+        ),
     ],
 )
 def test_an_export_that_is_spoilt_is_refused(
-    run: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str, error_of: Callable[..., str]
 ) -> None:
     spoilt = Path(shutil.copytree(run / "export", tmp_path / "export"))
     spoil(spoilt)
-    assert main([str(spoilt), "--output", str(tmp_path / "out"), "--lora", "kohya", "--device=cpu"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {message}".replace("EXPORT", str(spoilt))) and said.count("\n") == 1
+    error = error_of(main, spoilt, "--output", tmp_path / "out", "--lora", "kohya", "--device=cpu")
+    assert error.startswith(f"error: {message}".replace("EXPORT", str(spoilt)))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_without_room_for_the_merged_pipeline_is_refused_first(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_of: Callable[..., str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1000))
-    assert main([str(run), "--output", str(tmp_path / "out"), "--pipeline", "--device=cpu"]) == 2
-    assert "GB free; the merged pipeline folder takes about 0.0 GB" in capsys.readouterr().err
+    error = error_of(main, run, "--output", tmp_path / "out", "--pipeline", "--device=cpu")
+    assert "GB free; the merged pipeline folder takes about 0.0 GB" in error
 
 
 def test_the_help_has_examples() -> None:
-    said = make_parser().format_help()
-    assert said.count("python -m train.export ") >= 5 and "--undo ../FaceLift" in said
+    printed = make_parser().format_help()
+    assert printed.count("python -m train.export ") >= 5 and "--undo ../FaceLift" in printed

@@ -5,7 +5,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from softprompt.errors import InputError, RunError
 from softprompt.prompt.embeddings import save_prompt
+from tests.models import write_facelift
 from train.export import facelift as facelift_module
 from train.export.__main__ import main
 from train.export.facelift import CHECK_XFORMERS, FACELIFT_MODEL, FACELIFT_PROMPT, how_to_use, put_in, undo
@@ -25,11 +27,19 @@ LOOKED_UP = "checkpoints/gslrm/weights.pt"
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file and folder, also the empty ones, and what is in it."""
+    """The path of every file and folder, also the empty ones, and a digest of its content."""
     return {
         str(path.relative_to(folder)): blake2b(path.read_bytes()).digest() if path.is_file() else b"a folder"
         for path in sorted(folder.rglob("*"))
     }
+
+
+@contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    """Asserts that a folder is after the block as it was before."""
+    before = tree(folder)
+    yield
+    assert tree(folder) == before
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -44,7 +54,7 @@ def config(width: int) -> bytes:
 
 
 def an_export(folder: Path, seed: int, *, model: str = "pipeckpts", width: int = 8) -> Path:
-    """Prompt, LoRA and merged pipeline folder, as far as they are looked at."""
+    """An export: the parts of prompt, LoRA and merged pipeline folder that are read here."""
     prompt = torch.randn(6, 77, width, generator=torch.Generator().manual_seed(seed))
     folder.mkdir(parents=True)
     save_prompt(prompt, folder / "clr_embeds.pt", metadata={"model": model})
@@ -54,7 +64,7 @@ def an_export(folder: Path, seed: int, *, model: str = "pipeckpts", width: int =
 
 @pytest.fixture
 def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is lost with the power is not looked at here, and waiting for the disk is most of the time that these take."""
+    """Without waiting for the disk, which takes most of the time of these tests; they test no loss of power."""
     monkeypatch.setattr("softprompt.files._onto_the_disk", lambda _: None)
 
 
@@ -74,22 +84,22 @@ EVERYTHING = {
     f"{FACELIFT_MODEL}/only_theirs": b"theirs",
     LOOKED_UP: b"",
 }
-"""What FaceLift has where the export goes."""
+"""FaceLift's own files in the places of an export."""
 
 
 @pytest.fixture(params=["everything", "no pipeline", "no prompt", "nothing"])
 def facelift_repository(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """FaceLift's repository as far as it is touched, with what is replaced, or without."""
+    """FaceLift's repository, with the files that an export replaces, or without some."""
     without = {"everything": [], "no pipeline": [FACELIFT_MODEL], "no prompt": [FACELIFT_PROMPT]}
     kept = {n: c for n, c in EVERYTHING.items() if not n.startswith(tuple(without.get(request.param, PLACES)))}
     kept = {} if request.param == "nothing" else kept
-    return write(tmp_path / "FaceLift", {"inference.py": b"", "mvdiffusion/__init__.py": b"", **kept})
+    return write(write_facelift(tmp_path / "FaceLift"), kept)
 
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
     """FaceLift's repository with its own prompt and pipeline."""
-    return write(tmp_path / "whole", {"inference.py": b"", "mvdiffusion/__init__.py": b"", **EVERYTHING})
+    return write(write_facelift(tmp_path / "whole"), EVERYTHING)
 
 
 def is_in(repository: Path, export: Path, *, pipeline: bool = True) -> bool:
@@ -115,12 +125,11 @@ def test_what_is_put_in_is_the_export_and_undone_it_is_what_was_there(facelift_r
 def test_put_in_twice_it_is_the_second_and_undone_it_is_what_was_there_first(
     facelift_repository: Path, export: Path, other: Path
 ) -> None:
-    before = tree(facelift_repository)
-    put_in(facelift_repository, export, with_pipeline=True)
-    put_in(facelift_repository, other, with_pipeline=True)
-    assert is_in(facelift_repository, other)
-    undo(facelift_repository)
-    assert tree(facelift_repository) == before
+    with unchanged(facelift_repository):
+        put_in(facelift_repository, export, with_pipeline=True)
+        put_in(facelift_repository, other, with_pipeline=True)
+        assert is_in(facelift_repository, other)
+        undo(facelift_repository)
 
 
 def test_a_prompt_alone_is_not_left_beside_another_export_s_pipeline(
@@ -128,9 +137,9 @@ def test_a_prompt_alone_is_not_left_beside_another_export_s_pipeline(
 ) -> None:
     before = tree(facelift_repository)
     put_in(facelift_repository, export, with_pipeline=True)
-    said = put_in(facelift_repository, other, with_pipeline=False)
+    lines = put_in(facelift_repository, other, with_pipeline=False)
     assert is_in(facelift_repository, other, pipeline=False) and any(
-        "it belonged to an earlier prompt" in line for line in said
+        "it belonged to an earlier prompt" in line for line in lines
     )
     ours = ("mvdiffusion/data", "mvdiffusion/data.no-original")  # where there was no prompt either
     assert {n: c for n, c in tree(facelift_repository).items() if not n.startswith(ours)} == {
@@ -141,21 +150,20 @@ def test_a_prompt_alone_is_not_left_beside_another_export_s_pipeline(
 
 
 def test_undone_twice_is_refused_and_so_is_what_was_never_put_in(facelift_repository: Path, export: Path) -> None:
-    before = tree(facelift_repository)
-    with pytest.raises(InputError, match=r"--undo: .* holds nothing that --into put there"):
+    with unchanged(facelift_repository):
+        with pytest.raises(InputError, match=r"--undo: .* holds nothing that --into put there"):
+            undo(facelift_repository)
+        put_in(facelift_repository, export, with_pipeline=False)
         undo(facelift_repository)
-    put_in(facelift_repository, export, with_pipeline=False)
-    undo(facelift_repository)
-    with pytest.raises(InputError, match="likely it was undone already"):
-        undo(facelift_repository)
-    assert tree(facelift_repository) == before
+        with pytest.raises(InputError, match="likely it was undone already"):
+            undo(facelift_repository)
 
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 
 
 def killed_at(number: int, work: Callable[[], object]) -> bool:
-    """Do some work in a process that ends, as by kill -9, before its change of the disk of this number.
+    """Do some work in a process that is killed, as by kill -9, before the change of the disk with this number.
 
     Returns: whether it was killed; False where it made fewer changes.
     """
@@ -235,16 +243,15 @@ def test_what_came_into_a_new_folder_since_is_not_taken_away(whole: Path, export
 
 
 def test_a_copy_that_is_another_takes_nobody_s_place(whole: Path, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, copyfile = tree(whole), shutil.copyfile
+    copyfile = shutil.copyfile
 
     def damaged(source: Path, target: Path) -> None:
         copyfile(source, target)
         target.write_bytes(target.read_bytes()[:-1])
 
     monkeypatch.setattr(facelift_module.shutil, "copyfile", damaged)
-    with pytest.raises(RunError, match=r"clr_embeds\.pt was read back another than .*the disk is failing"):
+    with unchanged(whole), pytest.raises(RunError, match=r"clr_embeds\.pt was read back another than .*the disk is failing"):
         put_in(whole, export, with_pipeline=True)
-    assert tree(whole) == before
 
 
 # ------------------------------------------------------------------------------------------------------- what is refused
@@ -253,19 +260,16 @@ def test_a_copy_that_is_another_takes_nobody_s_place(whole: Path, export: Path, 
 @pytest.mark.parametrize("missing", ["inference.py", "mvdiffusion"])
 def test_another_folder_than_facelift_s_is_refused(whole: Path, export: Path, missing: str) -> None:
     (whole / missing).rename(whole / "elsewhere")
-    before = tree(whole)
     for call in (lambda: put_in(whole, export, with_pipeline=True), lambda: undo(whole)):
-        with pytest.raises(InputError, match=rf"is not FaceLift's repository, it has no {missing}; expected a clone of"):
+        message = rf"is not FaceLift's repository, it has no {missing}; expected a clone of"
+        with unchanged(whole), pytest.raises(InputError, match=message):
             call()
-    assert tree(whole) == before
 
 
 def test_a_prompt_that_facelift_s_model_cannot_take_is_refused(whole: Path, tmp_path: Path) -> None:
     narrow = an_export(tmp_path / "narrow", 3, width=4)
-    before = tree(whole)
-    with pytest.raises(InputError, match=r"narrow: its prompt is 4 wide; .*unet/config\.json takes 8"):
+    with unchanged(whole), pytest.raises(InputError, match=r"narrow: its prompt is 4 wide; .*unet/config\.json takes 8"):
         put_in(whole, narrow, with_pipeline=False)
-    assert tree(whole) == before
     put_in(whole, narrow, with_pipeline=True)  # with a model that takes it
     with pytest.raises(InputError, match=r"pipeckpts\.original/unet/config\.json takes 8"):
         put_in(whole, narrow, with_pipeline=False)
@@ -281,18 +285,16 @@ def test_a_pipeline_that_the_export_has_not_is_refused_with_the_command_that_mak
 
 def test_a_disk_without_room_for_the_pipeline_is_refused(whole: Path, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facelift_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 5))
-    before = tree(whole)
-    with pytest.raises(InputError, match=r"--into: .* has 0\.0 GB free"):
+    with unchanged(whole), pytest.raises(InputError, match=r"--into: .* has 0\.0 GB free"):
         put_in(whole, export, with_pipeline=True)
-    assert tree(whole) == before
 
 
 # ----------------------------------------------------------------------------------------------------- what is to be minded
 
 
 def test_a_prompt_without_its_lora_is_told_of(whole: Path, export: Path) -> None:
-    said = "\n".join(put_in(whole, export, with_pipeline=False))
-    assert "WARNING    the LoRA is not in it" in said and "--pipeline" in said
+    text = "\n".join(put_in(whole, export, with_pipeline=False))
+    assert "WARNING    the LoRA is not in it" in text and "--pipeline" in text
     assert not any("WARNING" in line for line in put_in(whole, export, with_pipeline=True))
     shutil.rmtree(export / "lora")
     assert not any("WARNING" in line for line in put_in(whole, export, with_pipeline=False))
@@ -307,8 +309,8 @@ def test_a_prompt_of_the_micro_model_is_told_of(whole: Path, tmp_path: Path) -> 
 def test_what_facelift_needs_for_these_views_is_told_with_the_command_that_checks_it(
     whole: Path, export: Path, with_pipeline: bool
 ) -> None:
-    (said,) = [line for line in put_in(whole, export, with_pipeline=with_pipeline) if "xformers" in line]
-    assert said.startswith("mind       ") and CHECK_XFORMERS in said and "sparse_mv_attention" in said
+    (text,) = [line for line in put_in(whole, export, with_pipeline=with_pipeline) if "xformers" in line]
+    assert text.startswith("mind       ") and CHECK_XFORMERS in text and "sparse_mv_attention" in text
 
 
 @pytest.mark.parametrize("flag", ["sparse_mv_attention", "multiview_attention"])
@@ -331,7 +333,7 @@ def printed(export: Path) -> list[str]:
 
 
 def run(command: str, repository: Path) -> int:
-    """As a person would: FACELIFT is the repository."""
+    """Run a printed command; FACELIFT stands for the repository."""
     words = shlex.split(command.replace("FACELIFT", shlex.quote(str(repository))))
     assert words[:3] == ["python", "-m", "train.export"]
     return main(words[3:])
@@ -341,24 +343,23 @@ def run(command: str, repository: Path) -> int:
 def test_the_printed_command_puts_an_export_in(
     whole: Path, tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, export = tree(whole), an_export(tmp_path / folder, 5)
-    assert run(printed(export)[0], whole) == 0
-    assert is_in(whole, export)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"to undo it: python -m train.export --undo {whole}"
-    assert run(last.removeprefix("to undo it: "), whole) == 0
-    assert tree(whole) == before
+    export = an_export(tmp_path / folder, 5)
+    with unchanged(whole):
+        assert run(printed(export)[0], whole) == 0
+        assert is_in(whole, export)
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == f"to undo it: python -m train.export --undo {whole}"
+        assert run(last.removeprefix("to undo it: "), whole) == 0
     assert run("python -m train.export --undo FACELIFT", whole) == 2
     assert "likely it was undone already" in capsys.readouterr().err
 
 
 def test_it_works_inside_facelift_s_repository(whole: Path, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = tree(whole)
     monkeypatch.chdir(whole)
-    assert main([str(export), "--pipeline", "--into", "."]) == 0
-    assert is_in(whole, export)
-    assert main(["--undo", "."]) == 0
-    assert tree(whole) == before
+    with unchanged(whole):
+        assert main([str(export), "--pipeline", "--into", "."]) == 0
+        assert is_in(whole, export)
+        assert main(["--undo", "."]) == 0
 
 
 def test_the_printed_commands_name_what_the_export_has(export: Path) -> None:

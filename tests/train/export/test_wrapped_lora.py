@@ -11,20 +11,17 @@ from safetensors.torch import load_file, save_file
 
 from softprompt.errors import InputError
 from softprompt.model.loading import load_pipeline
+from tests.runs import run_to_end
 from train.export.read import open_lora
 from train.export.write import LORA_WEIGHTS
-from train.loop import train
 from train.options.config import Config
-from train.setup import prepare
-from train.state.stop import StopSignal
+from train.state.run import Job
 
 
 @pytest.fixture(scope="module")
-def export(mice: Path, small_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "run"
-    config = small_config(mice, **{"train.steps": 2, "lora.learning_rate": 0.01})
-    train(prepare(config), folder, state=None, stop=StopSignal())
-    return folder / "export"
+def export(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = small(**{"train.steps": 2, "lora.learning_rate": 0.01})
+    return run_to_end(config, tmp_path_factory.mktemp("run") / "run").folder / "export"
 
 
 def rename(export: Path, folder: Path, change: Callable[[str], str]) -> Path:
@@ -42,8 +39,7 @@ def rename(export: Path, folder: Path, change: Callable[[str], str]) -> Path:
 def test_a_wrapper_s_prefix_is_taken_off_and_said(
     export: Path,
     smallest_model: Path,
-    mice: Path,
-    small_config: Callable[..., Config],
+    make_job: Callable[..., Job],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     prefix: str,
@@ -55,15 +51,15 @@ def test_a_wrapper_s_prefix_is_taken_off_and_said(
     with pytest.warns(UserWarning, match=r"named as .*saved compiled, or under DDP"):
         found = open_lora(pipeline, wrapped, torch.float32).unet.state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], weight) for name, weight in expected.items())
-    job = prepare(small_config(mice, init_from=str(wrapped)))
-    assert "WARNING" in (said := capsys.readouterr().err) and "named as " in said
+    job = make_job(init_from=str(wrapped))
+    assert "WARNING" in (printed := capsys.readouterr().err) and "named as " in printed
     assert any("weights    " in note and "taken off" in note for note in job.notes)
     begun = job.pipeline.unet.state_dict()
     assert all(torch.equal(begun[name], weight) for name, weight in expected.items() if ".lora_" in name)
 
 
 def test_how_much_of_a_lora_fits_is_said(
-    export: Path, smallest_model: Path, mice: Path, small_config: Callable[..., Config], tmp_path: Path
+    export: Path, smallest_model: Path, make_job: Callable[..., Job], tmp_path: Path
 ) -> None:
     names = sorted(load_file(export / "lora" / LORA_WEIGHTS))[:4]
     other = rename(export, tmp_path / "e", lambda n: n.replace(".lora_A.", ".far.lora_A.") if n in names else n)
@@ -71,4 +67,4 @@ def test_how_much_of_a_lora_fits_is_said(
     with pytest.raises(InputError, match=rf"{len(moved)} of its \d+ tensors have no place in .*, e\.g\. .*\.far\.lora_A"):
         open_lora(load_pipeline(smallest_model), other, torch.float32)
     with pytest.raises(InputError, match=r"is not this configuration's LoRA: of its tensors \d+ of \d+ fit, .* are missing \("):
-        prepare(small_config(mice, init_from=str(other)))
+        make_job(init_from=str(other))

@@ -1,4 +1,4 @@
-"""What a run is for: its files are what they say, are verified, and reach FaceLift by the printed commands."""
+"""An export: its files are correct and verified, and reach FaceLift by the printed commands."""
 
 import json
 import shutil
@@ -54,13 +54,13 @@ class Trained:
         return export_pipeline(self.pipeline, folder, picture=self.picture, tolerance=tolerance)
 
     def views(self, pipeline: Pipeline, prompt: Tensor) -> Tensor:
-        """Of another picture and seed than the export compares itself with."""
+        """Views of another picture and seed than those that the export is verified with."""
         picture = MicroWorld("mice", 77, 1).load(0)[0, :3] / 255
         return sample_views(pipeline, prompt, picture, steps=4, guidance_scale=3.0, eta=1.0, seed=9)
 
 
 def trained(rank: int, dtype: torch.dtype = torch.float32) -> Trained:
-    """As after a run: LoRA and prompt moved far enough to change the views."""
+    """A model as after a run: LoRA and prompt differ enough to change the views."""
     pipeline = load_pipeline(MICRO_MODEL, dtype=dtype)
     if rank:
         add_lora(pipeline.unet, rank=rank, alpha=ALPHA, targets=["to_q", "to_k", "to_v", "to_out.0"])
@@ -85,7 +85,7 @@ def model() -> Trained:
 
 @pytest.fixture(scope="module")
 def done(model: Trained, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """It, exported with its whole pipeline; nothing may change the folder."""
+    """The export of the trained model, with its whole pipeline; nothing may change the folder."""
     exported = model.export(tmp_path_factory.mktemp("a_run") / "export")
     assert [p.name for p in exported.folder.iterdir() if p.name.startswith(("pipeckpts", "."))] == [], "that is the second step"
     assert 0 <= model.export_pipeline(exported.folder) < 1e-4
@@ -221,7 +221,7 @@ def as_tf32(x: Tensor) -> Tensor:
 
 @pytest.fixture
 def convolutions_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA: float32 convolutions are TF32 unless that is switched off."""
+    """Convolutions as on CUDA: float32 is rounded to TF32 unless that is switched off."""
     plain = torch.nn.functional.conv2d
 
     def conv2d(input: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -309,12 +309,12 @@ def test_an_export_that_reads_back_otherwise_is_none_and_the_earlier_one_stays(
         "nan": (write_module, "load_prompt", lambda *a, **k: load_prompt(*a, **k) * float("nan")),
     }
     monkeypatch.setattr(*spoilt[broken])
-    said = (
+    message = (
         r"export: clr_embeds\.pt and lora read back differs .* more than export\.tolerance 0\.0001\. It is kept as "
         r"\S*/export\.unverified for inspection"
     )
     (tmp_path / "export.unverified" / "lora").mkdir(parents=True)  # what an earlier failure left is no hindrance
-    with pytest.raises(RunError, match=said):
+    with pytest.raises(RunError, match=message):
         model.export(tmp_path / "export")
     assert contents(tmp_path / "export") == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "export.unverified"]
@@ -345,13 +345,13 @@ def test_a_pipeline_that_reads_back_otherwise_is_kept_aside_and_prompt_and_lora_
     for name in ("pipeckpts.unverified", ".pipeckpts.partial-new"):  # what an earlier failure left is no hindrance
         (first_step / name).mkdir()
         (first_step / name / "old").touch()
-    said = (
+    message = (
         r"export: pipeckpts read back differs .* more than export\.tolerance 0\.0001\. It is kept as "
         r"\S*/export/pipeckpts\.unverified for inspection"
     )
     with monkeypatch.context() as patch:
         patch.setattr(write_module, "save_pipeline", broken)
-        with pytest.raises(RunError, match=said):
+        with pytest.raises(RunError, match=message):
             model.export_pipeline(first_step)
     after = contents(first_step)
     aside = {name: content for name, content in after.items() if name.startswith("pipeckpts.unverified/")}

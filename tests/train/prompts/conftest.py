@@ -1,6 +1,7 @@
 """The command, and prompts to give it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,24 +28,14 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`refused("show", file, ...)`: its error, which must be one line; its exit code must be 2."""
-
-    def call(*argv: object) -> str:
-        try:
-            code = main([str(argument) for argument in argv])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        error = capsys.readouterr().err
-        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error, error
-        return error
-
-    return call
+def refused(error_of: Callable[..., str]) -> Run:
+    """`refused("show", file, ...)`: its error; see `error_of`."""
+    return partial(error_of, main)
 
 
 @pytest.fixture(scope="session")
 def encoder() -> Encoder:
-    """The embedded model's."""
+    """The embedded model's text encoder."""
     return open_encoder("micro")
 
 
@@ -59,7 +50,7 @@ def random_prompt(views: int = 6, width: int = 8, seed: int = 0) -> torch.Tensor
 
 
 def saved(path: Path, prompt: torch.Tensor) -> Path:
-    """As FaceLift has it: a bare tensor, and nothing beside it."""
+    """Write a prompt as FaceLift has it: a bare tensor, without a JSON file beside it."""
     if path.suffix == ".pt":
         torch.save(prompt.half(), path)
     else:

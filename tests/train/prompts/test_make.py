@@ -15,15 +15,15 @@ from softprompt.micro import MICRO_MODEL
 from softprompt.prompt.embeddings import load_prompt
 from softprompt.prompt.templates import VIEWS
 from tests.train.prompts.conftest import Run, saved
-from train.prompts.make import in_words, read_angles, relative_angles, reproduce
+from train.prompts.make import camera_text, read_angles, relative_angles, reproduce
 from train.prompts.sources import Encoder, Source, fill_in, open_encoder, open_file
 
 
 def test_make_writes_the_encoded_texts_and_names_the_encoder(tmp_path: Path, run: Run, encoder: Encoder) -> None:
     output = tmp_path / "rat.safetensors"
-    said = run("make", "--text", "realistic", "--subject", "rat", "--output", output)
-    assert "the embedded toy's text encoder" in said and "fits only the embedded model" in said
-    assert "no --reference" in said and "a photograph of a rat, front-right view, from above at an angle." in said
+    printed = run("make", "--text", "realistic", "--subject", "rat", "--output", output)
+    assert "the embedded toy's text encoder" in printed and "fits only the embedded model" in printed
+    assert "no --reference" in printed and "a photograph of a rat, front-right view, from above at an angle." in printed
     expected = encoder.encode("", fill_in("realistic", subject="rat", angles="from above at an angle"), VIEWS).prompt
     assert torch.equal(load_prompt(output, width=1024), expected)
     source = open_file(output)
@@ -33,23 +33,23 @@ def test_make_writes_the_encoded_texts_and_names_the_encoder(tmp_path: Path, run
 
 def test_make_takes_other_views_and_warns_that_the_model_does_not(tmp_path: Path, run: Run) -> None:
     output = tmp_path / "four.pt"
-    said = run("make", "--text", "a {view} mouse", "--views", "front, back,top,low side", "--output", output)
-    assert "takes 6 views, 1024 wide: not this file" in said
+    printed = run("make", "--text", "a {view} mouse", "--views", "front, back,top,low side", "--output", output)
+    assert "takes 6 views, 1024 wide: not this file" in printed
     assert open_file(output).views == ("front", "back", "top", "low side")
     assert torch.load(output, weights_only=True).shape == (4, 77, 1024)
 
 
 def test_make_warns_that_a_long_text_is_cut(tmp_path: Path, run: Run) -> None:
-    said = run("make", "--text", "{view} " + "mouse " * 90, "--output", tmp_path / "long.pt")
-    assert "warning text of" in said and "is cut to 77" in said
+    printed = run("make", "--text", "{view} " + "mouse " * 90, "--output", tmp_path / "long.pt")
+    assert "warning text of" in printed and "is cut to 77" in printed
 
 
 def test_a_reference_is_reproduced_or_the_cause_is_named(
     tmp_path: Path, run: Run, refused: Run, facelift_texts: Source, facelift: Path, tiny_folder: Path
 ) -> None:
     reference, given = saved(tmp_path / "reference.pt", facelift_texts.prompt), ["make", "--text", "simple", "--reference"]
-    said = run(*given, reference, "--output", tmp_path / "a.pt")
-    assert "is reproduced from FaceLift's six texts: no number differs by more than" in said
+    printed = run(*given, reference, "--output", tmp_path / "a.pt")
+    assert "is reproduced from FaceLift's six texts: no number differs by more than" in printed
     output = ["--output", tmp_path / "b.pt"]
     error = refused(*given, facelift / "clr_embeds.pt", *output, "--model", "micro")
     assert "that is the embedded toy's text encoder" in error
@@ -79,7 +79,7 @@ def test_another_padding_token_is_named(tmp_path: Path, facelift_texts: Source) 
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--text", "realstic"], "did you mean 'realistic'?"),
         (["--text", "a mouse"], "is no template"),
@@ -101,10 +101,10 @@ def test_another_padding_token_is_named(tmp_path: Path, facelift_texts: Source) 
     ],
 )
 def test_bad_options_of_make_are_errors_in_one_line(
-    tmp_path: Path, refused: Run, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+    tmp_path: Path, refused: Run, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert said in refused("make", "--output", "a.pt", *options)
+    assert message in refused("make", "--output", "a.pt", *options)
     assert not list(tmp_path.iterdir())
 
 
@@ -130,16 +130,16 @@ def test_cameras_are_put_into_words(tmp_path: Path, run: Run) -> None:
     file = cameras(tmp_path / "opencv_cameras.json", [camera(20, 30 + a) for a in around])
     found = read_angles(file, None, 6)
     assert np.allclose(found, [(20, a if a <= 180 else a - 360) for a in around], atol=1e-6)
-    said = run("make", "--text", "realistic", "--cameras", file, "--output", tmp_path / "a.pt")
+    printed = run("make", "--text", "realistic", "--cameras", file, "--output", tmp_path / "a.pt")
     for words in (
         "front view, from 20 degrees above.",
         "front-right view, from 20 degrees above, turned 45 degrees to the right.",
         "back view, from 20 degrees above, turned 180 degrees.",
         "left view, from 20 degrees above, turned 90 degrees to the left.",
     ):
-        assert words in said
-    assert in_words(-3, 0.2) == "at eye level" and in_words(88, -1) == "from straight above, turned 1 degree to the left"
-    assert in_words(-30, 0) == "from 30 degrees below"
+        assert words in printed
+    assert camera_text(-3, 0.2) == "at eye level" and camera_text(88, -1) == "from straight above, turned 1 degree to the left"
+    assert camera_text(-30, 0) == "from 30 degrees below"
 
 
 def test_facelift_s_own_camera_is_read() -> None:
@@ -152,17 +152,17 @@ def test_facelift_s_own_camera_is_read() -> None:
 def test_frames_are_chosen_and_missing_ones_named(tmp_path: Path) -> None:
     file = cameras(tmp_path / "c.json", [camera(10 * n, 0) for n in range(8)])
     assert [round(e) for e, _ in read_angles(file, [0, 2, 7], 3)] == [0, 20, 70]
-    for frames, said in (
+    for frames, message in (
         (None, "has 8 frames; expected 6"),
         ([0, 8], "--frames: 8 is not in"),
         ([0, 1], "--frames: are 2; expected 6"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             read_angles(file, frames, 6)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ({}, "frames: is not there"),
         ({"frames": {}}, "frames: is a dict"),
@@ -175,10 +175,10 @@ def test_frames_are_chosen_and_missing_ones_named(tmp_path: Path) -> None:
         ({"frames": [{"w2c": (np.diag([1, -1, -1, 1]) @ camera(20, 0)).tolist()}]}, "w2c has OpenGL's axes"),
     ],
 )
-def test_cameras_that_cannot_be_used_are_named(tmp_path: Path, content: object, said: str | None) -> None:
+def test_cameras_that_cannot_be_used_are_named(tmp_path: Path, content: object, message: str | None) -> None:
     (tmp_path / "c.json").write_text(json.dumps(content))
-    if said is None:  # straight down is not tilted
-        assert in_words(*read_angles(tmp_path / "c.json", None, 1)[0]) == "from straight above"
+    if message is None:  # straight down is not tilted
+        assert camera_text(*read_angles(tmp_path / "c.json", None, 1)[0]) == "from straight above"
         return
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read_angles(tmp_path / "c.json", None, 1)

@@ -47,7 +47,7 @@ def test_drift_is_that_of_slow_loops() -> None:
     x, r = (reference + change).double().numpy(), reference.double().numpy()
     squares = [[float(np.sum((x[v, t] - r[v, t]) ** 2)) for t in range(77)] for v in range(3)]
     words = sum(sum(squares[v][:count]) for v, count in enumerate((10, 10, 12)))
-    assert d.in_words == pytest.approx(words / sum(map(sum, squares)), rel=1e-6)
+    assert d.share_in_words == pytest.approx(words / sum(map(sum, squares)), rel=1e-6)
     for v in range(3):
         assert float(d.by_view[v]) == pytest.approx(math.sqrt(sum(squares[v]) / np.sum(r[v] ** 2)), rel=1e-5)
     for t in range(77):
@@ -56,7 +56,7 @@ def test_drift_is_that_of_slow_loops() -> None:
     rounding = np.sum((x - (reference + change).half().double().numpy()) ** 2)
     assert d.rounded_away == pytest.approx(math.sqrt(rounding / sum(map(sum, squares))), rel=1e-3)
     none = drift(reference, reference, words=None)
-    assert none.in_words is none.rounded_away is None and not none.change.any()
+    assert none.share_in_words is none.rounded_away is None and not none.change.any()
 
 
 def test_planted_tokens_are_found_to_carry_the_view() -> None:

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from softprompt.prompt.embeddings import load_prompt, save_prompt
@@ -37,30 +38,34 @@ def test_mix_writes_a_point_on_the_path(tmp_path: Path, run: Run) -> None:
     assert torch.equal(load_prompt(output), slerp(random_prompt(seed=0), random_prompt(seed=1), 0.25))
 
 
-def test_prompts_that_cannot_be_mixed_are_errors_in_one_line(tmp_path: Path, refused: Run) -> None:
-    a = saved(tmp_path / "a.pt", random_prompt())
-    four = saved(tmp_path / "four.pt", random_prompt(views=4))
-    real, toy = (tmp_path / f"{name}.pt" for name in ("real", "toy"))
-    save_prompt(random_prompt(), real, metadata={"toy_encoder": False})
-    save_prompt(random_prompt(seed=1), toy, metadata={"toy_encoder": True})
-    cases = [
-        ((a, four, "--position", 0.5), "is [4, 77, 8]"),
-        ((a, "--position", 0), "is one prompt"),
-        ((a, a, "--position", 1.5), "is not on the path; expected 0"),
-        ((a, a, "--position", "nan"), "is not on the path"),
-        ((a, "realstic", "--position", 0), "did you mean 'realistic'?"),
-        ((real, toy, "--position", 0.5), "was made with another text encoder"),
-        ((a, a, "--position", 0.5, "--interpolation", "cubic"), "invalid choice: 'cubic'"),
-    ]
-    for given, said in cases:
-        assert said in refused("mix", *given, "--output", tmp_path / "out.pt")
-    assert not (tmp_path / "out.pt").exists()
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("a.pt four.pt --position 0.5", "is [4, 77, 8]"),
+        ("a.pt --position 0", "is one prompt"),
+        ("a.pt a.pt --position 1.5", "is not on the path; expected 0"),
+        ("a.pt a.pt --position nan", "is not on the path"),
+        ("a.pt realstic --position 0", "did you mean 'realistic'?"),
+        ("real.pt toy.pt --position 0.5", "was made with another text encoder"),
+        ("a.pt a.pt --position 0.5 --interpolation cubic", "invalid choice: 'cubic'"),
+    ],
+)
+def test_prompts_that_cannot_be_mixed_are_errors_in_one_line(
+    tmp_path: Path, refused: Run, monkeypatch: pytest.MonkeyPatch, given: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(Path("a.pt"), random_prompt())
+    saved(Path("four.pt"), random_prompt(views=4))
+    save_prompt(random_prompt(), "real.pt", metadata={"toy_encoder": False})
+    save_prompt(random_prompt(seed=1), "toy.pt", metadata={"toy_encoder": True})
+    assert message in refused("mix", *given.split(), "--output", "out.pt")
+    assert not Path("out.pt").exists()
 
 
 def test_converting_there_and_back_changes_nothing(facelift: Path, tmp_path: Path, run: Run) -> None:
     there, back = tmp_path / "a.safetensors", tmp_path / "b.pt"
-    said = run("convert", facelift / "clr_embeds.pt", there)
-    assert "found" in said and "6 views x 77 tokens x 1024, float16" in said
+    printed = run("convert", facelift / "clr_embeds.pt", there)
+    assert "found" in printed and "6 views x 77 tokens x 1024, float16" in printed
     run("convert", there, back)
     stored = torch.load(back, weights_only=True)
     assert stored.dtype == torch.float16 and torch.equal(stored, torch.load(facelift / "clr_embeds.pt", weights_only=True))
@@ -109,8 +114,8 @@ def test_folders_of_other_numbers_of_views_are_converted(tmp_path: Path, run: Ru
     folder.mkdir()
     for seed, name in enumerate(("clr_embeds", "normal_embeds")):
         saved(folder / f"{name}.pt", random_prompt(views=7, seed=seed))
-    said = run("convert", folder, tmp_path / "out")
-    assert "clr_embeds.pt of color pictures: 7 views x 77" in said and "normal_embeds.pt of normal maps" in said
+    printed = run("convert", folder, tmp_path / "out")
+    assert "clr_embeds.pt of color pictures: 7 views x 77" in printed and "normal_embeds.pt of normal maps" in printed
     for seed, name in enumerate(("clr_embeds", "normal_embeds")):
         found = load_prompt(tmp_path / "out" / f"{name}.safetensors", num_views=7)
         assert torch.equal(found, random_prompt(views=7, seed=seed).half().float())
@@ -119,16 +124,9 @@ def test_folders_of_other_numbers_of_views_are_converted(tmp_path: Path, run: Ru
     assert (tmp_path / "facelift" / "clr_embeds.pt").is_file()
 
 
-def test_files_that_cannot_be_converted_are_errors_in_one_line(tmp_path: Path, refused: Run) -> None:
-    a = saved(tmp_path / "a.pt", random_prompt())
-    torch.save({"front": torch.zeros(3)}, tmp_path / "dict.pt")
-    torch.save(random_prompt(views=1), tmp_path / "single.pt")
-    torch.save(random_prompt()[0], tmp_path / "flat.pt")
-    (tmp_path / "broken.safetensors").write_bytes(b"broken")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "full").mkdir()
-    saved(tmp_path / "full" / "clr_embeds.pt", random_prompt())
-    cases = [
+@pytest.mark.parametrize(
+    ("given", "output", "message"),
+    [
         ("a.pt", "a.pt", "is the input file"),
         ("a.pt", "b.bin", "ends in .bin; expected .pt, .safetensors, or the name of a folder"),
         ("a.pt", "full", "exists already"),
@@ -139,7 +137,18 @@ def test_files_that_cannot_be_converted_are_errors_in_one_line(tmp_path: Path, r
         ("flat.pt", "b.pt", "holds a tensor [77, 8]"),
         ("broken.safetensors", "b.pt", "cannot be read as a prompt file"),
         ("no.pt", "b.pt", "no such prompt file"),
-    ]
-    for given, output, said in cases:
-        assert said in refused("convert", tmp_path / given, tmp_path / output)
+    ],
+)
+def test_files_that_cannot_be_converted_are_errors_in_one_line(
+    tmp_path: Path, refused: Run, given: str, output: str, message: str
+) -> None:
+    a = saved(tmp_path / "a.pt", random_prompt())
+    torch.save({"front": torch.zeros(3)}, tmp_path / "dict.pt")
+    torch.save(random_prompt(views=1), tmp_path / "single.pt")
+    torch.save(random_prompt()[0], tmp_path / "flat.pt")
+    (tmp_path / "broken.safetensors").write_bytes(b"broken")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    saved(tmp_path / "full" / "clr_embeds.pt", random_prompt())
+    assert message in refused("convert", tmp_path / given, tmp_path / output)
     assert a.is_file() and not list(tmp_path.glob("b.*"))

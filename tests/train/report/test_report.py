@@ -116,9 +116,9 @@ def test_a_run_that_is_not_finished_says_so_and_how_to_go_on(small_config, mice,
 def test_a_run_that_overfitted_is_told_so(copy):
     losses = {0: 0.2, 1: 0.1, 2: 0.12, 3: 0.15}
     rewrite(copy, lambda p: {"loss/validation": losses[p["step"]]} if "loss/validation" in p else {})
-    (said,) = [w for w in warnings(read_story(copy)) if "overfitted" in w]
-    assert "33% lower at step 1 than at the end" in said
-    assert str(copy / "export" / "best") in said
+    (warning,) = [w for w in warnings(read_story(copy)) if "overfitted" in w]
+    assert "33% lower at step 1 than at the end" in warning
+    assert str(copy / "export" / "best") in warning
 
 
 def test_what_is_not_finite_is_shown_as_such(copy):
@@ -135,9 +135,9 @@ def test_a_run_that_was_killed_before_its_export_has_a_report_on_request(copy, c
     (copy / "report.html").unlink()
     assert main([str(copy)]) == 0
     assert "no export yet" in (copy / "report.html").read_text()
-    said = [command for _, command in commands(read_story(copy))]
-    assert f"python -m train.export {copy} --output FOLDER" in said
-    assert not any(str(copy / "export") in command for command in said), "nothing is there"
+    lines = [command for _, command in commands(read_story(copy))]
+    assert f"python -m train.export {copy} --output FOLDER" in lines
+    assert not any(str(copy / "export") in command for command in lines), "nothing is there"
     assert str(copy / "report.html") in capsys.readouterr().out
 
 
@@ -179,15 +179,21 @@ def test_a_report_of_real_weights_names_their_folder_and_the_prompt_it_began_wit
     options = yaml.safe_load((copy / "config.yaml").read_text())
     options["prompt"]["waypoints"][0] = "my start.pt"
     (copy / "config.yaml").write_text(yaml.safe_dump(options | {"model": "pipeckpts"}))
-    said = {shlex.split(command)[2]: shlex.split(command)[3:] for _, command in commands(read_story(copy))}
-    assert said["train.prompts"] == ["show", "my start.pt", f"{copy}/export/clr_embeds.safetensors", "--model", "pipeckpts"]
-    assert said["train.sample"][4:] == [
+    given = {shlex.split(command)[2]: shlex.split(command)[3:] for _, command in commands(read_story(copy))}
+    assert given["train.prompts"] == [
+        "show",
+        "my start.pt",
+        f"{copy}/export/clr_embeds.safetensors",
+        "--model",
+        "pipeckpts",
+    ]
+    assert given["train.sample"][4:] == [
         *("--model", "pipeckpts", "--rows", "strengths", "--pretrained", "my start.pt", "--output", "strengths")
     ]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda run: (run / "config.yaml").unlink(), r"holds no config\.yaml; expected the folder of a run"),
         (lambda run: (run / "config.yaml").write_text("[1]"), r"config\.yaml: holds no options"),
@@ -197,12 +203,10 @@ def test_a_report_of_real_weights_names_their_folder_and_the_prompt_it_began_wit
         (lambda run: (run / "export" / "clr_embeds.safetensors").write_bytes(b"x"), r"clr_embeds\.safetensors"),
     ],
 )
-def test_what_cannot_be_reported_is_refused_in_a_line(copy, capsys, spoil, said):
+def test_what_cannot_be_reported_is_refused_in_a_line(copy, error_of, spoil, message):
     spoil(copy)
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
-    assert main([str(copy)]) == 2
-    error = capsys.readouterr().err
-    assert re.search(said, error) and error.count("\n") == 1
+    assert re.search(message, error_of(main, copy))
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 
