@@ -199,8 +199,8 @@ def commands(story: Story) -> list[tuple[str, str]]:
         shlex.quote(str(one)) for one in (story.folder, story.folder / "export", story.options["prompt.waypoints"][0])
     )
     model = "" if story.options["model"] == MICRO else f" --model {shlex.quote(str(story.options['model']))}"
-    model += "" if (unet := story.options.get("unet")) is None else f" --unet {shlex.quote(str(unet))}"
-    sample = f"python -m train.sample --pictures '[PICTURE.png]' --export {export}{model}"
+    unet = f" --unet {shlex.quote(str(given))}" if (given := story.options.get("unet")) is not None else ""
+    sample = f"python -m train.sample --pictures '[PICTURE.png]' --export {export}{model}{unet}"
     pretrained = "" if start == "facelift" else f" --pretrained {start}"
     found = []
     if not story.finished:
@@ -220,6 +220,14 @@ def commands(story: Story) -> list[tuple[str, str]]:
         ]
     elif story.start is not None:
         found.append(("An export of its newest checkpoint:", f"python -m train.export {run} --output FOLDER"))
+    samples, subject = (shlex.quote(str(story.options[name])) for name in ("data.train", "prompt.subject"))
+    found.append(
+        (
+            "The untouched model's loss on these samples under each text: which waypoint to begin with:",
+            f"python -m train.prompts probe --model {shlex.quote(str(story.options['model']))}{unet} --data.train {samples} "
+            f"--subject {subject}",
+        )
+    )
     found.append(("The curves, live and to zoom into:", f"tensorboard --logdir {run}"))
     if story.finished:
         more = 2 * int(story.options["train.steps"])
