@@ -179,8 +179,10 @@ def test_a_report_of_real_weights_names_their_folder_and_the_prompt_it_began_wit
     options = yaml.safe_load((copy / "config.yaml").read_text())
     options["prompt"]["waypoints"][0] = "my start.pt"
     (copy / "config.yaml").write_text(yaml.safe_dump(options | {"model": "pipeckpts"}))
-    given = {shlex.split(command)[2]: shlex.split(command)[3:] for _, command in commands(read_story(copy))}
-    assert given["train.prompts"] == [
+    split = [shlex.split(command) for _, command in commands(read_story(copy))]
+    given = {words[3] if words[2] == "train.prompts" else words[2]: words[3:] for words in split}
+    assert given["probe"][:3] == ["probe", "--model", "pipeckpts"] and given["probe"][-2:] == ["--subject", "mouse"]
+    assert given["show"] == [
         "show",
         "my start.pt",
         f"{copy}/export/clr_embeds.safetensors",
