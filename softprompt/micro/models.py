@@ -101,7 +101,7 @@ def _vision(width: int, inner: int, embedding: int, layers: int, heads: int, pat
 SIZES = {
     # The embedded model.
     "micro": Size(
-        unet=_unet([32, 64, 128], [2, 4, 8], 64, layers=1, groups=8),
+        unet=_unet([32, 64, 64], [2, 4, 4], 64, layers=1, groups=8),
         vae=vae_config([16, 32, 32], layers=1, groups=8),
         vision=_vision(64, 128, 64, 2, 4, 8, 64),
         text={"intermediate_size": 64, "num_hidden_layers": 1},

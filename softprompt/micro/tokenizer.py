@@ -10,7 +10,7 @@ WORDS = """
     a an the of in on at to by from with and above below level angle high low camera elevated multi view views image
     picture photo photograph rendering render rendered model models color colour map front back left right side top
     bottom mouse mice rat cat cats dog head heads face person animal fur tail ear ears eye eyes nose small white black
-    gray grey brown light dark bird birds rabbit rabbits fox foxes
+    gray grey brown light dark
 """.split()
 """Words that are single tokens; 3d is two, since CLIP takes digits one by one."""
 

@@ -152,4 +152,4 @@ def train_heads(trainer: Trainer, heads: Sequence[EncodedViews]) -> None:
         batch = [heads[i] for i in chosen]
         return denoising_step(parts.pipeline, batch, prompts, draws_of(batch, seed, "heads", step, "noise"))
 
-    trainer.run("heads", [(parts.pipeline.unet, 0.8)], loss_of)
+    trainer.run("heads", [(parts.pipeline.unet, trainer.settings.heads_rate)], loss_of)

@@ -48,8 +48,10 @@ class Settings(Checked):
     """Steps of text and image encoder, 64 pairs each."""
     prior_steps: int = option(3600, FROM_1)
     """Steps of the UNet on single pictures under their texts."""
-    heads_steps: int = option(2400, FROM_1)
+    heads_steps: int = option(6000, FROM_1)
     """Steps of the UNet on six views of heads."""
+    heads_rate: float = option(0.3, POSITIVE)
+    """Learning rate of these steps, as a share of `learning_rate`: a higher one forgets the words that the prior learned."""
     learning_rate: float = option(1e-3, POSITIVE)
     """AdamW's highest; it rises over a twentieth of each phase and falls along a cosine."""
     save_every: int = option(200, FROM_1)
@@ -71,4 +73,6 @@ class Settings(Checked):
         names = ["seed", "objects", "learning_rate", *(f"{phase}_steps" for phase in phases)]
         if {"clip", "prior", "heads"} & set(phases):
             names += ["batch_size", "prior_objects", "left_out"]
+        if "heads" in phases:
+            names.append("heads_rate")
         return {name: getattr(self, name) for name in names}
