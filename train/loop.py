@@ -106,7 +106,8 @@ def _train(run: Run, stop: StopSignal, bar: tqdm) -> None:
         if stopped and run.step < job.config.train.steps:
             break  # nobody who stops a run wants to wait for an evaluation
         began = time.monotonic()
-        _begin_objectives(run, stop)
+        if _begin_objectives(run, stop):
+            stopped, _ = stop.agree(job.accelerator)  # a stop has ended the preparation early: no step may use it
         callbacks.evaluate_if_due(run)
         since += time.monotonic() - began
 
@@ -158,13 +159,14 @@ def make_schedule(config: Config, optimizer: torch.optim.Optimizer) -> LambdaLR:
     return LambdaLR(optimizer, [factor(group["name"]) for group in optimizer.param_groups])
 
 
-def _begin_objectives(run: Run, stop: StopSignal) -> None:
-    """Let objectives prepare what depends on the model as it is now."""
+def _begin_objectives(run: Run, stop: StopSignal) -> bool:
+    """Let objectives prepare what depends on the model as it is now. Returns: whether any did."""
     trainer = run.job.trainer
     if terms := trainer.objectives.begins(run.step):
         callbacks.checkpoint(run)  # the preparation may take long; a killed run resumes from here
         for term in terms:
             term.begin(trainer.context, run.folder, run.step, run.position, stopped=lambda: stop.number is not None)
+    return bool(terms)
 
 
 def _enable_checkpointing(job: Job) -> bool:

@@ -40,24 +40,20 @@ LEVEL, ABOVE = (0.0, 0.0), (20.0, 25.0)
 """Elevations."""
 
 
-def _domains() -> dict[str, Domain]:
-    """Every body as a rendering and as a photograph, level and from above."""
-    found = {}
-    for shape in SHAPES:
-        for photographic in (False, True):
-            for elevation in (LEVEL, ABOVE):
-                style, height = "photo" if photographic else "render", "above" if elevation == ABOVE else "level"
-                found[f"{shape}_{style}_{height}"] = Domain(shape, elevation, photographic=photographic)
-    return found
-
-
+COMBINATIONS = {
+    f"{shape}_{style}_{height}": Domain(shape, elevation, photographic=style == "photo")
+    for shape in SHAPES
+    for style in ("render", "photo")
+    for height, elevation in (("level", LEVEL), ("above", ABOVE))
+}
+"""Every body as a rendering and as a photograph, level and from above."""
 DOMAINS = {
     "heads": Domain("heads", LEVEL, photographic=False),
     "heads_above": Domain("heads", ABOVE, photographic=False),
     "cats": Domain("cats", LEVEL, photographic=True),
     "cats_above": Domain("cats", ABOVE, photographic=True),
     "mice": Domain("mice", ABOVE, photographic=True),
-    **_domains(),
+    **COMBINATIONS,
 }
 """`heads` is FaceLift's domain, `mice` the one that runs adapt to; the others are what pretraining sees."""
 

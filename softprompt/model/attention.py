@@ -31,7 +31,7 @@ class MultiViewAttnProcessor:
     def __call__(self, attn: Attention, hidden_states: Tensor, prompt_of: Tensor | None = None, **unused: Any) -> Tensor:
         del prompt_of  # for cross-attention; diffusers passes it to both
         views = self.num_views
-        if hidden_states.shape[0] % views:
+        if self.kind != "single" and hidden_states.shape[0] % views:
             raise ValueError(f"a batch of {hidden_states.shape[0]} pictures is no multiple of the model's {views} views")
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         if self.kind == "sparse":

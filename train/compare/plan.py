@@ -73,6 +73,8 @@ class Comparison:
             raise InputError(f"variants: {' and '.join(twice)} differ only in case, and would share a folder on some disks")
         if self.baseline not in names:
             raise InputError(f"baseline: {self.baseline!r} is no variant{_near(self.baseline, names)}")
+        if self.objects_per_seed < 0:
+            raise InputError(f"objects_per_seed: is {self.objects_per_seed}; expected 0 or more")
         if not self.seeds:
             raise InputError("seeds: is empty; expected one or more, e.g. [0, 1, 2]")
         if repeated := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
@@ -171,7 +173,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base": (_list_of(str), "a list of files, e.g. [configs/micro.yaml]"),
     "options": (lambda value: isinstance(value, dict), "options by name, or {}"),
     "seeds": (_list_of(int), "a list of numbers, e.g. [0, 1, 2]"),
-    "objects_per_seed": (lambda value: isinstance(value, int) and value >= 0, "a number, 0 or more"),
+    "objects_per_seed": (lambda value: isinstance(value, int), "a number, 0 or more"),
     "baseline": (lambda value: isinstance(value, str), "the name of a variant"),
     "variants": (lambda value: isinstance(value, dict), "options by variant, e.g. {learned: {}}"),
 }

@@ -2,8 +2,7 @@
 
 Five phases: a VAE, and more steps for its decoder; text and image encoder (CLIP); a prior over single pictures of six kinds of
 bodies, as renderings and photographs, level and from above, given nothing but a text (Stable Diffusion); then six views of
-heads under one text, given a picture (FaceLift). Stopped at any time and run again, it continues from its state file. Under
-two hours on two cores.
+heads under one text, given a picture (FaceLift). Stopped at any time and run again, it continues from its state file.
 """
 
 import sys
@@ -62,7 +61,8 @@ def build(settings: Settings) -> None:
     began = time.monotonic()
     parts = new_parts(settings.seed)
     trainer = Trainer(settings, parts)
-    seen_by_vae = cache(lambda: render([*VAE_DOMAINS, "mice"], settings.objects))
+    half = max(1, settings.objects // 2)
+    seen_by_vae = cache(lambda: render(VAE_DOMAINS, settings.objects) | render(["mice"], half))
     seen_by_prior = cache(lambda: render(prior_domains(settings.left_out), settings.prior_objects))
 
     def encoded(pictures: dict[str, Any]) -> dict[str, Any]:

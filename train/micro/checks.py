@@ -45,12 +45,8 @@ def text_losses(pipeline: Pipeline, domain: str, prompts: Mapping[str, Tensor], 
             view = index % pipeline.num_views
             picture = single(encode_views(pipeline, on_background(source.load(index), 0)), view)
             draws = text_alone(
-                [
-                    draw(seeded("words", index, t), encoded=picture, num_timesteps=1000, timestep=t)
-                    for t in TIMESTEPS
-                    for _ in "ab"
-                ]
-            )  # the attention's layers take pictures by sixes
+                [draw(seeded("words", index, t), encoded=picture, num_timesteps=1000, timestep=t) for t in TIMESTEPS]
+            )
             for name, prompt in prompts.items():
                 errors = denoising_errors(
                     pipeline, [picture] * len(draws), repeat(prompt[view], "t d -> b 1 t d", b=len(draws)), draws

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.micro import MICRO_MODEL
-from softprompt.micro.world import DOMAINS
+from softprompt.micro.world import COMBINATIONS
 from train.options.checks import FROM_1, POSITIVE, Check, Checked, option
 
 PHASES = ("vae", "decoder", "clip", "prior", "heads")
 """In their order."""
 
 
-_KNOWN = Check(lambda value: set(value) <= set(DOMAINS), f"some of {', '.join(DOMAINS)}")
+_KNOWN = Check(lambda value: set(value) <= set(COMBINATIONS), f"some of {', '.join(COMBINATIONS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from softprompt.micro.world import ABOVE, DOMAINS
-from softprompt.prompt.templates import VIEWS, view_texts
+from softprompt.micro.world import COMBINATIONS
+from softprompt.prompt.templates import Template, view_texts
 
 SUBJECTS = {"heads": "head", "cats": "cat", "mice": "mouse", "birds": "bird", "rabbits": "rabbit", "foxes": "fox"}
 """What a body is called in a text."""
@@ -57,24 +58,23 @@ class Caption:
 
 def prior_domains(left_out: Sequence[str] = ()) -> list[str]:
     """The domains of the first half of pretraining: every body, style and elevation but those left out."""
-    return [name for name in DOMAINS if name.count("_") == 2 and name not in (*NEVER_PAIRED, *left_out)]
+    return [name for name in COMBINATIONS if name not in (*NEVER_PAIRED, *left_out)]
 
 
+@cache
 def wordings(domain: str) -> list[list[str]]:
-    """The texts of a domain, `[wordings][V]`: each wording with each spelling of the views."""
-    kind = DOMAINS[domain]
-    style, height = "photo" if kind.photographic else "render", "above" if kind.elevation == ABOVE else "level"
-    texts = []
-    for wording in _WORDINGS[style, height]:
-        for joined in _SPELLINGS:
-            spelled = (view.replace("_", joined) for view in VIEWS)
-            texts.append([wording.format(subject=SUBJECTS[kind.shape], view=view) for view in spelled])
-    return texts
+    """The texts of one of COMBINATIONS, `[wordings][V]`: each wording with each spelling of the views."""
+    shape, style, height = domain.split("_")
+    return [
+        Template(wording, joined).texts(subject=SUBJECTS[shape], angle="")
+        for wording in _WORDINGS[style, height]
+        for joined in _SPELLINGS
+    ]
 
 
 def naming_texts(domain: str) -> list[str]:
     """A wording of a domain that names its subject, one text per view: for the evaluation."""
-    return next(texts for texts in wordings(domain)[1:] if SUBJECTS[DOMAINS[domain].shape] in texts[0])
+    return next(texts for texts in wordings(domain)[1:] if SUBJECTS[COMBINATIONS[domain].shape] in texts[0])
 
 
 def pick_texts(captions: Sequence[Caption], generator: torch.Generator) -> list[str]:

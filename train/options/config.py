@@ -87,6 +87,9 @@ class Config(Checked):
             f"objects of the original domain, as a list or folder, with kl.domain: {self.kl.domain}; without such objects use "
             f"kl.domain: new",
         )
+        self._check(
+            "data.micro_first", self.data.micro_first == 0 or self.data.train == MICRO, "0 with other samples than micro"
+        )
         self._check_times()
 
     def _check(self, name: str, holds: bool, expected: str) -> None:

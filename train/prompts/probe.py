@@ -1,11 +1,11 @@
 """The loss of the untouched model on some samples under each of several prompts, at the same noise: `train.prompts probe`."""
 
 import argparse
+import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from softprompt.prompt.templates import TEMPLATES, view_names
 from train.compare.results import Interval, paired_change
 from train.device import choose_device, choose_precision, dtype_of, quiet_libraries
 from train.evaluation.evaluator import fixed_batches, view_errors
+from train.options.groups import MICRO
 from train.prompts.sources import model_folder
 
 TIMESTEP_RANGES = 4
@@ -83,12 +84,12 @@ def run_probe(given: argparse.Namespace) -> None:
             "rows": [asdict(r) for r in rows],
         }
         with writing_to(f"--output {given.output}"):
-            write_json(Path(given.output), found)
+            write_json(given.output, json.loads(json.dumps(found), parse_constant=lambda _: None))  # JSON has no NaN
 
 
 def _open_samples(samples: str, count: int, pipeline: Pipeline) -> Source:
     """Samples, spread evenly over the list. Raises: InputError."""
-    if samples == "micro":
+    if samples == MICRO:
         return MicroWorld("mice", 0, count, size=pipeline.picture_size)
     source = open_source(samples, size=pipeline.picture_size, num_views=pipeline.num_views, check=False)
     count = min(count, len(source))
@@ -172,4 +173,4 @@ def suggestion(rows: Sequence[Row], objects: int) -> str:
 
 
 def _quoted(name: str) -> str:
-    return name if name in TEMPLATES else f"'{name}'"
+    return name if name in TEMPLATES else json.dumps(name)  # which is YAML, too

@@ -163,12 +163,12 @@ def print_report(shown: Sequence[Shown]) -> None:
         for view, row in zip(one.source.views, one.measures.cosines.tolist(), strict=True):
             print(f"    {view:<{width}}" + "".join(f"{cosine:{width + 1}.3f}" for cosine in row))
         print()
-    compared = [one for one in shown if one.drift is not None]
-    if len(compared) > 1:
-        width = max(len(one.source.name) for one in compared)
+    cosines = {one.source.name: float(one.drift.cosines.mean()) for one in shown if one.drift is not None}
+    if len(cosines) > 1:
+        width = max(map(len, cosines))
         print(f"cosine with {shown[0].source.name}, mean over views")
-        for one in compared:
-            print(f"  {one.source.name:<{width}}  {float(one.drift.cosines.mean()) if one.drift else 1:.3f}")
+        for name, cosine in cosines.items():
+            print(f"  {name:<{width}}  {cosine:.3f}")
         print()
 
 

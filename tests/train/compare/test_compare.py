@@ -160,6 +160,14 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
     assert said.startswith("error: seeds: is 5; expected a list")
 
 
+def test_seeds_can_vary_the_objects_too(tmp_path):
+    plan = make_plan(Comparison(**COMPARISON | {"objects_per_seed": 1000, "seeds": [0, 3]}), tmp_path)
+    firsts = {(run.seed, run.config.data.micro_first) for run in plan.runs()}
+    assert firsts == {(0, 0), (3, 3000)}, "all variants of a seed have the same objects"
+    with pytest.raises(InputError, match=r"objects_per_seed: is -1; expected 0 or more"):
+        Comparison(**COMPARISON | {"objects_per_seed": -1})
+
+
 def test_seeds_on_the_command_line_win(tmp_path):
     request = read_request(["--config", str(write_comparison(tmp_path)), "--output", "o", "--seeds", "[4, 5, 6]"])
     assert request.comparison.seeds == [4, 5, 6] and "--seeds '[4, 5, 6]'" in request.command

@@ -72,7 +72,7 @@ def test_an_existing_folder_is_kept(tmp_path: Path, error_of: Callable[..., str]
     ("option", "message"),
     [
         ("--batch_size=0", "batch_size: is 0; expected 1 or more"),
-        ("--left_out=[dogs]", "left_out: is ('dogs',); expected some of heads"),
+        ("--left_out=[dogs]", "left_out: is ('dogs',); expected some of heads_render_level"),
     ],
 )
 def test_options_that_cannot_be_are_refused(option: str, message: str, tmp_path: Path, error_of: Callable[..., str]) -> None:

@@ -237,6 +237,18 @@ def whole(small: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory
     return run_to_end(small(**DPO, **SPIN, **STATE), tmp_path_factory.mktemp("whole") / "run")
 
 
+def test_a_stop_while_samples_are_made_between_two_steps_takes_no_further_step(small, tmp_path, monkeypatch):
+    stop, make = StopSignal(), OwnSamples._make
+
+    def stopped(self: OwnSamples, index: int) -> None:
+        make(self, index)
+        if self.folder.name == "spin-iterate-000001":
+            stop.number = 2
+
+    monkeypatch.setattr(OwnSamples, "_make", stopped)
+    assert run_to_end(small(**DPO, **SPIN, **STATE), tmp_path / "run", stop=stop).step == 1
+
+
 def test_a_run_stopped_and_killed_while_it_makes_samples_makes_what_is_missing_and_ends_the_same(
     small, tmp_path, monkeypatch, whole
 ):

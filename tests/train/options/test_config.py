@@ -201,6 +201,10 @@ def test_a_range_holds_for_options_that_are_made_in_python() -> None:
     [
         (["--prompt.waypoints=[]"], r"prompt\.waypoints: is \[\]; expected at least one"),
         (["--curriculum.at=[0, 0.5, 0.2]", "--curriculum.position=[0, 1, 1]"], r"curriculum\.at: is \[0\.0, 0\.5, 0\.2\]"),
+        (
+            ["--data.train=mice", "--kl.domain=new", "--data.micro_first=9"],
+            r"data\.micro_first: is 9; expected 0 with other samples than micro",
+        ),
         (["--curriculum.at=[0.5, 0.5]"], r"curriculum\.at: .*each larger than the one before"),
         (["--curriculum.at=[-0.1, 0.5]"], r"curriculum\.at: .*values from 0 up"),
         (["--curriculum.at=[0, 2000]"], r"curriculum\.at: .*fractions of the run, at most 1 \(unit: run\)"),

@@ -43,7 +43,7 @@ def test_the_suggestion_is_the_best_prompt_only_where_its_interval_excludes_no_c
     sure = Row("a rat, {view} view.", 0.1, Interval(-0.5, -0.55, -0.45), [], [])
     unsure = Row("realistic", 0.19, Interval(-0.05, -0.12, 0.02), [], [])
     assert "begin at a rat, {view} view." in suggestion([first, sure, unsure], 9)
-    assert "waypoints: [facelift, 'a rat, {view} view.']" in suggestion([first, sure], 9)
+    assert 'waypoints: [facelift, "a rat, {view} view."]' in suggestion([first, sure], 9)
     assert "begin at facelift" in suggestion([first, unsure], 9)
     assert "none: an interval needs more than 2" in suggestion([first, sure], 2)
     assert in_percent(sure.change) == "-50.0 % (-55.0 to -45.0)"
@@ -57,6 +57,7 @@ def test_the_command_measures_every_template_and_the_user_s_own_prompts(
         *("--objects", 3, "--timesteps", 2, "--device", "cpu", "--output", tmp_path / "probe.json"),
     )
     assert "samples 3, at 2 timesteps" in said and "suggestion" in said
+    assert "NaN" not in (tmp_path / "probe.json").read_text()
     found = json.loads((tmp_path / "probe.json").read_text())
     assert [row["name"] for row in found["rows"]] == [*TEMPLATES, "a rat, {view} view."]
     assert all(row["loss"] > 0 and len(row["by_view"]) == 6 for row in found["rows"])
